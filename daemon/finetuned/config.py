@@ -1,0 +1,275 @@
+"""config.json: every setting with its meaning, its bounds and its default. All errors are reported at once.
+
+Training settings stand at the top level, may be changed by a profile (`inbox/NAME/`), and then by an override
+file beside the data (`x.config.json`). An override travels with data and may come from anyone who can write to the
+inbox, so it cannot name paths or allow foreign code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from finetuned.errors import ConfigError
+from finetuned.fallback import Rung
+
+NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file"})
+
+Tuning = Literal["qlora", "lora-8bit", "lora", "full"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Predictions(_Strict):
+    """What the model is asked at every evaluation, so that one can read what it learns."""
+
+    samples: int = Field(
+        0, ge=0, description="Rows of eval_file to answer before the first step and at every evaluation."
+    )
+    max_new_tokens: PositiveInt = Field(64, description="Longest answer, in tokens.")
+
+
+class TrainingSettings(_Strict):
+    """Everything that decides how one file is trained."""
+
+    model: str = Field(
+        "smollm2-135m",
+        min_length=1,
+        description="Base model: a hub id, a local folder, or smollm2-135m, which needs no network.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run Python code that a hub model brings. Off for good reason.")
+    tuning: Tuning | Literal["auto"] = Field(
+        "auto",
+        description="qlora (4-bit NF4 base), lora-8bit, lora, full; auto: qlora on a GPU, lora without one.",
+    )
+    use_qlora: bool | None = Field(None, description="Alias: true is tuning qlora, false is tuning lora.")
+    lora_r: PositiveInt = Field(16, description="Rank of the adapter: higher learns more and costs memory.")
+    lora_alpha: float = Field(32, gt=0, description="Scale of the adapter; it is applied as lora_alpha / lora_r.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapter.")
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear", description="Layers that get an adapter: all-linear, or a list of module names."
+    )
+    system_prompt: str | None = Field(
+        "You are a helpful assistant.",
+        description="Put before rows that have no system message; null leaves them as they are.",
+    )
+    max_length: int = Field(2048, ge=16, description="Longest row in tokens; the rest is cut.")
+    epochs: float = Field(3.0, gt=0, description="Times that every row is seen.")
+    max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps.")
+    batch_size: PositiveInt = Field(8, description="Rows in one micro-batch. Halved by itself when memory runs out.")
+    gradient_accumulation: PositiveInt = Field(
+        1, description="Micro-batches in one optimizer step. Doubled by itself when batch_size is halved."
+    )
+    learning_rate: float | Literal["auto"] = Field(
+        "auto", description="Peak learning rate; auto: 2e-4 for adapters, 1e-5 for full."
+    )
+    warmup_ratio: Fraction = Field(0.05, description="Share of the steps in which the learning rate rises from 0.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 switches it off.")
+    seed: int = Field(42, ge=0, le=2**31 - 1, description="Decides the order of rows and the adapter's first weights.")
+    dtype: Literal["auto", "bf16", "fp16", "float32"] = Field(
+        "auto", description="Number format of the computation; auto takes bf16 where the hardware is fast at it."
+    )
+    activation_checkpointing: bool = Field(False, description="Compute activations twice to save memory.")
+    fallback_4bit: bool = Field(False, description="When memory runs out, the base weights may go to 4 bits.")
+    fallback_max_length: bool = Field(False, description="When memory runs out, rows may be cut shorter.")
+    max_bad_rows: Fraction = Field(0.01, description="Share of bad rows that are left out; with more the job fails.")
+    eval_file: str | None = Field(None, description="Held-out rows; a path, from the base directory if not absolute.")
+    eval_steps: PositiveInt | None = Field(
+        None, description="Evaluate every so many steps; null: before the first step and after the last."
+    )
+    predictions: Predictions = Field(default_factory=Predictions, description="Answers read while it learns.")
+    checkpoint_steps: PositiveInt = Field(100, description="Write a checkpoint every so many steps.")
+    checkpoint_minutes: float = Field(
+        10.0, gt=0, description="Write one at least this often; so much work can be lost."
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept while the job lives.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_alias(cls, data: Any) -> Any:
+        """Turn `use_qlora` into `tuning`, and refuse the two when they disagree."""
+        if isinstance(data, dict) and isinstance(data.get("use_qlora"), bool):
+            meant = "qlora" if data["use_qlora"] else "lora"
+            given = data.get("tuning", "auto")
+            if given not in ("auto", meant):
+                raise ValueError(
+                    f"use_qlora {str(data['use_qlora']).lower()} contradicts tuning {given!r}; keep one of them"
+                )
+            data = {**data, "tuning": meant, "use_qlora": None}
+        return data
+
+    def first_rung(self) -> Rung:
+        """Give the top of the memory ladder, where the first attempt starts.
+
+        A tuning of auto stays: the trainer knows the hardware and decides.
+        """
+        return Rung(
+            batch_size=self.batch_size,
+            gradient_accumulation=self.gradient_accumulation,
+            activation_checkpointing=self.activation_checkpointing,
+            tuning=self.tuning,
+            max_length=self.max_length,
+        )
+
+
+class Config(TrainingSettings):
+    """The whole of config.json: the training settings, and how the daemon behaves."""
+
+    schema_: str | None = Field(None, alias="$schema", description="Where editors find the meaning of these keys.")
+    profiles: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Named training settings; files in inbox/NAME/ use profile NAME on top of the settings above.",
+    )
+    quiet_seconds: float = Field(2.0, ge=0.1, description="A file is taken when it has not changed for so long.")
+    rescan_seconds: float = Field(30.0, ge=1, description="Look into the inbox at least this often.")
+    truncated_seconds: float = Field(
+        60.0, ge=0, description="How long a file whose last line is cut off may still be growing."
+    )
+    empty_seconds: float = Field(3600.0, ge=0, description="How long an empty file may wait for its content.")
+    duplicates: Literal["skip", "run", "fail"] = Field(
+        "skip", description="What to do with a file that was trained before with the same settings."
+    )
+    gpu_sample_seconds: float = Field(10.0, ge=1, description="How often the GPUs are sampled while a job runs.")
+    stop_seconds: float = Field(120.0, ge=1, description="How long a trainer may take to write its last checkpoint.")
+
+    def training(self) -> TrainingSettings:
+        """Give the training settings without profile or override."""
+        return TrainingSettings(**{name: getattr(self, name) for name in TrainingSettings.model_fields})
+
+
+def _settings(base: TrainingSettings, changes: dict[str, Any]) -> TrainingSettings:
+    merged = base.model_dump()
+    for key, value in changes.items():
+        both_tables = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if both_tables else value
+    if isinstance(changes.get("use_qlora"), bool) and "tuning" not in changes:
+        merged["tuning"] = "auto"  # the alias replaces the base's tuning, it does not contradict it
+    return TrainingSettings(**merged)
+
+
+def _lines(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors(include_url=False, include_context=False):
+        place = ".".join(str(part) for part in problem["loc"])
+        text = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            text = "no such setting"
+        lines.append(f"{place}: {text}" if place else text)
+    return lines
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be read: {error.strerror}", where=str(path), remedy="Mend its permissions."
+        ) from error
+    except ValueError as error:
+        raise ConfigError(
+            f"is not JSON: {error}", where=str(path), remedy="Mend the file; commas are the usual suspects."
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError("must hold one JSON object", where=str(path), remedy='It begins with "{" and ends with "}".')
+    return value
+
+
+def _invalid(lines: list[str], where: str) -> ConfigError:
+    count = "a setting that" if len(lines) == 1 else f"{len(lines)} settings that"
+    return ConfigError(f"holds {count} cannot be used:\n  " + "\n  ".join(lines), where=where)
+
+
+def load_config(path: Path) -> Config:
+    """Read config.json. Raises ConfigError with everything that is wrong in it, profiles included."""
+    value = _read_object(path)
+    lines: list[str] = []
+    config = None
+    try:
+        config = Config(**value)
+    except ValidationError as error:
+        lines = _lines(error)
+    base = config.training() if config else TrainingSettings()
+    profiles = value.get("profiles")
+    for name, changes in profiles.items() if isinstance(profiles, dict) else ():
+        if isinstance(changes, dict):
+            try:
+                _settings(base, changes)
+            except ValidationError as error:
+                lines += [f"profiles.{name}.{line}" for line in _lines(error)]
+    if config is None or lines:
+        raise _invalid(lines, str(path))
+    return config
+
+
+def read_overrides(path: Path) -> dict[str, Any]:
+    """Read `x.config.json`. Raises ConfigError if it is no JSON object or holds what an override may not set."""
+    changes = _read_object(path)
+    forbidden = sorted(NOT_IN_OVERRIDES & changes.keys())
+    if forbidden:
+        raise ConfigError(
+            f"an override may not set {', '.join(forbidden)}",
+            where=str(path),
+            remedy="Set it in config.json or in a profile there.",
+        )
+    return changes
+
+
+def resolve(config: Config, profile: str, overrides: dict[str, Any], *, where: str = "") -> TrainingSettings:
+    """Give the settings of one job: the top level, then its profile, then its override.
+
+    Raises ConfigError for an unknown profile or settings that cannot be used.
+    """
+    if profile and profile not in config.profiles:
+        known = ", ".join(sorted(config.profiles)) or "none yet"
+        raise ConfigError(
+            f"there is no profile {profile!r}",
+            where=where,
+            remedy=f"Add it to `profiles` in config.json (there: {known}), or move the file to inbox/ itself.",
+        )
+    try:
+        settings = _settings(config.training(), config.profiles.get(profile, {}))
+        return _settings(settings, overrides)
+    except ValidationError as error:
+        raise _invalid(_lines(error), where) from error
+
+
+def settings_from(values: dict[str, Any], *, where: str) -> TrainingSettings:
+    """Validate a job's settings as they are stored in job.json. Raises ConfigError."""
+    try:
+        return TrainingSettings(**values)
+    except ValidationError as error:
+        raise _invalid(_lines(error), where) from error
+
+
+def json_schema() -> str:
+    """Give the JSON Schema of config.json, as committed in config.schema.json."""
+    schema = Config.model_json_schema()
+    training = {"$ref": "#/$defs/TrainingSettings"}
+    schema["properties"]["profiles"]["additionalProperties"] = training
+    inner = TrainingSettings.model_json_schema()
+    inner.pop("$defs", None)
+    schema["$defs"]["TrainingSettings"] = inner
+    schema["title"] = "config.json of finetuned"
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+_STARTER_KEYS = (
+    "model", "tuning", "system_prompt", "max_length", "epochs", "batch_size", "gradient_accumulation",
+    "learning_rate", "lora_r", "lora_alpha", "profiles",
+)  # fmt: skip
+
+
+def starter() -> str:
+    """Give a config.json to begin with: the keys that most people change, at their defaults."""
+    defaults = Config().model_dump()
+    values = {"$schema": "./config.schema.json", **{key: defaults[key] for key in _STARTER_KEYS}}
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,108 @@
+"""What the trainer says, and what its end means. Pure: the trainer and the supervisor both read this page.
+
+An event is one JSON line in the job's events.jsonl. Its fields are those of OpenAI's fine-tuning events
+(`created_at`, `level`, `type`, `message`, `data`), and metric names are OpenAI's where it has one.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum, StrEnum
+from typing import Any
+
+
+class EventType(StrEnum):
+    """The kinds of events, in the order in which a job meets them."""
+
+    PHASE = "phase"  # data: phase (validating_files, loading_model, training, evaluating, saving)
+    DATA_REPORT = "data_report"  # data: the data report
+    PLAN = "plan"  # data: steps, tokens, parameters, and every automatic choice with its reason
+    RUNG = "rung"  # data: rung, reason; the trainer climbed down by itself
+    METRICS = "metrics"  # data: step, total_steps, epoch, train_loss, ... or valid_loss
+    PREDICTIONS = "predictions"  # data: step, samples
+    CHECKPOINT = "checkpoint"  # data: step
+    MESSAGE = "message"  # anything worth a line
+    ERROR = "error"  # data: code, what, where, remedy
+    RESULT = "result"  # data: the adapter's metrics; the last event of a success
+
+
+class ExitCode(IntEnum):
+    """How a trainer ends. Anything else is a bug."""
+
+    DONE = 0
+    BAD_DATA = 65
+    OUT_OF_MEMORY = 70
+    TEMPORARY = 75
+    BAD_SETTINGS = 78
+    STOPPED = 130  # asked to stop, and a checkpoint is written
+
+
+class Ending(StrEnum):
+    """What an attempt's end means for its job."""
+
+    SUCCEEDED = "succeeded"
+    PERMANENT = "permanent"  # the same input will fail again
+    RESOURCE = "resource"  # out of memory, and the trainer said so
+    HOST_MEMORY = "host_memory"  # killed, most likely by the kernel for memory
+    TRANSIENT = "transient"
+    INTERRUPTED = "interrupted"  # stopped by us
+    BUG = "bug"
+
+
+def judge(returncode: int, *, stopped_by_us: bool) -> Ending:
+    """Say what an attempt's end means.
+
+    `returncode` is as subprocess gives it: the exit code, or minus the signal's number.
+    """
+    if returncode == ExitCode.DONE:
+        return Ending.SUCCEEDED
+    if stopped_by_us or returncode == ExitCode.STOPPED:
+        return Ending.INTERRUPTED
+    return {
+        ExitCode.BAD_DATA: Ending.PERMANENT,
+        ExitCode.BAD_SETTINGS: Ending.PERMANENT,
+        ExitCode.OUT_OF_MEMORY: Ending.RESOURCE,
+        ExitCode.TEMPORARY: Ending.TRANSIENT,
+        -signal.SIGKILL: Ending.HOST_MEMORY,
+    }.get(returncode, Ending.BUG)
+
+
+def describe_end(returncode: int) -> str:
+    """Name an exit in words: `exit code 65 (bad data)` or `killed by SIGKILL`."""
+    if returncode < 0:
+        return f"killed by {signal.Signals(-returncode).name}"
+    known = {int(code): code.name.lower().replace("_", " ") for code in ExitCode}
+    return f"exit code {returncode} ({known.get(returncode, 'a bug')})"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing the trainer said. `created_at` is in seconds since 1970."""
+
+    created_at: float
+    type: EventType
+    message: str
+    level: str = "info"
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def line(self) -> bytes:
+        """Give the event as one line of events.jsonl."""
+        return json.dumps(asdict(self), ensure_ascii=False, default=str).encode() + b"\n"
+
+
+def parse_event(line: bytes) -> Event | None:
+    """Read one line of events.jsonl; None for a line that is no event (torn by a crash, say)."""
+    try:
+        fields = json.loads(line)
+        return Event(
+            created_at=float(fields["created_at"]),
+            type=EventType(fields["type"]),
+            message=str(fields["message"]),
+            level=str(fields["level"]),
+            data=dict(fields["data"]),
+        )
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,178 @@
+"""The base directory: every path of the project, in one place. Nothing here reads or writes a file's content."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetuned.errors import HomeError
+
+
+@dataclass(frozen=True)
+class JobFolder:
+    """`.finetuned/jobs/ID`: all that one job needs while it lives."""
+
+    path: Path
+
+    @property
+    def spec(self) -> Path:
+        """The whole resolved job, written by the daemon and read by the trainer."""
+        return self.path / "job.json"
+
+    @property
+    def overrides(self) -> Path:
+        """The file `x.config.json` that was dropped beside `x.jsonl`, once it is spent."""
+        return self.path / "overrides.json"
+
+    @property
+    def events(self) -> Path:
+        """What the trainer says, one JSON object a line."""
+        return self.path / "events.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Locked as long as a trainer of this job lives, whatever became of the daemon."""
+        return self.path / "lock"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of this job's checkpoints."""
+        return self.path / "checkpoints"
+
+    def output(self, attempt: int) -> Path:
+        """Where attempt number `attempt` (from 1) leaves its result."""
+        return self.path / f"out.{attempt}"
+
+    def staged_adapter(self, attempt: int) -> Path:
+        """The finished adapter of an attempt, before it is published."""
+        return self.output(attempt) / "adapter"
+
+
+@dataclass(frozen=True)
+class Home:
+    """A base directory. `root` is absolute; the other paths follow from it."""
+
+    root: Path
+
+    @property
+    def inbox(self) -> Path:
+        """Where files are dropped."""
+        return self.root / "inbox"
+
+    @property
+    def adapters(self) -> Path:
+        """Where finished adapters appear."""
+        return self.root / "adapters"
+
+    @property
+    def archive(self) -> Path:
+        """Where inputs go when their job has succeeded."""
+        return self.root / "archive"
+
+    @property
+    def failed(self) -> Path:
+        """Where inputs go when their job has failed."""
+        return self.archive / "failed"
+
+    @property
+    def logs(self) -> Path:
+        """The daemon's log files."""
+        return self.root / "logs"
+
+    @property
+    def job_logs(self) -> Path:
+        """One log file a job."""
+        return self.logs / "jobs"
+
+    @property
+    def config_file(self) -> Path:
+        """The one file to edit."""
+        return self.root / "config.json"
+
+    @property
+    def schema_file(self) -> Path:
+        """The JSON Schema of config.json, for editors."""
+        return self.root / "config.schema.json"
+
+    @property
+    def machinery(self) -> Path:
+        """What users need not look into."""
+        return self.root / ".finetuned"
+
+    @property
+    def ledger(self) -> Path:
+        """The SQLite file."""
+        return self.machinery / "state.db"
+
+    @property
+    def jobs(self) -> Path:
+        """The folders of jobs that are not finished."""
+        return self.machinery / "jobs"
+
+    @property
+    def models(self) -> Path:
+        """Base models that finetuned unpacked itself."""
+        return self.machinery / "models"
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the daemon of this base directory."""
+        return self.machinery / "lock"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Every folder that must exist before the daemon can work."""
+        return (
+            self.inbox,
+            self.adapters,
+            self.failed,
+            self.job_logs,
+            self.jobs,
+            self.models,
+        )
+
+    def job(self, job_id: str) -> JobFolder:
+        """Give the folder of one job."""
+        return JobFolder(self.jobs / job_id)
+
+    def job_log(self, job_id: str) -> Path:
+        """Give the log file of one job."""
+        return self.job_logs / f"{job_id}.log"
+
+
+def find_home(base_dir: Path | None) -> Home:
+    """Find the base directory: the option, else `$FINETUNED_HOME`, else the current folder.
+
+    Raises HomeError when none of them holds a config.json.
+    """
+    named = base_dir or (Path(os.environ["FINETUNED_HOME"]) if os.environ.get("FINETUNED_HOME") else None)
+    root = (named or Path.cwd()).expanduser().resolve()
+    if not (root / "config.json").is_file():
+        raise HomeError(
+            "this folder is not a base directory: it holds no config.json",
+            where=str(root),
+            remedy=f"Make one with `finetuned init {root}`, or name another with --base-dir or $FINETUNED_HOME.",
+        )
+    return Home(root)
+
+
+def printable(name: bytes) -> str:
+    """Give a file name, which is bytes, as text that any log can hold."""
+    return name.decode("utf-8", "backslashreplace")
+
+
+def data_stem(name: bytes) -> str:
+    """Give a data file's name without its data extensions: `x.jsonl.gz` becomes `x`."""
+    return re.sub(r"\.(jsonl|json)(\.gz|\.zst)?$", "", printable(name), flags=re.IGNORECASE)
+
+
+def data_extension(name: bytes) -> str:
+    """Give the data extensions of a file's name in lower case: `.jsonl.gz` of `x.jsonl.gz`."""
+    return printable(name)[len(data_stem(name)) :].lower()
+
+
+def safe_name(name: bytes, limit: int = 48) -> str:
+    """Make a name that is safe as a folder, in a URL and in a shell from a data file's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", data_stem(name)).strip("-.")[:limit].strip("-.") or "data"
