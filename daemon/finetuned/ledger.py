@@ -1,0 +1,254 @@
+"""The ledger: what finetuned knows of its jobs, in SQLite. The only file with SQL.
+
+The daemon is its only writer. Times are seconds since 1970. `synchronous=FULL` is part of the spool protocol: with
+NORMAL a power loss can take back a commit that the folders already rely on.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Self
+
+from finetuned.events import Event, EventType
+from finetuned.jobs import FileIdentity, Job, Outcome, State, check_transition
+
+_JSON_COLUMNS = frozenset({"settings", "rung", "reason", "progress"})
+
+
+def _create_tables(database: sqlite3.Connection) -> None:
+    database.executescript(
+        """
+        CREATE TABLE jobs (
+            id TEXT PRIMARY KEY,
+            name BLOB NOT NULL,
+            profile TEXT NOT NULL,
+            device INTEGER NOT NULL,
+            inode INTEGER NOT NULL,
+            size INTEGER NOT NULL,
+            mtime_ns INTEGER NOT NULL,
+            state TEXT NOT NULL,
+            created_at REAL NOT NULL,
+            settings TEXT NOT NULL,
+            rung TEXT NOT NULL,
+            outcome TEXT,
+            sha256 TEXT,
+            attempt INTEGER NOT NULL,
+            retries INTEGER NOT NULL,
+            interruptions INTEGER NOT NULL,
+            boot_id TEXT,
+            trainer_pid INTEGER,
+            not_before REAL NOT NULL,
+            events_offset INTEGER NOT NULL,
+            adapter TEXT,
+            duplicate_of TEXT,
+            reason TEXT,
+            progress TEXT NOT NULL,
+            started_at REAL,
+            finished_at REAL
+        ) STRICT;
+        CREATE INDEX jobs_by_state ON jobs (state, created_at);
+        CREATE INDEX jobs_by_end ON jobs (finished_at);
+        CREATE INDEX jobs_by_content ON jobs (sha256);
+        CREATE TABLE events (
+            id INTEGER PRIMARY KEY,
+            job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+            created_at REAL NOT NULL,
+            level TEXT NOT NULL,
+            type TEXT NOT NULL,
+            message TEXT NOT NULL,
+            data TEXT NOT NULL
+        ) STRICT;
+        CREATE INDEX events_by_job ON events (job_id, id);
+        CREATE TABLE gpu_samples (
+            id INTEGER PRIMARY KEY,
+            job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+            created_at REAL NOT NULL,
+            uuid TEXT NOT NULL,
+            data TEXT NOT NULL
+        ) STRICT;
+        CREATE INDEX gpu_samples_by_job ON gpu_samples (job_id, created_at);
+        """
+    )
+
+
+MIGRATIONS = [_create_tables]
+
+
+class Ledger:
+    """One connection to the ledger. Use it from one thread."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+        self._database.row_factory = sqlite3.Row
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open for writing, making or upgrading the file. Raises sqlite3.DatabaseError if it is damaged."""
+        database = sqlite3.connect(path, isolation_level=None)
+        path.chmod(0o640)
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON"):
+            database.execute(f"PRAGMA {pragma}")
+        verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if verdict != "ok":
+            database.close()
+            raise sqlite3.DatabaseError(verdict)
+        done = database.execute("PRAGMA user_version").fetchone()[0]
+        for number, migrate in enumerate(MIGRATIONS[done:], start=done + 1):
+            migrate(database)
+            database.execute(f"PRAGMA user_version={number}")
+        return cls(database)
+
+    @classmethod
+    def open_to_read(cls, path: Path) -> Self:
+        """Open a ledger that somebody else writes. Raises sqlite3.OperationalError if there is none."""
+        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+        database.execute("PRAGMA busy_timeout=5000")
+        return cls(database)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._database.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    def add(self, job: Job) -> None:
+        """Commit a new job. Raises sqlite3.IntegrityError if its id is taken."""
+        row = _row(job)
+        marks = ", ".join("?" * len(row))
+        self._database.execute(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({marks})", list(row.values()))
+
+    def drop(self, job_id: str) -> None:
+        """Forget a job whose file never left the inbox."""
+        self._database.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+
+    def update(self, job_id: str, **changes: Any) -> Job:
+        """Commit changes to a job and return it as it now is. A change of state must be a legal one."""
+        with self._transaction():
+            self._change(job_id, changes)
+        return self.job(job_id)
+
+    def _change(self, job_id: str, changes: dict[str, Any]) -> None:
+        if not changes:
+            return
+        if "state" in changes:
+            check_transition(self.job(job_id).state, changes["state"])
+        settings = ", ".join(f"{name} = ?" for name in changes)
+        values = [_stored(name, value) for name, value in changes.items()]
+        self._database.execute(f"UPDATE jobs SET {settings} WHERE id = ?", [*values, job_id])
+
+    def record(self, job_id: str, events: Sequence[Event], *, offset: int, **changes: Any) -> Job:
+        """Commit what the trainer said, how far it was read, and what changed by it, all or nothing."""
+        with self._transaction():
+            self._database.executemany(
+                "INSERT INTO events (job_id, created_at, level, type, message, data) VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (job_id, e.created_at, e.level, e.type, e.message, json.dumps(dict(e.data), default=str))
+                    for e in events
+                ],
+            )
+            self._change(job_id, {"events_offset": offset, **changes})
+        return self.job(job_id)
+
+    def record_gpu(self, job_id: str, samples: Iterable[tuple[float, str, dict[str, Any]]]) -> None:
+        """Commit GPU samples taken while a job ran: (time, uuid, fields)."""
+        with self._transaction():
+            self._database.executemany(
+                "INSERT INTO gpu_samples (job_id, created_at, uuid, data) VALUES (?, ?, ?, ?)",
+                [(job_id, at, uuid, json.dumps(data)) for at, uuid, data in samples],
+            )
+
+    def job(self, job_id: str) -> Job:
+        """Give one job. Raises KeyError if there is none of that id."""
+        row = self._database.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        if row is None:
+            raise KeyError(job_id)
+        return _job(row)
+
+    def jobs(self, *states: State) -> list[Job]:
+        """Give all jobs in these states, oldest first."""
+        marks = ", ".join("?" * len(states))
+        rows = self._database.execute(
+            f"SELECT * FROM jobs WHERE state IN ({marks}) ORDER BY created_at, rowid", [str(s) for s in states]
+        )
+        return [_job(row) for row in rows]
+
+    def next_queued(self, now: float) -> Job | None:
+        """Give the oldest queued job that may start now."""
+        row = self._database.execute(
+            "SELECT * FROM jobs WHERE state = ? AND not_before <= ? ORDER BY created_at, rowid LIMIT 1",
+            (State.QUEUED, now),
+        ).fetchone()
+        return _job(row) if row else None
+
+    def last_finished(self, count: int) -> list[Job]:
+        """Give the jobs that ended last, newest first."""
+        rows = self._database.execute(
+            "SELECT * FROM jobs WHERE finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT ?", (count,)
+        )
+        return [_job(row) for row in rows]
+
+    def trained_before(self, sha256: str, settings: dict[str, Any]) -> Job | None:
+        """Give the newest job that succeeded on the same content with the same settings."""
+        row = self._database.execute(
+            "SELECT * FROM jobs WHERE sha256 = ? AND settings = ? AND outcome = ? AND duplicate_of IS NULL"
+            " ORDER BY finished_at DESC LIMIT 1",
+            (sha256, _stored("settings", settings), Outcome.SUCCEEDED),
+        ).fetchone()
+        return _job(row) if row else None
+
+    def events(self, job_id: str, *, kind: EventType | None = None) -> list[Event]:
+        """Give what a job's trainers said, in order."""
+        rows = self._database.execute(
+            "SELECT * FROM events WHERE job_id = ? AND (? IS NULL OR type = ?) ORDER BY id", (job_id, kind, kind)
+        )
+        return [
+            Event(row["created_at"], EventType(row["type"]), row["message"], row["level"], json.loads(row["data"]))
+            for row in rows
+        ]
+
+    def gpu_samples(self, job_id: str) -> list[dict[str, Any]]:
+        """Give a job's GPU samples, oldest first."""
+        rows = self._database.execute(
+            "SELECT data FROM gpu_samples WHERE job_id = ? ORDER BY created_at, id", (job_id,)
+        )
+        return [json.loads(row["data"]) for row in rows]
+
+
+def _stored(name: str, value: Any) -> Any:
+    if name in _JSON_COLUMNS:
+        return None if value is None else json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return value
+
+
+def _row(job: Job) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    for column in fields(job):
+        value = getattr(job, column.name)
+        if isinstance(value, FileIdentity):
+            row |= {part.name: getattr(value, part.name) for part in fields(value)}
+        else:
+            row[column.name] = _stored(column.name, value)
+    return row
+
+
+def _job(row: sqlite3.Row) -> Job:
+    values = dict(row)
+    identity = FileIdentity(**{part.name: values.pop(part.name) for part in fields(FileIdentity)})
+    for name in _JSON_COLUMNS:
+        values[name] = json.loads(values[name]) if values[name] is not None else None
+    values["state"] = State(values["state"])
+    values["outcome"] = Outcome(values["outcome"]) if values["outcome"] else None
+    return Job(identity=identity, **values)

@@ -1,0 +1,171 @@
+"""From the inbox into the queue: steps D1 to D5 of docs/protocol.md, each a function."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from finetuned.config import Config, read_overrides, resolve
+from finetuned.durable import make_folder, move, sync_file, sync_folder, write_file
+from finetuned.errors import ConfigError
+from finetuned.home import Home, JobFolder, data_extension, safe_name
+from finetuned.jobs import FileIdentity, Job, JobSpec, State
+from finetuned.ledger import Ledger
+from finetuned.spool.inbox import Found
+from finetuned.spool.settle import has_writer
+
+_BLOCK = 4 * 2**20
+
+
+def claim(ledger: Ledger, home: Home, found: Found, config: Config) -> Job:
+    """Take a ready file out of the inbox (D1 to D3). The job is left in state claiming.
+
+    Settings that cannot be used do not stop the claim: the job carries the reason and is failed by the caller.
+    Raises OSError if the file went away or the disk is full; recovery and the next look put that right.
+    """
+    job, override_inode = _describe(home, found, config)
+    ledger.add(job)  # D1
+    write_spec(home, job, override_inode=override_inode)  # D2
+    _take(home, job, found.path)  # D3
+    take_override(home.job(job.id), found.override, override_inode)
+    return job
+
+
+def _describe(home: Home, found: Found, config: Config) -> tuple[Job, int | None]:
+    facts = found.path.lstat()
+    settings: dict[str, Any] = {}
+    rung: dict[str, Any] = {}
+    reason = override_inode = None
+    try:
+        overrides: dict[str, Any] = {}
+        if found.override.is_file():
+            override_inode = found.override.lstat().st_ino
+            overrides = read_overrides(found.override)
+        training = resolve(
+            config, found.profile, overrides, where=str(found.override if overrides else home.config_file)
+        )
+        settings = training.model_dump()
+        rung = training.first_rung().as_dict()
+    except ConfigError as error:
+        reason = error.as_dict()
+    job = Job(
+        id=f"{safe_name(found.name)}-{secrets.token_hex(3)}",
+        name=found.name,
+        profile=found.profile,
+        identity=FileIdentity(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns),
+        state=State.CLAIMING,
+        created_at=time.time(),
+        settings=settings,
+        rung=rung,
+        reason=reason,
+    )
+    return job, override_inode
+
+
+def write_spec(home: Home, job: Job, *, override_inode: int | None = None) -> None:
+    """Write job.json with the job as it now is (D2, and again before each attempt)."""
+    folder = home.job(job.id)
+    make_folder(folder.path)
+    spec = JobSpec(
+        id=job.id,
+        name=os.fsdecode(job.name),
+        profile=job.profile,
+        identity=job.identity,
+        created_at=job.created_at,
+        input=f"input{data_extension(job.name)}",
+        settings=job.settings,
+        rung=job.rung,
+        override_inode=override_inode,
+        sha256=job.sha256,
+        attempt=job.attempt,
+        base_dir=str(home.root),
+        models=str(home.models),
+    )
+    write_file(folder.spec, spec.encode())
+
+
+def read_spec(folder: JobFolder) -> JobSpec:
+    """Read job.json. Raises OSError, ValueError or TypeError if there is no whole one."""
+    return JobSpec.decode(folder.spec.read_bytes())
+
+
+def input_path(home: Home, job: Job) -> Path:
+    """Give the place of a claimed job's input."""
+    return home.job(job.id).path / f"input{data_extension(job.name)}"
+
+
+def _take(home: Home, job: Job, source: Path) -> None:
+    """Move the file into the job's folder (D3). One with other hard links is copied: others can still write to it."""
+    target = input_path(home, job)
+    if source.lstat().st_nlink == 1:
+        move(source, target)
+        return
+    partial = target.with_name("input.partial")
+    shutil.copyfile(source, partial, follow_symlinks=False)
+    shutil.copystat(source, partial, follow_symlinks=False)
+    sync_file(partial)
+    move(partial, target)
+    source.unlink()
+    sync_folder(source.parent)
+
+
+def take_override(folder: JobFolder, override: Path, inode: int | None) -> None:
+    """Put the spent override beside the input, unless it has been replaced by a newer one."""
+    if inode is not None and override.is_file() and override.lstat().st_ino == inode:
+        move(override, folder.overrides)
+
+
+def fingerprint(path: Path) -> tuple[FileIdentity, str] | None:
+    """Make a claimed file durable and hash it (D4): its identity and sha256, or None while somebody still writes to
+    it.
+
+    A rename does not stop a writer that has the file open, so it is looked at before and after. Takes as long as
+    reading the file does: call it beside the loop.
+    """
+    with path.open("rb") as file:
+        if has_writer(file.fileno()):
+            return None
+        before = os.fstat(file.fileno())
+        os.fsync(file.fileno())  # uploaders do not
+        digest = hashlib.sha256()
+        while block := file.read(_BLOCK):
+            digest.update(block)
+        after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or has_writer(file.fileno()):
+            return None
+    return FileIdentity(after.st_dev, after.st_ino, after.st_size, after.st_mtime_ns), digest.hexdigest()
+
+
+def enqueue(ledger: Ledger, config: Config, job: Job, sha256: str) -> Job:
+    """Queue a claimed and hashed job (D5), or settle it at once if it was trained before."""
+    before = None if config.duplicates == "run" else ledger.trained_before(sha256, job.settings)
+    if before is None:
+        return ledger.update(job.id, state=State.QUEUED, sha256=sha256)
+    if config.duplicates == "skip":
+        return ledger.update(job.id, state=State.TRAINED, sha256=sha256, duplicate_of=before.id, adapter=before.adapter)
+    reason = ConfigError(
+        f"the same file was trained with the same settings as job {before.id}",
+        remedy='Change a setting, or set "duplicates" to "run" in config.json.',
+        code="duplicate",
+    ).as_dict()
+    return ledger.update(job.id, state=State.FAILING, sha256=sha256, reason=reason)
+
+
+def restore(spec: JobSpec) -> Job:
+    """Make a job's row again from its job.json, for when the ledger was lost."""
+    return Job(
+        id=spec.id,
+        name=os.fsencode(spec.name),
+        profile=spec.profile,
+        identity=spec.identity,
+        state=State.CLAIMING,
+        created_at=spec.created_at,
+        settings=spec.settings,
+        rung=spec.rung,
+        attempt=spec.attempt,
+    )

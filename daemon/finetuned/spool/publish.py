@@ -1,0 +1,179 @@
+"""From a trained job to its place: steps D8 to D13 of docs/protocol.md, and the failure steps, each a function.
+
+Every function may be called again after a crash in its middle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from finetuned.durable import make_folder, move, sync_folder, sync_tree, write_file
+from finetuned.errors import FinetunedError
+from finetuned.home import Home, printable, safe_name
+from finetuned.jobs import Job, Outcome, State
+from finetuned.ledger import Ledger
+from finetuned.spool.claim import input_path
+
+MANIFEST = "finetuned.json"  # written last by the trainer; names the job it belongs to
+_WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+_LOG_LINES, _LOG_BYTES = 200, 256 * 1024  # of a bug, kept in reason.json
+_LONGEST_HEADER = 100 * 2**20  # bytes, as safetensors itself bounds it
+
+
+class BadOutputError(FinetunedError):
+    """The trainer said that it succeeded, but what it left is not an adapter."""
+
+    code = "bad_output"
+
+
+def check_output(folder: Path) -> None:
+    """Look at what a trainer left (D8). Raises BadOutputError."""
+    remedy = "This is a bug in finetuned; the job's log says more."
+    if not (folder / MANIFEST).is_file():
+        raise BadOutputError(f"there is no {MANIFEST}", where=str(folder), remedy=remedy)
+    weights = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+    if not weights:
+        raise BadOutputError("there are no weights", where=str(folder), remedy=remedy)
+    for path in folder.glob("*.safetensors"):
+        if not _whole_safetensors(path):
+            raise BadOutputError("is not a whole safetensors file", where=str(path), remedy=remedy)
+
+
+def _whole_safetensors(path: Path) -> bool:
+    """Whether the header is JSON and the file as long as the header says."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= _LONGEST_HEADER:
+            return False
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+            end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return False
+        return path.stat().st_size == 8 + length + end
+
+
+def choose_name(ledger: Ledger, home: Home, job: Job) -> Job:
+    """Settle the adapter's name before anything is moved: the file's stem, or the job's id where that is taken."""
+    if job.adapter:
+        return job
+    stem = safe_name(job.name)
+    taken = stem == "latest" or os.path.lexists(home.adapters / stem)
+    return ledger.update(job.id, adapter=job.id if taken else stem)
+
+
+def published(home: Home, job: Job) -> bool:
+    """Whether this job's adapter is in adapters/ already."""
+    if not job.adapter:
+        return False
+    try:
+        manifest = json.loads((home.adapters / job.adapter / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("job_id") == job.id
+
+
+def publish(ledger: Ledger, home: Home, job: Job) -> Job:
+    """Check, make durable and publish the adapter by one rename (D8 to D10). Raises BadOutputError or OSError."""
+    job = choose_name(ledger, home, job)
+    target = home.adapters / str(job.adapter)
+    if not published(home, job):
+        staged = home.job(job.id).staged_adapter(job.attempt)
+        check_output(staged)
+        sync_tree(staged)
+        move(staged, target)  # D9: this is publication
+    sync_folder(home.adapters)
+    point_latest(home, target.name)
+    return ledger.update(job.id, state=State.TRAINED)  # D10
+
+
+def point_latest(home: Home, adapter: str) -> None:
+    """Let adapters/latest name the newest adapter. A convenience: it is not part of the promise."""
+    temporary = home.adapters / ".latest.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(adapter, target_is_directory=True)
+    temporary.replace(home.adapters / "latest")
+
+
+def archive_folder(home: Home, job: Job) -> Path:
+    """Give archive/YYYY-MM/ID, by the month in which the job was made, so that a repetition finds the same place."""
+    month = datetime.fromtimestamp(job.created_at).astimezone().strftime("%Y-%m")
+    return home.archive / month / job.id
+
+
+def archive(ledger: Ledger, home: Home, job: Job) -> Job:
+    """Put the input away and finish the job (D11, D12)."""
+    folder = archive_folder(home, job)
+    make_folder(folder)
+    write_file(folder / "job.json", _story(job, Outcome.SUCCEEDED))
+    _put_away(home, job, folder)
+    return _finish(ledger, home, job, Outcome.SUCCEEDED)
+
+
+def fail(ledger: Ledger, home: Home, job: Job, reason: dict[str, str] | None = None) -> Job:
+    """Record why a job failed, put its input into archive/failed/ with the reason, and finish it."""
+    if job.state is not State.FAILING:
+        job = ledger.update(job.id, state=State.FAILING, reason=reason or job.reason)
+    folder = home.failed / job.id
+    make_folder(folder)
+    write_file(folder / "reason.json", _story(job, Outcome.FAILED, log=home.job_log(job.id)))
+    checkpoints = home.job(job.id).checkpoints
+    if checkpoints.is_dir() and not (folder / checkpoints.name).exists():
+        move(checkpoints, folder / checkpoints.name)  # hours of work may be in them
+    _put_away(home, job, folder)
+    return _finish(ledger, home, job, Outcome.FAILED)
+
+
+def _finish(ledger: Ledger, home: Home, job: Job, outcome: Outcome) -> Job:
+    job = ledger.update(job.id, state=State.FINISHED, outcome=outcome, finished_at=time.time(), trainer_pid=None)
+    sweep(home, job)
+    return job
+
+
+def _put_away(home: Home, job: Job, folder: Path) -> None:
+    overrides = home.job(job.id).overrides
+    if overrides.exists():
+        move(overrides, folder / overrides.name)
+    source = input_path(home, job)
+    if source.exists():
+        move(source, folder / os.fsdecode(job.name))
+
+
+def _story(job: Job, outcome: Outcome, *, log: Path | None = None) -> bytes:
+    story = {
+        "job_id": job.id,
+        "file": printable(job.name),
+        "outcome": outcome,
+        **({"reason": job.reason} if job.reason else {}),
+        **({"duplicate_of": job.duplicate_of} if job.duplicate_of else {}),
+        "adapter": job.adapter if outcome is Outcome.SUCCEEDED else None,
+        "profile": job.profile,
+        "sha256": job.sha256,
+        "attempts": job.attempt,
+        "rung": job.rung,
+        "settings": job.settings,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        **({"log": _last_lines(log)} if log and job.reason and job.reason["code"] == "bug" else {}),
+    }
+    return json.dumps(story, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _last_lines(log: Path) -> list[str]:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_BYTES))
+            return file.read().decode("utf-8", "replace").splitlines()[-_LOG_LINES:]
+    except OSError:
+        return []
+
+
+def sweep(home: Home, job: Job) -> None:
+    """Remove what a finished job leaves (D13). Best effort: recovery repeats it."""
+    shutil.rmtree(home.job(job.id).path, ignore_errors=True)

@@ -1,0 +1,159 @@
+"""After a crash: where each unfinished job stands, and the step that comes next. The table of docs/protocol.md.
+
+Runs before the watcher starts. It may itself crash at any point and run again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from finetuned.durable import sync_folder
+from finetuned.errors import FinetunedError
+from finetuned.home import Home, JobFolder, printable
+from finetuned.jobs import Job, State
+from finetuned.ledger import Ledger
+from finetuned.spool.claim import input_path, read_spec, restore, take_override
+from finetuned.spool.inbox import Found
+from finetuned.spool.publish import archive, fail, publish, published
+
+MOST_INTERRUPTIONS = 5  # of one job; after that it is the job that takes the machine down
+
+_log = structlog.get_logger()
+
+
+def recover(ledger: Ledger, home: Home, *, stop_orphan: Callable[[Job], None]) -> None:
+    """Bring ledger and folders into agreement.
+
+    `stop_orphan` ends a trainer that outlived its daemon and returns when it is gone.
+    """
+    _adopt_lost(ledger, home)
+    for job in ledger.jobs(State.CLAIMING, State.QUEUED, State.RUNNING, State.TRAINED, State.FAILING):
+        recover_job(ledger, home, job, stop_orphan=stop_orphan)
+    known = {job.id for job in ledger.jobs(*(state for state in State if state is not State.FINISHED))}
+    for folder in home.jobs.iterdir():
+        if folder.is_dir() and folder.name not in known and not _holds_input(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _holds_input(folder: Path) -> bool:
+    return any(folder.glob("input.*"))
+
+
+def _adopt_lost(ledger: Ledger, home: Home) -> None:
+    """Rebuild the rows of jobs that have a folder with an input but no row: the ledger was lost."""
+    for path in sorted(home.jobs.iterdir()):
+        if not _holds_input(path):
+            continue
+        try:
+            ledger.job(path.name)
+        except KeyError:
+            try:
+                job = restore(read_spec(JobFolder(path)))
+            except (OSError, ValueError, TypeError, KeyError):
+                _log.error(
+                    "job folder without a readable job.json",
+                    folder=str(path),
+                    remedy="Move its input back into inbox/.",
+                )
+                continue
+            _log.warning("job rebuilt from its folder", job=job.id)
+            ledger.add(job)
+
+
+def recover_job(ledger: Ledger, home: Home, job: Job, *, stop_orphan: Callable[[Job], None]) -> None:
+    """Put one job right. A row of the table a case."""
+    match job.state:
+        case State.CLAIMING:
+            _recover_claim(ledger, home, job)
+        case State.RUNNING:
+            _recover_run(ledger, home, job, stop_orphan)
+        case State.TRAINED:
+            archive(ledger, home, job)
+        case State.FAILING:
+            fail(ledger, home, job)
+        case State.QUEUED | State.FINISHED:
+            pass
+
+
+def _recover_claim(ledger: Ledger, home: Home, job: Job) -> None:
+    source = home.inbox / job.profile / os.fsdecode(job.name)
+    if _same_inode(source, job):
+        shutil.rmtree(home.job(job.id).path, ignore_errors=True)
+        ledger.drop(job.id)
+    elif input_path(home, job).exists():
+        folder = home.job(job.id)
+        if folder.spec.exists():
+            take_override(folder, Found(source, job.profile).override, read_spec(folder).override_inode)
+        sync_folder(folder.path)
+        sync_folder(source.parent if source.parent.is_dir() else home.inbox)
+    else:
+        _log.warning("file vanished before it was taken", file=printable(job.name))
+        ledger.drop(job.id)
+
+
+def _same_inode(path: Path, job: Job) -> bool:
+    try:
+        facts = path.lstat()
+    except OSError:
+        return False
+    return (facts.st_dev, facts.st_ino) == (job.identity.device, job.identity.inode)
+
+
+def _recover_run(ledger: Ledger, home: Home, job: Job, stop_orphan: Callable[[Job], None]) -> None:
+    if locked(home.job(job.id)):
+        stop_orphan(job)
+    if published(home, job):
+        archive(ledger, home, publish(ledger, home, job))
+    elif _finished_output(home, job):
+        try:
+            archive(ledger, home, publish(ledger, home, job))
+        except FinetunedError as error:
+            fail(ledger, home, job, error.as_dict())
+    elif job.interruptions + 1 >= MOST_INTERRUPTIONS:
+        fail(
+            ledger,
+            home,
+            job,
+            {
+                "code": "interrupted_too_often",
+                "what": f"the daemon or the machine went down {MOST_INTERRUPTIONS} times while this job ran",
+                "where": printable(job.name),
+                "remedy": "Look into the job's log and the machine's; drop the file again when the cause is gone.",
+            },
+        )
+    else:
+        _log.warning(
+            "job was interrupted", job=job.id, attempt=job.attempt, then="it resumes from its newest checkpoint"
+        )
+        ledger.update(job.id, state=State.QUEUED, interruptions=job.interruptions + 1, trainer_pid=None)
+
+
+def _finished_output(home: Home, job: Job) -> bool:
+    """Whether the trainer had come to its end before the daemon did: its manifest is the last file it writes."""
+    manifest = home.job(job.id).staged_adapter(job.attempt) / "finetuned.json"
+    try:
+        return bool(json.loads(manifest.read_bytes()).get("job_id") == job.id)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def locked(folder: JobFolder) -> bool:
+    """Whether a trainer of this job is alive: it holds the lock, whatever became of the daemon."""
+    try:
+        descriptor = os.open(folder.lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

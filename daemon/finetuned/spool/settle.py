@@ -1,0 +1,157 @@
+"""Which files of the inbox are ready. The listing is the truth; nothing here moves a file.
+
+A file is ready when it has been quiet for a while, nobody has it open for writing, and its last line is whole. What
+will never be ready is named once, with what to do about it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import pwd
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetuned.config import Config
+from finetuned.spool.inbox import Complaint, Found, list_inbox
+
+_NO_LEASE_FACTOR = 2.5  # a longer quiet window where the kernel cannot say whether somebody writes
+_BUSY_SECONDS = 0.5  # look again so soon after a file that somebody has open
+_LAST_LINE_LIMIT = 16 * 2**20  # bytes; a longer last line is judged by the trainer
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look into the inbox found. `again` is in seconds from now, None if only a change can help."""
+
+    ready: list[Found]
+    complaints: list[Complaint]
+    waiting: list[Path]
+    again: float | None
+
+
+@dataclass
+class _Seen:
+    state: tuple[int, ...]  # device, inode, size, mtime, ctime
+    since: float  # when this state was first seen
+
+
+@dataclass
+class Settler:
+    """Remembers what the inbox looked like, to know what has been quiet for how long."""
+
+    inbox: Path
+    _seen: dict[Path, _Seen] = field(default_factory=dict)
+    _complained: dict[Path, str] = field(default_factory=dict)
+
+    def look(self, config: Config, now: float) -> Look:
+        """List the inbox and say what is ready. `now` is in seconds on a clock that never jumps."""
+        ready: list[Found] = []
+        waiting: list[Path] = []
+        complaints: list[Complaint] = []
+        pauses: list[float] = []
+        here = set()
+        for entry in list_inbox(self.inbox, config.profiles):
+            verdict = entry if isinstance(entry, Complaint) else self._judge(entry, config, now)
+            here.add(entry.path)
+            if isinstance(verdict, Complaint):
+                complaints.append(verdict)
+            elif verdict > 0:
+                waiting.append(entry.path)
+                pauses.append(verdict)
+            elif isinstance(entry, Found):
+                ready.append(entry)
+        self._seen = {path: seen for path, seen in self._seen.items() if path in here}
+        fresh = [c for c in complaints if self._complained.get(c.path) != c.what]
+        self._complained = {c.path: c.what for c in complaints}
+        return Look(ready, fresh, waiting, min(pauses, default=None))
+
+    def _judge(self, found: Found, config: Config, now: float) -> float | Complaint:
+        """Give 0 if the file is ready, else the seconds after which to look again, or a complaint."""
+        try:
+            descriptor = os.open(found.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return _BUSY_SECONDS  # taken back between listing and opening
+        except OSError as error:
+            return _unopened(found.path, error)
+        try:
+            facts = os.fstat(descriptor)
+            if not stat.S_ISREG(facts.st_mode):
+                return Complaint(found.path, "is not a regular file", "Put the file itself here.")
+            quiet = self._quiet(found.path, facts, now)
+            if facts.st_size == 0:
+                return max(0.0, config.empty_seconds - quiet)
+            left = _left_to_wait(descriptor, quiet, config.quiet_seconds)
+            plain = found.path.suffix.lower() == ".jsonl"
+            if left == 0 and plain and not _last_line_whole(descriptor, facts.st_size):
+                left = max(0.0, config.truncated_seconds - quiet)
+            return left
+        finally:
+            os.close(descriptor)
+
+    def _quiet(self, path: Path, facts: os.stat_result, now: float) -> float:
+        """Seconds for which the file has looked as it does."""
+        state = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+        seen = self._seen.get(path)
+        if seen is None or seen.state != state:
+            seen = self._seen[path] = _Seen(state, now)
+        return now - seen.since
+
+
+def _left_to_wait(descriptor: int, quiet: float, window: float) -> float:
+    """Seconds that a file which has been quiet so long has to wait yet: for its window, or for who writes to it."""
+    if quiet < window:
+        return window - quiet
+    writer = has_writer(descriptor)
+    if writer is None:
+        return max(0.0, window * _NO_LEASE_FACTOR - quiet)
+    return _BUSY_SECONDS if writer else 0.0
+
+
+def _unopened(path: Path, error: OSError) -> Complaint:
+    if error.errno == errno.ELOOP:
+        return Complaint(path, "is a symbolic link", "Put the file itself here, or a hard link to it.")
+    if error.errno not in {errno.EACCES, errno.EPERM}:
+        return Complaint(path, f"cannot be opened: {error.strerror}", "It is tried again at the next look.")
+    facts = path.lstat()
+    try:
+        owner = pwd.getpwuid(facts.st_uid).pw_name
+    except KeyError:
+        owner = str(facts.st_uid)
+    return Complaint(
+        path,
+        f"may not be read: owner {owner}, mode {stat.S_IMODE(facts.st_mode):04o}",
+        f"`chmod a+r {path}`; it is tried again at every look.",
+    )
+
+
+def has_writer(descriptor: int) -> bool | None:
+    """Ask the kernel whether anybody has the file open for writing; None if it cannot say.
+
+    A read lease is refused with EAGAIN while a writable descriptor or mapping exists, also after a rename.
+    """
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        return True if error.errno == errno.EAGAIN else None
+    fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
+
+
+def _last_line_whole(descriptor: int, size: int) -> bool:
+    """Whether the last line ends in a newline, or is JSON without one."""
+    if os.pread(descriptor, 1, size - 1) == b"\n":
+        return True
+    start = max(0, size - _LAST_LINE_LIMIT)
+    tail = os.pread(descriptor, size - start, start)
+    line = tail[tail.rfind(b"\n") + 1 :]
+    if len(line) == len(tail) and start > 0:
+        return True
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,72 @@
+"""Hints that the inbox changed, from watchdog. A hint may be late, doubled or missing: it only makes the loop look
+sooner.
+
+watchdog loses events in a burst, and its emitter dies without a word when the watched folder is deleted and made
+again, so the watch is renewed whenever the folder is another one than before, and the loop looks by itself every
+`rescan_seconds`.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import structlog
+from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.observers import Observer
+from watchdog.observers.api import BaseObserver
+
+_log = structlog.get_logger()
+
+# Reading a file is no change, and our own looks would wake us for ever.
+_IGNORED = frozenset({"opened", "closed_no_write"})
+
+
+class _Hint(FileSystemEventHandler):
+    """Sets the flag and nothing else: an exception in a handler would end watchdog's thread."""
+
+    def __init__(self, changed: threading.Event) -> None:
+        self._changed = changed
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        if event.event_type not in _IGNORED:
+            self._changed.set()
+
+
+class Watch:
+    """Watches the inbox and sets `changed`."""
+
+    def __init__(self, inbox: Path, changed: threading.Event) -> None:
+        self._inbox = inbox
+        self._changed = changed
+        self._observer: BaseObserver | None = None
+        self._watched: tuple[int, int] | None = None  # device and inode of the folder under watch
+
+    def renew(self) -> None:
+        """Start watching, or start again if the folder was replaced or the watcher died. Cheap when all is well."""
+        try:
+            facts = self._inbox.stat()
+        except OSError:
+            self.stop()
+            return
+        folder = (facts.st_dev, facts.st_ino)
+        if self._observer is not None and self._observer.is_alive() and folder == self._watched:
+            return
+        self.stop()
+        observer = Observer()
+        observer.daemon = True
+        try:
+            observer.schedule(_Hint(self._changed), str(self._inbox), recursive=True)
+            observer.start()
+        except OSError as error:  # out of inotify watches, most likely; the rescan goes on
+            _log.warning("inbox not watched", error=error.strerror, remedy="Raise fs.inotify.max_user_watches.")
+            return
+        self._observer, self._watched = observer, folder
+        self._changed.set()
+
+    def stop(self) -> None:
+        """Stop watching."""
+        if self._observer is not None:
+            self._observer.stop()
+            self._observer.join(timeout=2)
+            self._observer = None
