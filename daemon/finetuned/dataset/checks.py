@@ -1,0 +1,90 @@
+"""What makes a row usable, and its normal form. Pure: a value in, a row or its problems out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
+
+REMEDIES = {
+    "not_json": "Each line must be one whole JSON object.",
+    "not_utf8": "Save the file as UTF-8.",
+    "row_too_large": "Split the row.",
+    "truncated_last_line": "The upload or export was cut off; make the file again.",
+    "data_type": "Each row must be a JSON object.",
+    "missing_messages_list": 'Each row needs "messages": a list of at least one message.',
+    "message_missing_key": 'Each message needs "role" and "content".',
+    "unrecognized_role": f"Roles are {', '.join(sorted(ROLES))}.",
+    "missing_content": 'Give the message a "content"; null cannot be learned.',
+    "example_missing_assistant_message": "Without an assistant turn there is nothing to learn from the row.",
+    "template_drops_text": "The model's chat template changes or leaves out the answer; another model may keep it.",
+    "no_supervised_tokens": "The answer lies behind max_length; raise it or shorten the question.",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a row cannot be used."""
+
+    code: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A usable row: `line` in the file, and its messages as (role, text)."""
+
+    line: int
+    messages: tuple[tuple[str, str], ...]
+
+    def chat(self) -> list[dict[str, str]]:
+        """Give the messages as a chat template takes them."""
+        return [{"role": role, "content": content} for role, content in self.messages]
+
+
+def check_row(line: int, value: Any) -> Row | list[Problem]:
+    """Bring one row into its normal form, or say all that is wrong with it."""
+    if not isinstance(value, dict):
+        return [Problem("data_type", f"a {type(value).__name__}")]
+    messages = value.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return [Problem("missing_messages_list", f"keys: {', '.join(map(str, value))}")]
+    problems: list[Problem] = []
+    normal: list[tuple[str, str]] = []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            problems.append(Problem("data_type", f"message {number} is a {type(message).__name__}"))
+        elif "role" not in message or "content" not in message:
+            problems.append(Problem("message_missing_key", f"message {number}"))
+        elif message["role"] not in ROLES:
+            problems.append(Problem("unrecognized_role", f"message {number}: {message['role']!r}"))
+        elif message["content"] is None:
+            problems.append(Problem("missing_content", f"message {number}"))
+        else:
+            normal.append((message["role"], text_of(message["content"])))
+    if not problems and not any(role == "assistant" for role, _ in normal):
+        problems.append(Problem("example_missing_assistant_message"))
+    return problems or Row(line, tuple(normal))
+
+
+def text_of(content: Any) -> str:
+    """Give content as the trained text: a string as it is, a list of text parts joined, anything else as JSON."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
+        return "".join(part["text"] for part in content)
+    return orjson.dumps(content).decode()
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def with_system_prompt(row: Row, prompt: str | None) -> Row:
+    """Put the system prompt before a row that has none."""
+    if prompt is None or row.messages[0][0] in {"system", "developer"}:
+        return row
+    return Row(row.line, (("system", prompt), *row.messages))

@@ -1,0 +1,111 @@
+"""Reading a training file: lines with their numbers, plain or compressed, in constant memory."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+import zstandard
+
+from finetuned.errors import DataError
+
+MAX_ROW = 64 * 2**20  # bytes of one line
+MAX_UNPACKED = 64 * 2**30  # bytes of a file after decompression: a bomb ends here and not on the disk
+_BOM = b"\xef\xbb\xbf"
+
+
+class BadLine(Exception):  # noqa: N818, it is no error of the program: the caller counts it
+    """A line that holds no JSON value. `code` says why."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+        self.detail = detail
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Any | BadLine]]:
+    """Yield each row with its line number, from 1; a line that cannot be read as a `BadLine`. Blank lines are passed
+    over.
+
+    In a `.json` file, which holds one array, the number is that of the element. Raises DataError where the file as a
+    whole cannot be read.
+    """
+    name = path.name.lower()
+    try:
+        if name.endswith(".json"):
+            yield from _array(path)
+            return
+        with _unpacked(path, name) as file:
+            yield from _lines(file, path)
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise DataError(
+            f"the compressed file is damaged or cut off: {error}",
+            where=path.name,
+            remedy="Pack it again and drop it again.",
+            code="damaged_archive",
+        ) from error
+
+
+def _unpacked(path: Path, name: str) -> IO[bytes]:
+    if name.endswith(".gz"):
+        return io.BufferedReader(gzip.open(path, "rb"), 2**20)
+    if name.endswith(".zst"):
+        reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True, read_across_frames=True)
+        return io.BufferedReader(reader, 2**20)
+    return path.open("rb", buffering=2**20)
+
+
+def _array(path: Path) -> Iterator[tuple[int, Any | BadLine]]:
+    try:
+        value = orjson.loads(path.read_bytes().removeprefix(_BOM))
+    except orjson.JSONDecodeError as error:
+        raise DataError(
+            f"is not JSON: {error}",
+            where=path.name,
+            remedy="Mend it, or save one row a line as .jsonl.",
+            code="not_json",
+        ) from error
+    if not isinstance(value, list):
+        raise DataError(
+            "holds no array", where=path.name, remedy="A .json file must be one array of rows.", code="data_type"
+        )
+    yield from enumerate(value, start=1)
+
+
+def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | BadLine]]:
+    total = number = 0
+    while line := file.readline(MAX_ROW + 1):
+        number += 1
+        total += len(line)
+        if len(line) > MAX_ROW:
+            yield number, BadLine("row_too_large", f"longer than {MAX_ROW // 2**20} MiB")
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_ROW)
+                total += len(line)
+        elif text := line.removeprefix(_BOM).strip() if number == 1 else line.strip():
+            yield number, _value(text, ended=line.endswith(b"\n"))
+        if total > MAX_UNPACKED:
+            raise DataError(
+                f"unpacks to more than {MAX_UNPACKED // 2**30} GiB",
+                where=path.name,
+                remedy="Split it.",
+                code="too_large",
+            )
+
+
+def _value(text: bytes, *, ended: bool) -> Any | BadLine:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        if not ended:
+            return BadLine("truncated_last_line", "the last line is cut off")
+        try:
+            text.decode()
+        except UnicodeDecodeError as problem:
+            return BadLine("not_utf8", f"byte {problem.start + 1} is no UTF-8")
+        return BadLine("not_json", str(error))
