@@ -1,0 +1,170 @@
+"""`python -m finetuned.trainer JOB_DIR`: job.json in, events and an adapter out, and an exit code (`events.ExitCode`).
+
+The data is checked before torch is imported, so a bad file is told in a moment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetuned.config import TrainingSettings, settings_from
+from finetuned.dataset.checks import Row
+from finetuned.dataset.report import Report, judge, read_file
+from finetuned.errors import ConfigError, DataError, FinetunedError, ModelError, OutOfMemoryError
+from finetuned.events import EventType, ExitCode
+from finetuned.fallback import Rung
+from finetuned.home import JobFolder
+from finetuned.jobs import JobSpec
+from finetuned.trainer.ends import OutOfMeansError, StopAskedError
+from finetuned.trainer.reporter import Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finetuned.trainer.batches import Example
+
+_stop_asked = False
+
+
+def main(folder: JobFolder) -> ExitCode:
+    """Run one attempt."""
+    signal.signal(signal.SIGTERM, _ask_to_stop)
+    signal.signal(signal.SIGINT, _ask_to_stop)
+    spec = JobSpec.decode(folder.spec.read_bytes())
+    say = Reporter(folder.events)
+    with _told(say) as end:
+        settings = settings_from(spec.settings, where=spec.name)
+        say.phase("validating_files", f"reading {spec.name}")
+        rows, report = read_file(folder.path / spec.input, name=spec.name, system_prompt=settings.system_prompt)
+        judge(report, name=spec.name, max_bad_rows=settings.max_bad_rows)
+        held_out = _held_out(settings, spec)
+        _train(folder, spec, settings, say=say, rows=rows, report=report, held_out=held_out)
+    return end.code
+
+
+def _train(
+    folder: JobFolder,
+    spec: JobSpec,
+    settings: TrainingSettings,
+    *,
+    say: Reporter,
+    rows: list[Row],
+    report: Report,
+    held_out: list[Row],
+) -> None:
+    """Do all that needs torch."""
+    say.phase("loading_model", "starting torch")
+    import torch
+    import transformers
+
+    from finetuned.trainer.adapter import write_adapter
+    from finetuned.trainer.loop import Task, train
+    from finetuned.trainer.model import choose_tuning, find_base, load_tokenizer
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tuning, why = choose_tuning(spec.rung["tuning"], device)
+    rung = replace(Rung(**spec.rung), tuning=tuning)
+    if tuning != spec.rung["tuning"]:
+        say.say(EventType.RUNG, f"tuning {tuning}: {why}", rung=rung.as_dict(), reason=why)
+    base = find_base(settings, models=Path(spec.models), base_dir=Path(spec.base_dir))
+    tokenizer = load_tokenizer(base, settings)
+    examples = _examples(rows, report, tokenizer, rung.max_length)
+    say.say(EventType.DATA_REPORT, f"data: {report.summary()}", **report.as_dict())
+    for sentence in report.sentences():
+        say.warn(f"left out: {sentence}")
+    judge(report, name=spec.name, max_bad_rows=settings.max_bad_rows)
+    held_out_report = Report(rows=len(held_out))
+    task = Task(
+        settings=settings,
+        rung=rung,
+        base=base,
+        tokenizer=tokenizer,
+        train=examples,
+        held_out=_examples(held_out, held_out_report, tokenizer, rung.max_length),
+        device=device,
+        checkpoints=folder.checkpoints,
+        say=say,
+        asked_to_stop=lambda: _stop_asked,
+    )
+    judge(held_out_report, name=str(settings.eval_file), max_bad_rows=settings.max_bad_rows)
+    trained = train(task)
+    say.phase("saving", "writing the adapter")
+    write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, report.as_dict())
+    figures = ", ".join(
+        f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(("loss", "before"))
+    )
+    say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
+
+
+def _examples(rows: list[Row], report: Report, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+    from finetuned.trainer.batches import Example, tokenise
+
+    examples = []
+    for result in tokenise(rows, tokenizer, max_length=max_length):
+        if isinstance(result, Example):
+            examples.append(result)
+        else:
+            report.add(result[0].line, [result[1]])
+    return examples
+
+
+def _held_out(settings: TrainingSettings, spec: JobSpec) -> list[Row]:
+    """Read eval_file; bad rows there are an error, as a figure over some of the rows would mislead."""
+    if settings.eval_file is None:
+        return []
+    path = Path(spec.base_dir) / Path(settings.eval_file).expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            "there is no such file",
+            where=f"eval_file {path}",
+            remedy="Mend the path in config.json, or set it to null.",
+        )
+    rows, report = read_file(path, name=path.name, system_prompt=settings.system_prompt)
+    judge(report, name=path.name, max_bad_rows=0.0)
+    return rows
+
+
+class _End:
+    code = ExitCode.DONE
+
+
+@contextmanager
+def _told(say: Reporter) -> Iterator[_End]:
+    """Turn every way to end into its exit code, and tell it as an event."""
+    end = _End()
+    try:
+        yield end
+    except DataError as error:
+        say.error(error)
+        end.code = ExitCode.BAD_DATA
+    except FinetunedError as error:
+        say.error(error)
+        temporary = isinstance(error, ModelError) and error.code == "hub_unreachable"
+        end.code = ExitCode.TEMPORARY if temporary else ExitCode.BAD_SETTINGS
+    except MemoryError as error:
+        say.error(OutOfMemoryError(f"memory ran out: {error}", remedy="Take a smaller file or model, or add memory."))
+        end.code = ExitCode.OUT_OF_MEMORY
+    except StopAskedError:
+        end.code = ExitCode.STOPPED
+    except OutOfMeansError as error:
+        say.error(error.for_user(), rung=error.rung.as_dict())
+        end.code = ExitCode.OUT_OF_MEMORY
+
+
+def _ask_to_stop(_: int, __: object) -> None:
+    global _stop_asked  # noqa: PLW0603, a signal handler sets a flag
+    _stop_asked = True
+
+
+if __name__ == "__main__":
+    os.umask(0o027)
+    sys.exit(main(JobFolder(Path(sys.argv[1]).resolve())))

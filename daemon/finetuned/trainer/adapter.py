@@ -1,0 +1,132 @@
+"""The finished adapter: PEFT's folder, tokenizer and template, a model card, and finetuned.json last."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetuned import __version__
+from finetuned.durable import write_file
+from finetuned.jobs import JobSpec
+from finetuned.trainer.loop import Task, Trained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors")
+
+
+def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, report: dict[str, Any]) -> None:
+    """Write all of it into `folder`, which is made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model = trained.model
+    model.config.use_cache = True
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        _plain(model).save_pretrained(folder)
+    task.tokenizer.save_pretrained(folder)
+    story = {
+        "job_id": spec.id,
+        "file": spec.name.encode("utf-8", "backslashreplace").decode(),
+        "sha256": spec.sha256,
+        "base_model": task.base.name,
+        "base_model_note": task.base.note,
+        "settings": task.settings.model_dump(),
+        "rung": trained.rung.as_dict(),
+        "choices": trained.choices,
+        "metrics": trained.metrics,
+        "data": report,
+        "versions": _versions(),
+    }
+    (folder / "README.md").write_text(_card(spec, task, trained), encoding="utf-8")
+    for path in folder.iterdir():  # transformers writes some files for the owner alone
+        path.chmod(0o640)
+    write_file(folder / "finetuned.json", json.dumps(story, indent=2, ensure_ascii=False, default=str).encode() + b"\n")
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    model.set_attn_implementation("sdpa")  # ours is not known where the model is loaded next
+    return model
+
+
+def _versions() -> dict[str, str]:
+    versions = {"finetuned": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        versions["gpu"] = torch.cuda.get_device_name()
+    return versions
+
+
+def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
+    """Give the model card, with the front matter that hubs read."""
+    metrics = trained.metrics
+    figures = [f"| {name} | {metrics[key]:.4f} |" for name, key in _FIGURES if key in metrics]
+    whole = task.rung.tuning == "full"
+    name = Path(os.fsencode(spec.name).decode("utf-8", "replace")).stem
+    weights = "A full fine-tune" if whole else "A LoRA adapter"
+    prompt = json.dumps(task.settings.system_prompt, ensure_ascii=False)
+    lines = [
+        "---",
+        f"base_model: {task.base.name}",
+        f"library_name: {'transformers' if whole else 'peft'}",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- finetuned",
+        *([] if whole else ["- lora"]),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"{weights} of {task.base.name}, trained by finetuned {__version__} on `{name}`:",
+        f"{len(task.train)} rows, {metrics.get('step', 0)} steps of {trained.rung.effective_batch} rows.",
+        *(["", task.base.note] if task.base.note else []),
+        "",
+        "| | |",
+        "| --- | --- |",
+        *figures,
+        "",
+        *_loading(task.base.name, whole=whole),
+        "",
+        f"System prompt in training: {prompt}. Use the same one with the model; another can cost much of what was",
+        "learned. The chat template is saved beside the weights, and `finetuned.json` has every setting.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_FIGURES = (
+    ("loss of the last step", "train_loss"),
+    ("held-out loss before", "valid_loss_before"),
+    ("held-out loss after", "valid_loss"),
+)
+
+
+def _loading(base: str, *, whole: bool) -> list[str]:
+    if whole:
+        code = [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
+        ]
+    else:
+        code = [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+            "model = PeftModel.from_pretrained(model, FOLDER)",
+        ]
+    return ["```python", *code, "```"]

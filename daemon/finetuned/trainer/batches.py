@@ -1,0 +1,152 @@
+"""From chat rows to tokens, and from tokens to micro-batches.
+
+A chat is rendered and tokenised as a whole. Where its assistant turns are is found by rendering it once more with
+marks in place of the answers: what stands between the marks is the template's own text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetuned.dataset.checks import Problem, Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_MARK = "\ue000{}\ue001"  # private-use characters: no template treats them in a special way
+_BATCH = 1024  # rows tokenised at once
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenised row. `supervised[i]` says whether token i is to be learned."""
+
+    ids: list[int]
+    supervised: list[bool]
+    row: Row
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are learned. The first token of a row has nothing before it to predict it from."""
+        return sum(self.supervised[1:])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch. Flat: one row of all tokens with `row_bounds`; padded: `attention_mask` instead.
+
+    `positions` [n] index the flattened hidden states whose next token is to be predicted, `targets` [n] are these.
+    """
+
+    inputs: dict[str, Any]
+    positions: torch.Tensor
+    targets: torch.Tensor
+    tokens: int  # real ones, never padding
+
+    def to(self, device: torch.device) -> Batch:
+        """Move it to a device."""
+        inputs = {
+            k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()
+        }
+        return Batch(inputs, self.positions.to(device), self.targets.to(device), self.tokens)
+
+
+def tokenise(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> Iterator[Example | tuple[Row, Problem]]:
+    """Render and tokenise rows in order; a row that cannot be learned from comes back with its problem."""
+    for start in range(0, len(rows), _BATCH):
+        rendered = [_render(row, tokenizer) for row in rows[start : start + _BATCH]]
+        encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
+        special = frozenset(tokenizer.all_special_ids)
+        for index, (text, spans) in enumerate(rendered):
+            row = rows[start + index]
+            if spans is None:
+                yield row, Problem("template_drops_text")
+                continue
+            ids = encoded["input_ids"][index]
+            mask = _supervised(text, ids, encoded["offset_mapping"][index], spans, special)
+            example = Example(ids[:max_length], mask[:max_length], row)
+            yield example if example.targets else (row, Problem("no_supervised_tokens"))
+
+
+def _render(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]] | None]:
+    """Give the rendered chat and the span of each assistant text in it; no spans if one is changed or left out."""
+    chat = row.chat()
+    text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    answers = [message["content"] for message in chat if message["role"] == "assistant"]
+    marks = iter(_MARK.format(number) for number in range(len(answers)))
+    marked = [{**m, "content": next(marks)} if m["role"] == "assistant" else m for m in chat]
+    skeleton = str(tokenizer.apply_chat_template(marked, tokenize=False))
+    pieces = re.split("\ue000\\d+\ue001", skeleton)
+    if len(pieces) != len(answers) + 1:
+        return text, None
+    for trimmed in (str, str.strip):  # many templates trim the content
+        spans, end = [], 0
+        for piece, answer in zip(pieces, answers, strict=False):
+            start = end + len(piece)
+            end = start + len(trimmed(answer))
+            spans.append((start, end))
+        if "".join(p + trimmed(a) for p, a in zip(pieces, [*answers, ""], strict=True)) == text:
+            return text, spans
+    return text, None
+
+
+def _supervised(
+    text: str, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], special: frozenset[int]
+) -> list[bool]:
+    """Mark the tokens of each span, and the end-of-turn token behind it, without which the model would never stop."""
+    mask = [False] * len(ids)
+    token = 0
+    for start, end in spans:
+        while token < len(ids) and offsets[token][1] <= start:
+            token += 1
+        while token < len(ids) and offsets[token][0] < end:
+            mask[token] = True
+            token += 1
+        behind = token
+        while behind < len(ids) and ids[behind] not in special and not text[slice(*offsets[behind])].strip():
+            behind += 1
+        if behind < len(ids) and ids[behind] in special:
+            mask[token : behind + 1] = [True] * (behind + 1 - token)
+            token = behind + 1
+    return mask
+
+
+def collate_flat(examples: Sequence[Example]) -> Batch:
+    """Put rows end to end."""
+    bounds = tuple(accumulate((len(e.ids) for e in examples), initial=0))
+    inputs = {
+        "input_ids": torch.tensor([[token for e in examples for token in e.ids]]),
+        "position_ids": torch.cat([torch.arange(len(e.ids)) for e in examples]).unsqueeze(0),
+        "row_bounds": bounds,
+    }
+    return _batch(inputs, examples, starts=bounds[:-1])
+
+
+def collate_padded(examples: Sequence[Example]) -> Batch:
+    """Put rows side by side, padded at the right."""
+    longest = max(len(e.ids) for e in examples)
+    lengths = torch.tensor([len(e.ids) for e in examples]).unsqueeze(1)
+    inputs = {
+        "input_ids": torch.tensor([e.ids + [0] * (longest - len(e.ids)) for e in examples]),
+        "attention_mask": (torch.arange(longest).unsqueeze(0) < lengths).long(),
+    }
+    return _batch(inputs, examples, starts=range(0, longest * len(examples), longest))
+
+
+def _batch(inputs: dict[str, Any], examples: Sequence[Example], starts: Sequence[int]) -> Batch:
+    pairs = [
+        (start + index - 1, e.ids[index])
+        for start, e in zip(starts, examples, strict=True)
+        for index in range(1, len(e.ids))
+        if e.supervised[index]
+    ]
+    positions, targets = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
+    return Batch(inputs, positions, targets, tokens=sum(len(e.ids) for e in examples))

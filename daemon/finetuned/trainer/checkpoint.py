@@ -1,0 +1,95 @@
+"""Checkpoints: staged in a hidden folder, the manifest with every file's hash last, one rename. What is half written
+is never picked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetuned.durable import make_folder, move, sync_tree, write_file
+
+_MANIFEST = "manifest.json"
+_WEIGHTS = "trained.safetensors"
+_OPTIMIZER = "optimizer.pt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk. `step` optimizer steps are done."""
+
+    folder: Path
+    step: int
+    plan: str  # fingerprint of the plan it belongs to
+    extra: dict[str, Any]
+
+
+def save(
+    folder: Path,
+    *,
+    step: int,
+    plan: str,
+    trained: dict[str, torch.Tensor],
+    optimizer: dict[str, Any],
+    keep: int,
+    extra: dict[str, Any],
+) -> Path:
+    """Write a checkpoint into `folder` and remove all but the newest `keep`. `extra` is small and goes into the
+    manifest.
+    """
+    make_folder(folder)
+    target = folder / f"step-{step:08d}"
+    if target.exists():
+        return target
+    staged = folder / f".step-{step:08d}"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    save_file({name: tensor.detach().contiguous() for name, tensor in trained.items()}, staged / _WEIGHTS)
+    torch.save(optimizer, staged / _OPTIMIZER)
+    files = {name: _digest(staged / name) for name in (_WEIGHTS, _OPTIMIZER)}
+    manifest = {"step": step, "plan": plan, "files": files, "extra": extra}
+    write_file(staged / _MANIFEST, json.dumps(manifest, indent=2).encode())
+    sync_tree(staged)
+    move(staged, target)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def newest(folder: Path, *, plan: str) -> tuple[Checkpoint | None, list[str]]:
+    """Give the newest whole checkpoint of this plan, and a sentence for each newer one that was passed over."""
+    passed: list[str] = []
+    for path in sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else ():
+        try:
+            manifest = json.loads((path / _MANIFEST).read_bytes())
+            damaged = [name for name, digest in manifest["files"].items() if _digest(path / name) != digest]
+            found = Checkpoint(path, int(manifest["step"]), str(manifest["plan"]), dict(manifest["extra"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            passed.append(f"{path.name} is not whole ({error})")
+            continue
+        if damaged:
+            passed.append(f"{path.name} is damaged ({', '.join(damaged)})")
+        elif found.plan != plan:
+            passed.append(f"{path.name} belongs to another plan ({found.plan})")
+        else:
+            return found, passed
+    return None, passed
+
+
+def load(checkpoint: Checkpoint, *, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a checkpoint's trained weights and optimizer state."""
+    weights = load_file(checkpoint.folder / _WEIGHTS, device=str(device))
+    optimizer = torch.load(checkpoint.folder / _OPTIMIZER, map_location=device, weights_only=True)
+    return weights, optimizer
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

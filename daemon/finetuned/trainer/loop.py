@@ -1,0 +1,394 @@
+"""The training loop. Begin with `train`, then read `Training` top to bottom.
+
+What a step is (`steps.py`) is fixed before the first one; the loop may cut it smaller, do it again or continue it in
+another process, and the weights come out the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+
+from finetuned.config import TrainingSettings
+from finetuned.events import EventType
+from finetuned.fallback import Rung, next_rung
+from finetuned.trainer import checkpoint, health, memory, steps
+from finetuned.trainer.batches import Example
+from finetuned.trainer.ends import OutOfMeansError, StopAskedError
+from finetuned.trainer.layout import Layout, choose_layout
+from finetuned.trainer.model import Base, add_adapter, evaluating, load_model, set_checkpointing
+from finetuned.trainer.precision import Precision, choose
+from finetuned.trainer.predictions import predict
+from finetuned.trainer.recipes import RECIPES
+from finetuned.trainer.reporter import Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_FULL_RATE, _ADAPTER_RATE = 1e-5, 2e-4  # peak learning rates where config.json leaves it to us
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the loop is given: checked settings and data, and who to talk to."""
+
+    settings: TrainingSettings
+    rung: Rung  # its tuning is settled
+    base: Base
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Example]
+    held_out: list[Example]
+    device: torch.device
+    checkpoints: Path
+    say: Reporter
+    asked_to_stop: Callable[[], bool]
+
+
+@dataclass
+class Trained:
+    """What the loop gives back."""
+
+    model: PreTrainedModel
+    rung: Rung
+    metrics: dict[str, Any]
+    choices: dict[str, dict[str, str]]  # every automatic decision with its reason
+
+
+def train(task: Task) -> Trained:
+    """Train until the plan is done.
+
+    Raises StopAskedError or OutOfMeansError, with a checkpoint of all steps that are done, UnhealthyError, ModelError
+    or ConfigError.
+    """
+    precision = choose(task.device, task.rung.tuning, task.settings.dtype)
+    task.say.phase("loading_model", f"loading {task.base.name}")
+    model, layout = _load(task, precision)
+    training = Training(task, model, layout, precision)
+    training.announce()
+    training.resume()
+    try:
+        training.prepare()
+        while training.done < training.plan.total_steps:
+            training.stop_if_asked()
+            training.step()
+            training.look_up()
+        task.say.phase("evaluating", "training is done")
+        training.evaluate()
+    except OutOfMeansError:
+        training.save_what_is_done()
+        raise
+    return Trained(model, training.rung, training.metrics, training.choices)
+
+
+def _load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
+    """Load the model in the number formats that the hardware likes, with an adapter or whole."""
+    try:
+        model = load_model(task.base, task.settings, tuning=task.rung.tuning, precision=precision, device=task.device)
+        layout = choose_layout(model, precision.compute)
+        if task.rung.tuning != "full":
+            model = add_adapter(model, task.base, task.settings)
+    except (RuntimeError, MemoryError) as error:
+        detail = memory.out_of_memory(error)
+        if detail is None:
+            raise
+        # No smaller batch helps a model that does not fit: only the rungs below them may.
+        foot = replace(task.rung, batch_size=1, gradient_accumulation=task.rung.effective_batch)
+        raise OutOfMeansError(replace(foot, activation_checkpointing=True), detail) from None
+    return model, layout
+
+
+class Training:
+    """A training under way. `done` optimizer steps are behind it."""
+
+    def __init__(self, task: Task, model: PreTrainedModel, layout: Layout, precision: Precision) -> None:
+        """Plan the steps and put objective and optimizer on accelerate."""
+        settings = task.settings
+        self.task, self.model, self.layout, self.rung = task, model, layout, task.rung
+        self.done = 0
+        self.metrics: dict[str, Any] = {}
+        self.lengths = [len(example.ids) for example in task.train]
+        self.plan = steps.plan_steps(
+            len(task.train),
+            effective_batch=task.rung.effective_batch,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            seed=settings.seed,
+        )
+        accelerator = Accelerator(mixed_precision=precision.mixed, cpu=task.device.type == "cpu")
+        objective = importlib.import_module(RECIPES["sft"]).Objective(model)
+        self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        health.check_trainable(list(self.trained.values()))
+        self.peak_rate, rate_reason = _learning_rate(settings, task.rung.tuning)
+        optimizer = torch.optim.AdamW(self.trained.values(), lr=self.peak_rate, weight_decay=settings.weight_decay)
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.accelerator = accelerator
+        self.choices = {
+            "dtype": {"choice": str(precision.compute).removeprefix("torch."), "reason": precision.reason},
+            "layout": {"choice": "flat" if layout.flat else "padded", "reason": layout.reason},
+            "learning_rate": {"choice": f"{self.peak_rate:g}", "reason": rate_reason},
+        }
+        self._saved_at, self._saved_step = time.monotonic(), 0
+        self._pace = _Pace()
+
+    def announce(self) -> None:
+        """Say what will be done, and what was decided."""
+        task, plan = self.task, self.plan
+        parameters, trainable = _count(self.model), sum(p.numel() for p in self.trained.values())
+        tokens, supervised = sum(self.lengths), sum(example.targets for example in task.train)
+        task.say.say(
+            EventType.PLAN,
+            f"plan: {plan.total_steps} steps of {plan.effective_batch} rows ({self.rung}), {plan.examples} rows, "
+            f"{tokens} tokens of which {supervised} supervised; {trainable:,} of {parameters:,} parameters; "
+            f"{task.device}, {self.choices['dtype']['choice']}, {self.choices['layout']['choice']}",
+            total_steps=plan.total_steps,
+            rows=plan.examples,
+            tokens=tokens,
+            supervised_tokens=supervised,
+            parameters=parameters,
+            trainable_parameters=trainable,
+            device=str(task.device),
+            rung=self.rung.as_dict(),
+            choices=self.choices,
+        )
+
+    def resume(self) -> None:
+        """Go on where an earlier attempt left off, from the newest checkpoint that is whole."""
+        task, scaler = self.task, self.accelerator.scaler
+        found, passed_over = checkpoint.newest(task.checkpoints, plan=self.plan.fingerprint())
+        for sentence in passed_over:
+            task.say.warn(f"checkpoint {sentence}")
+        if found is None:
+            return
+        weights, state = checkpoint.load(found, device=task.device)
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(weights[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if scaler is not None and "scaler" in state:
+            scaler.load_state_dict(state["scaler"])
+        self.done = self._saved_step = found.step
+        self.metrics = found.extra
+        total = self.plan.total_steps
+        task.say.say(EventType.MESSAGE, f"resumed after step {self.done} of {total}", step=self.done)
+
+    def prepare(self) -> None:
+        """Evaluate once to have a "before", then try the largest micro-batch: what does not fit is known now."""
+        set_checkpointing(self.model, on=self.rung.activation_checkpointing)
+        self.objective.train()
+        if self.done == 0:
+            self.evaluate()
+        self._forgiving(lambda: self._backward(steps.largest_cut(self.plan, self.lengths, self.rung.batch_size), 1))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.task.say.phase("training", "training")
+        self._pace.start()
+
+    def stop_if_asked(self) -> None:
+        """Write a checkpoint and raise StopAskedError if somebody wants the trainer to stop."""
+        if self.task.asked_to_stop():
+            self.save()
+            raise StopAskedError
+
+    def step(self) -> None:
+        """Do one optimizer step."""
+        settings, total = self.task.settings, self.plan.total_steps
+        rows = self.plan.step(self.done)
+        loss = self._forgiving(lambda: self._gradient(rows))
+
+        rate = steps.learning_rate(
+            self.done, total_steps=total, warmup_ratio=settings.warmup_ratio, peak=self.peak_rate
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = float(self.accelerator.clip_grad_norm_(self.trained.values(), settings.max_grad_norm or float("inf")))
+        health.check_step(self.done + 1, loss, norm, scaled=self.accelerator.scaler is not None)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.done += 1
+        speed, left = self._pace.after(sum(self.lengths[row] for row in rows), total - self.done)
+        self.metrics |= {"train_loss": loss, "step": self.done}
+        self.task.say.say(
+            EventType.METRICS,
+            f"step {self.done} of {total}: loss {loss:.4f}, {speed:.0f} tokens/s",
+            step=self.done,
+            total_steps=total,
+            epoch=round(self.plan.epoch_after(self.done), 4),
+            train_loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens_per_second=round(speed, 1),
+            seconds_left=round(left, 1),
+            peak_memory=memory.peak_bytes(),
+        )
+
+    def look_up(self) -> None:
+        """Between two steps: evaluate and write a checkpoint when they are due."""
+        settings = self.task.settings
+        if self.done == self.plan.total_steps:
+            return
+        if settings.eval_steps and self.done % settings.eval_steps == 0:
+            self.evaluate()
+        late = time.monotonic() - self._saved_at > settings.checkpoint_minutes * 60
+        if late or self.done % settings.checkpoint_steps == 0:
+            self.save()
+
+    def evaluate(self) -> None:
+        """Measure the held-out loss, and ask the model a few of the held-out questions."""
+        task, settings, step = self.task, self.task.settings, self.done
+        if not task.held_out:
+            return
+        began = time.monotonic()
+        loss = self.metrics["valid_loss"] = self._held_out_loss()
+        if step == 0:
+            self.metrics["valid_loss_before"] = loss
+        asked = [example.row for example in task.held_out[: settings.predictions.samples]]
+        answers = predict(self.model, task.tokenizer, asked, max_new_tokens=settings.predictions.max_new_tokens)
+        seconds = time.monotonic() - began
+        task.say.say(
+            EventType.METRICS,
+            f"held-out loss {loss:.4f} after step {step} ({seconds:.1f} s)",
+            step=step,
+            valid_loss=loss,
+        )
+        if answers:
+            samples = [answer.as_dict() for answer in answers]
+            exact = sum(sample["exact"] for sample in samples)
+            sentence = f"predictions saved={len(samples)} exact={exact}/{len(samples)} step={step}"
+            task.say.say(EventType.PREDICTIONS, sentence, step=step, samples=samples)
+        self._pace.start()
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps that are done."""
+        scaler, settings = self.accelerator.scaler, self.task.settings
+        state = {"optimizer": self.optimizer.state_dict(), **({"scaler": scaler.state_dict()} if scaler else {})}
+        checkpoint.save(
+            self.task.checkpoints,
+            step=self.done,
+            plan=self.plan.fingerprint(),
+            trained=self.trained,
+            optimizer=state,
+            keep=settings.keep_checkpoints,
+            extra=self.metrics,
+        )
+        self._saved_at, self._saved_step = time.monotonic(), self.done
+        sentence = f"checkpoint after step {self.done}"
+        self.task.say.say(EventType.CHECKPOINT, sentence, checkpoint_step=self.done)
+
+    def save_what_is_done(self) -> None:
+        """Write a last checkpoint if memory allows: the weights are those of the last whole step, only gradients are
+        lost.
+        """
+        if self.done == self._saved_step:
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        memory.give_back()
+        try:
+            self.save()
+        except (RuntimeError, MemoryError, OSError) as error:
+            self.task.say.warn(f"no checkpoint could be written: {error}")
+
+    def _gradient(self, rows: list[int]) -> float:
+        """Gather a step's gradient over its micro-batches; give the mean loss over the step's targets."""
+        count = sum(self.task.train[row].targets for row in rows)
+        # Dropout follows from seed and step, so that a step done again or after a resume is the same step.
+        torch.manual_seed(self.task.settings.seed * 1_000_003 + self.done)
+        parts = steps.cut(rows, self.lengths, self.rung.batch_size)
+        return sum(self._backward(part, count) for part in parts) / count
+
+    def _backward(self, rows: list[int], count: int) -> float:
+        """Add the gradient of one micro-batch to that of its step, which has `count` targets; give the summed loss."""
+        batch = self.layout.collate([self.task.train[row] for row in rows]).to(self.task.device)
+        loss = self.objective(batch)
+        self.accelerator.backward(loss / count)
+        return float(loss.detach())
+
+    def _forgiving(self, work: Callable[[], float]) -> float:
+        """Do the work, and when memory runs out do it again from its start, one rung lower."""
+        again = False
+        while True:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                detail = memory.out_of_memory(error)
+                if detail is None:
+                    raise
+            # Out of the except block: the traceback there holds the failed step's tensors.
+            self.optimizer.zero_grad(set_to_none=True)
+            memory.give_back()
+            self._climb_down(detail, again=again)
+            again = True
+
+    def _climb_down(self, detail: str, *, again: bool) -> None:
+        """Take the next rung that this process can take by itself, or raise OutOfMeansError.
+
+        On a CPU memory that failed once may not come back at all (the allocator keeps the address space), so a second
+        failure in a row is left to a new process.
+        """
+        lower = next_rung(self.rung)
+        if lower is None or (again and self.task.device.type == "cpu"):
+            raise OutOfMeansError(self.rung, detail)
+        self.rung, reason = lower
+        set_checkpointing(self.model, on=self.rung.activation_checkpointing)
+        rung = self.rung.as_dict()
+        self.task.say.say(EventType.RUNG, reason, level="warning", rung=rung, reason=detail, step=self.done + 1)
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        """Give the mean loss in nats over the held-out supervised tokens. Its batches adapt on their own."""
+        rows = self.task.held_out
+        lengths = [len(example.ids) for example in rows]
+        most_rows = self.rung.batch_size
+        while True:
+            total = 0.0
+            try:
+                with evaluating(self.objective):
+                    for part in steps.cut(list(range(len(rows))), lengths, most_rows):
+                        total += float(
+                            self.objective(self.layout.collate([rows[row] for row in part]).to(self.task.device))
+                        )
+                return total / sum(example.targets for example in rows)
+            except (RuntimeError, MemoryError) as error:
+                if memory.out_of_memory(error) is None or most_rows == 1:
+                    raise
+            memory.give_back()
+            most_rows //= 2
+
+
+def _learning_rate(settings: TrainingSettings, tuning: str) -> tuple[float, str]:
+    """Settle the peak learning rate: the rate and why."""
+    if settings.learning_rate != "auto":
+        return settings.learning_rate, "as set"
+    if tuning == "full":
+        return _FULL_RATE, "all weights move, so each a little"
+    return _ADAPTER_RATE, "usual for adapters"
+
+
+def _count(model: PreTrainedModel) -> int:
+    """Count parameters; a 4-bit one holds two in each byte."""
+    return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
+
+
+class _Pace:
+    """Speed and time left, smoothed over the last steps."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._seconds: float | None = None  # per step
+
+    def start(self) -> None:
+        """Leave out what was done between two steps."""
+        self._last = time.monotonic()
+
+    def after(self, tokens: int, steps_left: int) -> tuple[float, float]:
+        """Give the step's tokens per second and the seconds left."""
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        self._seconds = seconds if self._seconds is None else 0.8 * self._seconds + 0.2 * seconds
+        return tokens / max(seconds, 1e-9), self._seconds * steps_left

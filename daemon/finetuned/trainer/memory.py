@@ -1,0 +1,49 @@
+"""Out of memory: how it is recognised, and how memory is given back."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+from contextlib import suppress
+
+import torch
+
+# What libraries say, in lower case. oneDNN's message means memory only when memory is short, which after a
+# failed allocation it is.
+_SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "defaultcpuallocator",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "could not create a primitive",
+    "unable to allocate",
+)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """Give an error's first line if it speaks of memory, else None.
+
+    A string and not the error: its traceback would keep the failed step's tensors alive.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in _SIGNS):
+        return str(error).strip().split("\n")[0] or type(error).__name__
+    return None
+
+
+def give_back() -> None:
+    """Return what is free to the device and to the system. Call it outside the `except` block."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        return
+    with suppress(OSError, AttributeError):  # musl and jemalloc have no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_bytes() -> int:
+    """Give the most memory used so far: the GPU's where there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,226 @@
+"""The base model, its quantisation and its adapter."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from finetuned.config import TrainingSettings
+from finetuned.errors import ConfigError, ModelError
+from finetuned.trainer import embedded
+from finetuned.trainer.precision import Precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class HubUnreachableError(ModelError):
+    """The model may exist, but the hub cannot be asked now."""
+
+    code = "hub_unreachable"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model: where it lies, and what adapters call it."""
+
+    source: str  # a folder or a hub id, as from_pretrained takes it
+    name: str  # a hub id where there is one
+    note: str = ""
+
+
+def find_base(settings: TrainingSettings, *, models: Path, base_dir: Path) -> Base:
+    """Find the base model by its name. Raises ModelError if it names a folder that does not hold a model."""
+    name = settings.model
+    if name == embedded.NAME:
+        return Base(str(embedded.unpack(models)), embedded.HUB_ID, embedded.NOTE)
+    folder = base_dir / Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return Base(str(folder), str(folder))
+    if folder.is_dir() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise ModelError(
+            "there is no model in this folder" if folder.is_dir() else "there is no such folder",
+            where=str(folder),
+            remedy="A model's folder holds config.json, weights and tokenizer; or name a hub id.",
+        )
+    return Base(name, name)
+
+
+def choose_tuning(setting: str, device: torch.device) -> tuple[str, str]:
+    """Settle `tuning: auto`: the tuning and why."""
+    if setting != "auto":
+        return setting, f"tuning is {setting}"
+    if device.type == "cuda":
+        return "qlora", "a 4-bit base leaves most of the GPU's memory to the batch"
+    return "lora", "on a CPU a 4-bit base saves little and is not faster"
+
+
+def load_tokenizer(base: Base, settings: TrainingSettings) -> PreTrainedTokenizerBase:
+    """Load the tokenizer. Raises ModelError if there is none or it has no chat template."""
+    with _loading(base):
+        tokenizer = AutoTokenizer.from_pretrained(base.source, **_hub(settings))
+    if not tokenizer.chat_template:
+        raise ModelError(
+            "the model has no chat template, so chats cannot be put into its words",
+            where=base.name,
+            remedy="Take its instruct or chat variant.",
+            code="no_chat_template",
+        )
+    if not tokenizer.is_fast:
+        raise ModelError(
+            "the model has no fast tokenizer, which tells where each token stands",
+            where=base.name,
+            remedy="Take another model.",
+        )
+    return tokenizer
+
+
+def load_model(
+    base: Base, settings: TrainingSettings, *, tuning: str, precision: Precision, device: torch.device
+) -> PreTrainedModel:
+    """Load the base weights onto the device, quantised where the tuning says so. Raises ModelError."""
+    quantised = {"quantization_config": _quantisation(tuning, precision)} if tuning in {"qlora", "lora-8bit"} else {}
+    with _loading(base):
+        config = AutoConfig.from_pretrained(base.source, **_hub(settings))
+        config.use_cache = False
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base.source,
+            config=config,
+            dtype=precision.weights,
+            device_map={"": device},
+            attn_implementation="sdpa",
+            **quantised,
+            **_hub(settings),
+        )
+    return model
+
+
+def _hub(settings: TrainingSettings) -> dict[str, Any]:
+    return {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
+
+
+def _quantisation(tuning: str, precision: Precision) -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"tuning {tuning} needs bitsandbytes, which is not installed",
+            where="tuning",
+            remedy='Install it, or set "tuning" to "lora".',
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    if tuning == "lora-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=precision.compute,
+    )
+
+
+@contextmanager
+def _loading(base: Base) -> Iterator[None]:
+    """Turn what loading raises into a ModelError that says what to do; running out of memory passes through."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        text = str(error).strip().split("\n")[0]
+        if _unreachable(error):
+            raise HubUnreachableError(
+                "the model is neither a folder nor downloaded, and the hub cannot be reached",
+                where=base.name,
+                remedy="Check the name and the network, or put the model into a folder.",
+            ) from error
+        raise ModelError(
+            f"the model cannot be loaded: {text}", where=base.name, remedy="Check the name in config.json."
+        ) from error
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    """Whether the network is at fault, somewhere down the chain of causes."""
+    while error is not None:
+        if type(error).__name__ in {
+            "ConnectionError",
+            "ConnectError",
+            "ConnectTimeout",
+            "ReadTimeout",
+            "OfflineModeIsEnabled",
+            "LocalEntryNotFoundError",
+        }:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def add_adapter(model: PreTrainedModel, base: Base, settings: TrainingSettings) -> PreTrainedModel:
+    """Wrap the model's layers in LoRA; its first weights follow from the seed. Raises ConfigError for unknown layers.
+
+    peft's own preparation for quantised training is not used: it raises embeddings and head to float32.
+    """
+    if "bitsandbytes" not in sys.modules:
+        # None hides it: peft imports it wherever it is installed, a second of start-up for nothing on a dense base.
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    from peft import LoraConfig, get_peft_model
+
+    targets = settings.target_modules
+    torch.manual_seed(settings.seed)
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type, unused-ignore]
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.name,
+    )
+    try:
+        wrapped = get_peft_model(model, config)  # type: ignore[arg-type, unused-ignore]
+    except ValueError as error:
+        raise ConfigError(
+            f"no adapter can be put on this model: {error}",
+            where="target_modules",
+            remedy='"all-linear" fits every model.',
+        ) from error
+    wrapped.peft_config["default"].base_model_name_or_path = base.name
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped  # type: ignore[return-value, unused-ignore]
+
+
+def set_checkpointing(model: PreTrainedModel, *, on: bool) -> None:
+    """Switch activation checkpointing."""
+    # transformers renamed it on the way to version 6.
+    name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
+    if on:
+        getattr(model, f"{name}_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_disable")()
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model into evaluation mode and back.
+
+    bitsandbytes' layers stay in training mode: on a CPU their evaluation repacks the weights, and the next training
+    pass would lose its gradient without a word.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for module in modes:
+        if type(module).__module__.startswith(("bitsandbytes", "peft.tuners.lora.bnb")):
+            for part in module.modules():
+                part.training = modes[part] and not isinstance(part, torch.nn.Dropout)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

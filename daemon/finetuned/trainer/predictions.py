@@ -1,0 +1,80 @@
+"""What the model answers while it learns: the same held-out questions each time, greedily, before the first step and
+after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetuned.dataset.checks import Row
+from finetuned.trainer.model import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One question, the answer that was wanted, and the one that came."""
+
+    prompt: str
+    expected: str
+    answer: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Give it as it is stored."""
+        return {**asdict(self), "exact": self.answer.strip() == self.expected.strip()}
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], *, max_new_tokens: int
+) -> list[Prediction]:
+    """Answer the last assistant turn of each row, in one batch padded at the left. The model is left as it was.
+
+    Autocast is off: generation runs in the model's own number formats. Attention is transformers' own, as flat rows
+    know no cache.
+    """
+    asked = [(row.chat()[:turn], row.messages[turn][1]) for row in rows if (turn := _last_answer(row)) > 0]
+    if not asked:
+        return []
+    device = next(model.parameters()).device
+    ending = {name: getattr(tokenizer, name) for name in ("padding_side", "pad_token")}
+    attention = model.config._attn_implementation  # noqa: SLF001
+    cache = model.config.use_cache
+    try:
+        tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+        model.set_attn_implementation("sdpa")
+        model.config.use_cache = True
+        prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat, _ in asked]
+        encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
+        with evaluating(model), torch.autocast(device.type, enabled=False):
+            generated = model.generate(
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+    finally:
+        for name, value in ending.items():
+            setattr(tokenizer, name, value)
+        model.set_attn_implementation(attention)
+        model.config.use_cache = cache
+    answers = tokenizer.batch_decode(generated[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [
+        Prediction(chat[-1]["content"], expected, answer.strip())
+        for (chat, expected), answer in zip(asked, answers, strict=True)
+    ]
+
+
+def _last_answer(row: Row) -> int:
+    """Index of the last assistant message, or -1."""
+    return max((index for index, (role, _) in enumerate(row.messages) if role == "assistant"), default=-1)

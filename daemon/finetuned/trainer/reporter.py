@@ -1,0 +1,44 @@
+"""What the trainer says: events for the supervisor, the same sentences for the job's log."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from finetuned.errors import FinetunedError
+from finetuned.events import Event, EventType
+
+
+class Reporter:
+    """Appends events to events.jsonl and prints their messages."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file. A line torn by a crash before is ended, so that the next one stands alone."""
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        size = os.fstat(self._descriptor).st_size
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+            os.write(self._descriptor, b"\n")
+
+    def say(self, kind: EventType, message: str, *, level: str = "info", **data: Any) -> None:
+        """Say something, with figures for machines in `data`."""
+        event = Event(time.time(), kind, message, level, data)
+        os.write(self._descriptor, event.line())
+        mark = "" if level == "info" else f"{level}: "
+        sys.stdout.write(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S} {mark}{message}\n")
+        sys.stdout.flush()
+
+    def phase(self, name: str, message: str) -> None:
+        """Say which part of the work begins."""
+        self.say(EventType.PHASE, message, phase=name)
+
+    def warn(self, message: str) -> None:
+        """Say something that the user should know but that does not end the job."""
+        self.say(EventType.MESSAGE, message, level="warning")
+
+    def error(self, error: FinetunedError, **data: Any) -> None:
+        """Say why the attempt ends."""
+        self.say(EventType.ERROR, error.sentence(), level="error", **error.as_dict(), **data)

@@ -1,0 +1,83 @@
+"""Which examples belong to which optimizer step. Pure, no torch.
+
+The plan follows from the number of examples, the effective batch, the epochs and the seed alone. How a step is cut
+into micro-batches comes later, so neither a smaller micro-batch after an out-of-memory nor a resume changes the steps.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The optimizer steps of a training."""
+
+    examples: int
+    effective_batch: int  # examples in one step; the last step of an epoch may have fewer
+    total_steps: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every example is seen once."""
+        return math.ceil(self.examples / self.effective_batch)
+
+    def step(self, number: int) -> list[int]:
+        """Give the indices of the examples of step `number`, from 0."""
+        epoch, within = divmod(number, self.steps_per_epoch)
+        order = _order(self.examples, self.seed, epoch)
+        return list(order[within * self.effective_batch : (within + 1) * self.effective_batch])
+
+    def epoch_after(self, steps: int) -> float:
+        """Epochs that are done after so many steps."""
+        whole, within = divmod(steps, self.steps_per_epoch)
+        return whole + min(1.0, within * self.effective_batch / self.examples)
+
+    def fingerprint(self) -> str:
+        """Tell whether a checkpoint belongs to these steps."""
+        return f"{self.examples} examples, {self.effective_batch} a step, seed {self.seed}"
+
+
+@lru_cache(maxsize=2)
+def _order(examples: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(examples))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return tuple(order)
+
+
+def plan_steps(examples: int, *, effective_batch: int, epochs: float, max_steps: int | None, seed: int) -> Plan:
+    """Plan a training of so many examples. `epochs` may be a fraction; a started step is a whole one."""
+    per_epoch = math.ceil(examples / effective_batch)
+    total = max(1, math.ceil(per_epoch * epochs - 1e-9))
+    return Plan(examples, effective_batch, min(total, max_steps or total), seed)
+
+
+def cut(rows: list[int], lengths: list[int], most_rows: int) -> list[list[int]]:
+    """Cut the rows of one step into micro-batches of at most `most_rows`, longest rows first.
+
+    Rows of like length meet, which saves padding where there is any, and the largest micro-batch comes first.
+    """
+    ordered = sorted(rows, key=lambda row: (-lengths[row], row))
+    return [ordered[start : start + most_rows] for start in range(0, len(ordered), most_rows)]
+
+
+def largest_cut(plan: Plan, lengths: list[int], most_rows: int) -> list[int]:
+    """Give the micro-batch with the most tokens of the whole training: if it fits, all do."""
+    cuts = (cut(plan.step(number), lengths, most_rows)[0] for number in range(plan.total_steps))
+    return max(cuts, key=lambda rows: sum(lengths[row] for row in rows))
+
+
+def learning_rate(step: int, *, total_steps: int, warmup_ratio: float, peak: float) -> float:
+    """Give the learning rate of step `step`, from 0: a linear rise, then half a cosine down to 0.
+
+    Source: Loshchilov and Hutter, SGDR, arXiv:1608.03983, without restarts.
+    """
+    warmup = math.ceil(warmup_ratio * total_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, total_steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
