@@ -1,0 +1,58 @@
+"""What must hold before the daemon touches anything: it is alone here, and files can be renamed all the way."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from finetuned.errors import HomeError
+from finetuned.home import Home
+
+
+@contextmanager
+def only_daemon(home: Home) -> Iterator[None]:
+    """Hold the base directory's lock. Raises HomeError with the holder's pid if another daemon has it."""
+    descriptor = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            raise HomeError(
+                f"another daemon is at work here, pid {holder}",
+                where=str(home.root),
+                remedy=f"Stop it with `kill {holder}`, or use another base directory.",
+                code="already_running",
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_one_mount(home: Home) -> None:
+    """Send a probe the way of every file. Raises HomeError if there is a mount in between.
+
+    Two mounts of one disk have the same device number and still refuse a rename.
+    """
+    name = f".probe-{os.getpid()}"
+    probe = home.inbox / name
+    try:
+        probe.touch()
+        for folder in (home.machinery, home.adapters, home.failed, home.inbox):
+            probe = probe.rename(folder / name)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            return  # a full or read-only disk, or a folder that may not be written: said where it matters
+        raise HomeError(
+            "inbox/, .finetuned/, adapters/ and archive/ are not on one mount, so a file cannot be moved in one step",
+            where=str(home.root),
+            remedy="Mount the base directory as a whole (one ReadWritePaths=, one volume).",
+        ) from error
+    finally:
+        with suppress(OSError):
+            probe.unlink()

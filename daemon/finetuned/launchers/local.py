@@ -1,0 +1,89 @@
+"""The trainer as a subprocess on this machine (D7 of docs/protocol.md)."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from finetuned.home import JobFolder
+
+# glibc keeps freed memory in its own address space, so that after a failed allocation a smaller one fails too;
+# jemalloc told so gives it back, and trains faster besides (docs/training.md has the figures).
+_JEMALLOC = {"MALLOC_CONF": "retain:false,dirty_decay_ms:1000,muzzy_decay_ms:0"}
+
+
+@dataclass
+class LocalTrainer:
+    """A running trainer."""
+
+    process: subprocess.Popen[bytes]
+
+    @property
+    def pid(self) -> int:
+        """Give its process id, which is also its session's."""
+        return self.process.pid
+
+    def poll(self) -> int | None:
+        """Give its exit status as subprocess does (minus the number of a signal), or None while it runs."""
+        return self.process.poll()
+
+    def ask_to_stop(self) -> None:
+        """Ask for a checkpoint and an end."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it and its children at once."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def start(folder: JobFolder, *, log: Path, environment: Mapping[str, str]) -> LocalTrainer:
+    """Start a trainer on a job's folder, its output appended to `log`. Raises OSError, BlockingIOError if one runs
+    already.
+
+    The lock is taken here and inherited: it is held exactly as long as the trainer lives, even if the daemon dies.
+    """
+    lock = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "finetuned.trainer", str(folder.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,  # a file: a pipe that nobody drains would stop the training
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                pass_fds=(lock,),
+                start_new_session=True,
+            )
+    finally:
+        os.close(lock)
+    return LocalTrainer(process)
+
+
+def trainer_environment(gpu: str | None) -> tuple[dict[str, str], str]:
+    """Give the trainer's extra environment and why: one GPU by its UUID, or jemalloc on a machine without one."""
+    quiet = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if gpu is not None:
+        return {**quiet, "CUDA_VISIBLE_DEVICES": gpu}, f"GPU {gpu}"
+    library = _jemalloc()
+    if library is None:
+        return quiet, "no GPU; glibc's allocator (with libjemalloc2 more memory would come back after an out-of-memory)"
+    preload = " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
+    return {**quiet, **_JEMALLOC, "LD_PRELOAD": preload}, "no GPU; jemalloc, which gives freed memory back"
+
+
+@cache
+def _jemalloc() -> Path | None:
+    """Find the library without loading it into this process."""
+    folders = ("lib/*", "lib", "lib64", "local/lib")
+    return next((path for folder in folders for path in Path("/usr").glob(f"{folder}/libjemalloc.so.2")), None)

@@ -1,0 +1,414 @@
+"""The daemon: one process, one loop, each step a named function. Signals only set flags."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sqlite3
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import structlog
+
+from finetuned import gpu
+from finetuned.config import Config, load_config
+from finetuned.durable import make_folder
+from finetuned.errors import ConfigError, FinetunedError, HomeError
+from finetuned.events import Ending, Event, EventType
+from finetuned.guard import check_one_mount, only_daemon
+from finetuned.home import Home, printable
+from finetuned.jobs import Job, State
+from finetuned.launchers.local import trainer_environment
+from finetuned.ledger import Ledger
+from finetuned.notify import notify, watchdog_seconds
+from finetuned.spool.claim import claim, enqueue, input_path, write_spec
+from finetuned.spool.hasher import Hasher
+from finetuned.spool.inbox import Complaint
+from finetuned.spool.publish import archive, fail, publish
+from finetuned.spool.recover import recover, recover_job
+from finetuned.spool.settle import Look, Settler
+from finetuned.spool.watch import Watch
+from finetuned.supervisor import Attempt, boot_id, stop_orphan
+from finetuned.wake import Hints, Wake
+
+_TICK = 0.2  # seconds between two looks at a running trainer
+_IDLE = 5.0  # seconds between two looks at config.json when nothing else happens
+_RETRY_AFTER = 15.0  # seconds, after the disk was full or read-only
+_GPU_LINE_SECONDS = 60.0
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+
+_log = structlog.get_logger()
+
+
+class Service:
+    """The daemon of one base directory."""
+
+    def __init__(self, home: Home, *, once: bool = False) -> None:
+        """Prepare; nothing is touched before `run`. With `once` it ends when there is nothing left to do."""
+        self._home = home
+        self._once = once
+        self._wake = Wake()
+        self._hints = Hints(self._wake)
+        self._watch = Watch(home.inbox, self._hints)
+        self._settler = Settler(home.inbox)
+        self._hasher = Hasher(self._wake.set)
+        self._attempt: Attempt | None = None
+        self._stop = self._hurry = self._reload = False
+        self._config_state: tuple[int, ...] = ()
+        self._look: Look | None = None
+        self._next_look = 0.0
+        self._held = False  # the queue waits, for room on the disk say
+        self._held_until = 0.0
+        self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
+        self._failures = 0
+        self._config: Config
+        self._ledger: Ledger
+        self._gpus: gpu.Sampler
+
+    # -- life
+
+    def run(self) -> int:
+        """Serve until a signal, or with `once` until all is done. Gives the exit code: 1 if a job failed under `once`.
+
+        Raises HomeError if another daemon is at work here or the folders cannot be used, ConfigError if config.json is
+        broken.
+        """
+        self._config = load_config(self._home.config_file)
+        self._config_state = _file_state(self._home.config_file)
+        for folder in self._home.folders:
+            make_folder(folder)
+        with only_daemon(self._home):
+            check_one_mount(self._home)
+            self._ledger = open_ledger(self._home)
+            self._gpus = gpu.Sampler.open()
+            self._catch_signals()
+            try:
+                self._begin()
+                while not self._done():
+                    self._reload_config()
+                    self._finish_held()
+                    self._look_into_inbox()
+                    self._queue_hashed()
+                    self._start_next()
+                    self._tend_attempt()
+                    self._sample_gpus()
+                    self._tell_systemd()
+                    self._wake.rest(self._pause())
+                return self._end()
+            finally:
+                self._watch.stop()
+                self._hasher.close()
+                self._gpus.close()
+                self._ledger.close()
+
+    def _begin(self) -> None:
+        _log.info("finetuned starts", base_dir=str(self._home.root), pid=os.getpid())
+        if self._gpus.gpus:
+            _log.info("GPUs found", gpus=", ".join(map(str, self._gpus.gpus)))
+        else:
+            _log.info("no GPU", reason=self._gpus.why_none, then="training runs on the CPU")
+        recover(self._ledger, self._home, stop_orphan=self._stop_orphan)
+        self._watch.renew()
+        notify(ready=1, status="waiting for files")
+
+    def _done(self) -> bool:
+        if self._stop:
+            self._stop_attempt()
+            return self._attempt is None
+        if not self._once or self._attempt or self._look is None:
+            return False
+        waiting = self._look.waiting or self._look.ready
+        return not waiting and not self._ledger.jobs(State.CLAIMING, State.QUEUED, State.RUNNING)
+
+    def _end(self) -> int:
+        notify(stopping=1)
+        _log.info("finetuned ends")
+        return 1 if self._once and self._failures else 0
+
+    def _catch_signals(self) -> None:
+        def stop(*_: object) -> None:
+            self._hurry = self._stop
+            self._stop = True
+            self._wake.set()
+
+        def reload(*_: object) -> None:
+            self._reload = True
+            self._wake.set()
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGHUP, reload)
+        signal.signal(signal.SIGCHLD, lambda *_: self._wake.set())
+
+    # -- the steps of the loop
+
+    def _reload_config(self) -> None:
+        """Read config.json again when it changed. A broken edit keeps the last good one and says what is wrong."""
+        state = _file_state(self._home.config_file)
+        if state == self._config_state and not self._reload:
+            return
+        self._config_state, self._reload = state, False
+        try:
+            self._config = load_config(self._home.config_file)
+        except ConfigError as error:
+            _log.error("config.json not taken over", error=error.sentence(), then="the last good one stays in use")
+        else:
+            _log.info("config.json read again", then="the next job uses it")
+            self._next_look = 0.0
+
+    def _finish_held(self) -> None:
+        """Go on with what a full disk stopped, as recovery would after a crash."""
+        if not self._held or time.monotonic() < self._held_until:
+            return
+        self._held = False
+        for job in self._ledger.jobs(State.CLAIMING, State.RUNNING, State.TRAINED, State.FAILING):
+            at_work = self._hasher.busy(job.id) or (self._attempt is not None and job.id == self._attempt.job.id)
+            if at_work:
+                continue
+            try:
+                recover_job(self._ledger, self._home, job, stop_orphan=self._stop_orphan)
+            except OSError as error:
+                self._hold(error, doing=f"going on with {job.id}")
+                return
+
+    def _look_into_inbox(self) -> None:
+        """Take what is ready (D1 to D3), say once what never will be."""
+        now = time.monotonic()
+        if self._stop or now < self._held_until or not (self._hints.is_set() or now >= self._next_look):
+            return
+        self._hints.clear()
+        self._watch.renew()
+        make_folder(self._home.inbox)
+        look = self._look = self._settler.look(self._config, now)
+        for complaint in look.complaints:
+            _complain(complaint)
+        for found in look.ready:
+            try:
+                job = claim(self._ledger, self._home, found, self._config)
+            except OSError as error:
+                self._hold(error, doing=f"taking {found.path.name}")
+                return
+            _log.info("file taken", job=job.id, file=printable(job.name), bytes=job.identity.size)
+            if job.reason:
+                self._fail(job)
+        self._next_look = now + min(look.again or self._config.rescan_seconds, self._config.rescan_seconds)
+
+    def _queue_hashed(self) -> None:
+        """Hash claimed files beside the loop and queue those that are done (D4, D5)."""
+        now = time.monotonic()
+        if now < self._held_until:
+            return
+        for job in self._ledger.jobs(State.CLAIMING):
+            self._hasher.ask(job, input_path(self._home, job), now)
+        for job_id, result in self._hasher.results(now=now, pause=self._config.quiet_seconds):
+            if isinstance(result, OSError):
+                self._hold(result, doing=f"reading the file of {job_id}")
+            elif result is None:
+                _log.info("file still changes", job=job_id)
+            else:
+                self._queue(self._ledger.job(job_id), sha256=result[1])
+
+    def _queue(self, job: Job, *, sha256: str) -> None:
+        job = enqueue(self._ledger, self._config, job, sha256)
+        if job.state is State.QUEUED:
+            _log.info("queued", job=job.id, sha256=sha256[:12])
+        elif job.state is State.TRAINED:
+            _log.info("trained before", job=job.id, duplicate_of=job.duplicate_of, adapter=job.adapter)
+            self._archive(job)
+        else:
+            self._fail(job)
+
+    def _start_next(self) -> None:
+        """Start the oldest queued job (D6, D7)."""
+        if self._attempt or self._stop or time.monotonic() < self._held_until:
+            return
+        job = self._ledger.next_queued(time.time())
+        if job is None:
+            return
+        try:
+            job = self._ledger.update(
+                job.id,
+                state=State.RUNNING,
+                attempt=job.attempt + 1,
+                boot_id=boot_id(),
+                started_at=job.started_at or time.time(),
+            )
+            if not os.access(self._home.adapters, os.W_OK | os.X_OK):
+                raise HomeError(
+                    "adapters/ cannot be written to, so the result would have no place",
+                    where=str(self._home.adapters),
+                    remedy=f"Let user {os.geteuid()} write there, then drop the file again.",
+                )
+            write_spec(self._home, job)
+            environment, why = trainer_environment(self._gpus.gpus[0].uuid if self._gpus.gpus else None)
+            self._attempt = Attempt.launch(self._ledger, self._home, job, environment)
+        except FinetunedError as error:
+            self._fail(job, error.as_dict())
+        except OSError as error:
+            self._ledger.update(job.id, state=State.QUEUED)
+            self._hold(error, doing=f"starting {job.id}")
+        else:
+            _log.info("training starts", job=job.id, attempt=job.attempt, pid=self._attempt.trainer.pid, on=why)
+            self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
+
+    def _tend_attempt(self) -> None:
+        """Record what the trainer says; when it has ended, do what follows."""
+        attempt = self._attempt
+        if attempt is None:
+            return
+        if self._hurry:
+            attempt.hurry()
+        events, status = attempt.tend()
+        for event in events:
+            _relay(attempt.job, event)
+        if status is None:
+            return
+        self._attempt = None
+        decision, ending = attempt.conclude(status)
+        job = attempt.job
+        if decision.publish:
+            self._publish(job)
+        elif decision.reason:
+            self._fail(job, decision.reason)
+        elif ending is Ending.INTERRUPTED:
+            _log.info("training stopped", job=job.id, then="it goes on from its checkpoint at the next start")
+        else:
+            _log.warning("training goes on", job=job.id, why=decision.why, after_seconds=decision.delay or None)
+
+    def _sample_gpus(self) -> None:
+        """Read the GPUs while a job runs: into the ledger, and a line a minute."""
+        now = time.monotonic()
+        if self._attempt is None or not self._gpus.gpus or now < self._next_sample:
+            return
+        self._next_sample = now + self._config.gpu_sample_seconds
+        deep = now >= self._next_deep_sample
+        if deep:
+            self._next_deep_sample = now + _GPU_LINE_SECONDS
+        job = self._attempt.job
+        samples = self._gpus.sample(self._attempt.trainer.pid, deep=deep)
+        self._ledger.record_gpu(job.id, [(s.created_at, s.uuid, asdict(s)) for s in samples])
+        for event in self._gpus.events():
+            _log.warning("GPU trouble", gpu=event.uuid, kind=event.kind, detail=event.detail)
+        if now >= self._next_gpu_line and samples:
+            self._next_gpu_line = now + _GPU_LINE_SECONDS
+            _log.info("GPU", job=job.id, reading=gpu.summary(samples))
+
+    def _tell_systemd(self) -> None:
+        if self._attempt is None:
+            status = "waiting for files"
+        else:
+            figures = self._attempt.job.progress
+            status = f"{self._attempt.job.id}: step {figures.get('step', 0)} of {figures.get('total_steps', '?')}"
+        notify(watchdog=1, status=status)
+
+    def _pause(self) -> float:
+        """Seconds to rest: until the next thing that can happen by itself."""
+        if self._attempt is not None:
+            return _TICK
+        now = time.monotonic()
+        pauses = [_IDLE, max(self._next_look, self._held_until) - now, watchdog_seconds() or _IDLE]
+        if again_at := self._hasher.again_at():
+            pauses.append(max(again_at, self._held_until) - now)
+        return max(0.01, min(pauses))
+
+    # -- what steps share
+
+    def _stop_attempt(self) -> None:
+        if self._attempt is not None:
+            if not self._attempt.stopping:
+                _log.info("stopping", job=self._attempt.job.id, seconds=self._config.stop_seconds)
+                notify(stopping=1, extend_timeout_usec=int((self._config.stop_seconds + 30) * 1e6))
+            self._attempt.stop(self._config.stop_seconds)
+
+    def _publish(self, job: Job) -> None:
+        try:
+            job = publish(self._ledger, self._home, job)
+            self._archive(job)
+        except FinetunedError as error:
+            self._fail(job, error.as_dict())
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                self._hold(error, doing=f"publishing {job.id}")
+            else:
+                self._fail(job, _unwritable(error))
+
+    def _archive(self, job: Job) -> None:
+        try:
+            job = archive(self._ledger, self._home, job)
+        except OSError as error:
+            self._hold(error, doing=f"archiving {job.id}")
+            return
+        if job.duplicate_of is None:
+            figures = {key: job.progress[key] for key in ("train_loss", "valid_loss") if key in job.progress}
+            _log.info("finished", job=job.id, adapter=f"adapters/{job.adapter}", **figures)
+
+    def _fail(self, job: Job, reason: dict[str, str] | None = None) -> None:
+        self._failures += 1
+        told = reason or job.reason or {}
+        _log.error(
+            "job failed",
+            job=job.id,
+            file=printable(job.name),
+            **{key: told[key] for key in ("code", "what", "where", "remedy") if told.get(key)},
+            reason_in=f"archive/failed/{job.id}/reason.json",
+        )
+        try:
+            fail(self._ledger, self._home, job, reason)
+        except OSError as error:
+            self._hold(error, doing=f"putting {printable(job.name)} away")
+
+    def _hold(self, error: OSError, *, doing: str) -> None:
+        """Let the queue wait: nothing is lost, and it goes on by itself when the cause is gone."""
+        self._held, self._held_until = True, time.monotonic() + _RETRY_AFTER
+        _log.error("the queue waits", doing=doing, error=str(error), again_in_seconds=_RETRY_AFTER)
+        notify(status=f"waiting: {error.strerror}")
+
+    def _stop_orphan(self, job: Job) -> None:
+        stop_orphan(self._home, job, seconds=self._config.stop_seconds)
+
+
+def open_ledger(home: Home) -> Ledger:
+    """Open the ledger; a damaged one is put aside, and recovery rebuilds what the folders know."""
+    try:
+        return Ledger.open(home.ledger)
+    except sqlite3.DatabaseError as error:
+        aside = home.ledger.with_name(f"state.damaged-{int(time.time())}.db")
+        _log.error(
+            "the ledger is damaged", error=str(error), moved_to=str(aside), then="it is rebuilt from the folders"
+        )
+        home.ledger.rename(aside)
+        for suffix in ("-wal", "-shm"):
+            home.ledger.with_name(home.ledger.name + suffix).unlink(missing_ok=True)
+        return Ledger.open(home.ledger)
+
+
+def _file_state(path: Path) -> tuple[int, ...]:
+    try:
+        facts = path.stat()
+    except OSError:
+        return ()
+    return (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+def _complain(complaint: Complaint) -> None:
+    _log.warning("left in the inbox", path=str(complaint.path), what=complaint.what, remedy=complaint.remedy)
+
+
+def _relay(job: Job, event: Event) -> None:
+    """Say in the daemon's log what matters there; the job's own log has everything."""
+    if event.type in {EventType.PLAN, EventType.RUNG, EventType.RESULT} or event.level != "info":
+        log = {"warning": _log.warning, "error": _log.error}.get(event.level, _log.info)
+        log(event.message, job=job.id)
+    elif event.type is EventType.METRICS and "valid_loss" in event.data:
+        _log.info(event.message, job=job.id)
+
+
+def _unwritable(error: OSError) -> dict[str, str]:
+    return {
+        "code": "cannot_publish",
+        "what": f"the adapter is trained but cannot be put into adapters/: {error.strerror}",
+        "where": str(error.filename2 or error.filename or ""),
+        "remedy": "Mend the folder's permissions, then drop the file again; its checkpoints are kept beside it.",
+    }

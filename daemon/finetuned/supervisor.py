@@ -1,0 +1,236 @@
+"""One attempt's life: launch, tail its events, judge its end, climb down a rung.
+
+The decision what an end means for the job is `decide`, a pure function; the daemon and `finetuned train` both follow
+it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from finetuned.events import Ending, Event, EventType, describe_end, judge, parse_event
+from finetuned.fallback import Rung, next_rung
+from finetuned.home import Home, printable
+from finetuned.jobs import Job, State
+from finetuned.launchers.local import LocalTrainer, start
+from finetuned.ledger import Ledger
+from finetuned.spool.recover import locked
+
+_log = structlog.get_logger()
+
+_ORPHAN_PAUSE = 0.1  # seconds between two looks at its lock
+MOST_TRANSIENT = 5
+FIRST_DELAY = 30.0  # seconds before a transient end is tried again; doubled each time
+LONGEST_DELAY = 1800.0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows an attempt. With `publish` false and no reason the job is queued again with these changes."""
+
+    publish: bool = False
+    reason: dict[str, str] | None = None
+    rung: dict[str, Any] | None = None
+    why: str = ""
+    delay: float = 0.0  # seconds
+    counted: bool = False  # as one of the job's retries
+
+
+def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) -> Decision:
+    """Say what follows an attempt of `job` that ended so.
+
+    `error` is the trainer's last error event, `end` names the exit in words.
+    """
+    said = {key: str((error or {}).get(key, "")) for key in ("code", "what", "where", "remedy")}
+    match ending:
+        case Ending.SUCCEEDED:
+            return Decision(publish=True)
+        case Ending.INTERRUPTED:
+            return Decision(why="stopped, with a checkpoint to go on from")
+        case Ending.PERMANENT:
+            return Decision(reason=said if error else _unexplained(job, end))
+        case Ending.RESOURCE:
+            return _climb_down(job, (error or {}).get("rung") or job.rung, said)
+        case Ending.HOST_MEMORY if not job.progress.get("host_kills"):
+            return _climb_down(job, job.rung, _killed(job))
+        case Ending.HOST_MEMORY:
+            return Decision(reason=_killed(job))
+        case Ending.TRANSIENT if job.retries < MOST_TRANSIENT:
+            delay = min(FIRST_DELAY * 2**job.retries, LONGEST_DELAY)
+            return Decision(why=said["what"] or end, delay=delay, counted=True)
+        case Ending.BUG if job.retries == 0:
+            return Decision(why=f"{end}; trying once more", counted=True)
+    return Decision(reason=said if error else _unexplained(job, end))
+
+
+def _climb_down(job: Job, rung: dict[str, Any], reason: dict[str, str]) -> Decision:
+    step = next_rung(
+        Rung(**rung),
+        allow_4bit=bool(job.settings.get("fallback_4bit")),
+        allow_shorter=bool(job.settings.get("fallback_max_length")),
+    )
+    if step is None:
+        return Decision(reason=reason)
+    return Decision(rung=step[0].as_dict(), why=step[1])
+
+
+def _killed(job: Job) -> dict[str, str]:
+    return {
+        "code": "killed",
+        "what": "the trainer was killed, most likely by the kernel because the machine ran out of memory",
+        "where": printable(job.name),
+        "remedy": "Lower max_length or batch_size, set activation_checkpointing, take a smaller model, or add memory.",
+    }
+
+
+def _unexplained(job: Job, end: str) -> dict[str, str]:
+    return {
+        "code": "bug",
+        "what": f"the trainer ended unexpectedly: {end}",
+        "where": printable(job.name),
+        "remedy": "This is a bug in finetuned or a library; the last lines of the job's log are kept beside this file.",
+    }
+
+
+def progress_for_next(progress: dict[str, Any], ending: Ending) -> dict[str, Any]:
+    """Give the figures that the next attempt of a job begins with."""
+    kept = {key: value for key, value in progress.items() if key != "error"}
+    return {**kept, "host_kills": 1} if ending is Ending.HOST_MEMORY else kept
+
+
+class EventTail:
+    """Reads what a trainer appends to events.jsonl, whole lines only."""
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self._path = path
+        self.offset = offset
+
+    def read(self) -> list[Event]:
+        """Give the events since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self.offset)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        return [event for line in whole.splitlines() if (event := parse_event(line))]
+
+
+def progress_after(progress: dict[str, Any], events: list[Event]) -> dict[str, Any]:
+    """Fold events into a job's newest figures."""
+    newest = dict(progress)
+    for event in events:
+        match event.type:
+            case EventType.PHASE | EventType.METRICS | EventType.CHECKPOINT | EventType.RESULT:
+                newest |= event.data
+            case EventType.PLAN:
+                newest |= {key: event.data[key] for key in ("total_steps", "device") if key in event.data}
+            case EventType.ERROR:
+                newest["error"] = dict(event.data)
+            case _:
+                pass
+    return newest
+
+
+class Attempt:
+    """One trainer at work on one job of the ledger."""
+
+    def __init__(self, ledger: Ledger, home: Home, job: Job, trainer: LocalTrainer) -> None:
+        self.job = job
+        self.trainer = trainer
+        self._ledger = ledger
+        self._tail = EventTail(home.job(job.id).events, job.events_offset)
+        self._stop_by: float | None = None
+
+    @classmethod
+    def launch(cls, ledger: Ledger, home: Home, job: Job, environment: dict[str, str]) -> Attempt:
+        """Start the trainer of a job that is in state running (D7). Raises OSError."""
+        trainer = start(home.job(job.id), log=home.job_log(job.id), environment=environment)
+        job = ledger.update(job.id, trainer_pid=trainer.pid)
+        return cls(ledger, home, job, trainer)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the trainer was asked to stop."""
+        return self._stop_by is not None
+
+    def stop(self, seconds: float) -> None:
+        """Ask the trainer for a checkpoint and an end; after so many seconds it is killed."""
+        if self._stop_by is None:
+            self._stop_by = time.monotonic() + seconds
+            self.trainer.ask_to_stop()
+
+    def hurry(self) -> None:
+        """Kill a trainer that was asked to stop already."""
+        self._stop_by = time.monotonic()
+
+    def tend(self) -> tuple[list[Event], int | None]:
+        """Record what the trainer said; give that, and its exit status once it has ended and all is recorded."""
+        if self._stop_by is not None and time.monotonic() >= self._stop_by:
+            self.trainer.kill()
+        status = self.trainer.poll()  # before reading, so that an ended trainer's last events are read
+        events = self._tail.read()
+        if events:
+            rungs = [event.data["rung"] for event in events if event.type is EventType.RUNG]
+            changes: dict[str, Any] = {"progress": progress_after(self.job.progress, events)}
+            if rungs:
+                changes["rung"] = rungs[-1]
+            self.job = self._ledger.record(self.job.id, events, offset=self._tail.offset, **changes)
+        return events, status
+
+    def conclude(self, status: int) -> tuple[Decision, Ending]:
+        """Judge the end. For a job that goes back into the queue the ledger is updated; the caller publishes or fails
+        it.
+        """
+        ending = judge(status, stopped_by_us=self.stopping)
+        error = self.job.progress.get("error")
+        decision = decide(self.job, ending, error=error, end=describe_end(status))
+        if decision.publish or decision.reason:
+            return decision, ending
+        self.job = self._ledger.update(
+            self.job.id,
+            state=State.QUEUED,
+            rung=decision.rung or self.job.rung,
+            retries=self.job.retries + decision.counted,
+            not_before=time.time() + decision.delay if decision.delay else 0.0,
+            progress=progress_for_next(self.job.progress, ending),
+            trainer_pid=None,
+        )
+        return decision, ending
+
+
+def boot_id() -> str:
+    """Name this run of the machine: a pid means nothing after a restart."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def stop_orphan(home: Home, job: Job, *, seconds: float) -> None:
+    """End a trainer that outlived its daemon: asked for a checkpoint first, after so many seconds by force."""
+    _log.warning(
+        "a trainer outlived its daemon", job=job.id, pid=job.trainer_pid, then="it writes a checkpoint and ends"
+    )
+    _signal_trainer(job, signal.SIGTERM)
+    deadline = time.monotonic() + seconds
+    while locked(home.job(job.id)):
+        if time.monotonic() >= deadline:
+            _signal_trainer(job, signal.SIGKILL)
+        time.sleep(_ORPHAN_PAUSE)
+
+
+def _signal_trainer(job: Job, number: signal.Signals) -> None:
+    """Signal the process that the ledger names, if it is this machine's run and still that trainer."""
+    if not job.trainer_pid or job.boot_id != boot_id():
+        return
+    with suppress(OSError):
+        if job.id.encode() in Path(f"/proc/{job.trainer_pid}/cmdline").read_bytes():
+            os.kill(job.trainer_pid, number)
