@@ -1,0 +1,5 @@
+"""`python -m finetuned` is `finetuned`."""
+
+from finetuned.cli import main
+
+main()

@@ -1,0 +1,159 @@
+"""The command line: parse, dispatch, exit codes. Each verb imports what it needs by itself, so that `--help` is
+instant.
+
+Exit codes: 0 done, 1 a job or an evaluation failed, 2 used wrongly, 78 the configuration or the base directory cannot
+be used.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from finetuned import __version__
+
+if TYPE_CHECKING:
+    from finetuned.home import Home
+
+_UNUSABLE = 78
+
+
+def _base_dir(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--base-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="The base directory; else $FINETUNED_HOME, else the current folder.",
+    )(command)
+
+
+def _home(base_dir: Path | None) -> Home:
+    from finetuned.home import find_home
+
+    return find_home(base_dir)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="finetuned")
+def cli() -> None:
+    """Drop a JSONL file into inbox/, find an adapter in adapters/."""
+
+
+def main() -> None:
+    """Run the command line; an error that a user can mend is a sentence, not a traceback."""
+    from finetuned.errors import FinetunedError
+
+    try:
+        cli(standalone_mode=True)
+    except FinetunedError as error:
+        click.echo(f"finetuned: {error}", err=True)
+        sys.exit(_UNUSABLE)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+def init(folder: Path) -> None:
+    """Make FOLDER a base directory."""
+    from finetuned.config import json_schema, starter
+    from finetuned.home import Home
+
+    home = Home(folder.expanduser().resolve())
+    for path in home.folders:
+        path.mkdir(parents=True, exist_ok=True)
+    home.schema_file.write_text(json_schema(), encoding="utf-8")
+    if not home.config_file.exists():
+        home.config_file.write_text(starter(), encoding="utf-8")
+    click.echo(
+        f"{home.root} is ready. Edit {home.config_file.name}, start `finetuned run --base-dir {folder}`, "
+        f"then `cp data.jsonl {folder / 'inbox'}/`."
+    )
+
+
+@cli.command()
+@_base_dir
+@click.option(
+    "--once", is_flag=True, help="End when the inbox is empty and every job is finished; exit 1 if one failed."
+)
+def run(base_dir: Path | None, once: bool) -> None:  # noqa: FBT001, click passes options by name
+    """Be the daemon: watch inbox/ and train what is dropped there."""
+    from finetuned.logs import set_up_logging
+    from finetuned.service import Service
+
+    home = _home(base_dir)
+    home.logs.mkdir(parents=True, exist_ok=True)
+    set_up_logging(home.logs)
+    sys.exit(Service(home, once=once).run())
+
+
+@cli.command()
+@_base_dir
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def status(base_dir: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """Show the queue, the running job and the last results."""
+    from finetuned.status import gather, render
+
+    facts = gather(_home(base_dir))
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(facts))
+
+
+@cli.command()
+@_base_dir
+@click.argument("job", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on as the log grows.")
+@click.option("-n", "--lines", default=40, show_default=True, help="Lines to begin with.")
+def logs(base_dir: Path | None, job: str | None, follow: bool, lines: int) -> None:  # noqa: FBT001
+    """Show the daemon's log, or that of one JOB (its id, or the beginning of it)."""
+    from finetuned.tail import find_log, tail
+
+    for line in tail(lambda: find_log(_home(base_dir), job), lines=lines, follow=follow):
+        click.echo(line)
+
+
+@cli.command()
+@click.option(
+    "--dataset", required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A JSONL file."
+)
+@click.option("--model", default="smollm2-135m", show_default=True, help="A hub id, a folder, or smollm2-135m.")
+@click.option(
+    "--output-dir", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the adapter goes."
+)
+@click.option("--epochs", type=float)
+@click.option("--max-steps", type=int)
+@click.option("--eval-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Held-out rows.")
+@click.option("--eval-steps", type=int)
+@click.option("--batch-size", type=int)
+@click.option("--gradient-accumulation", type=int)
+@click.option("--learning-rate", type=float)
+@click.option(
+    "--use-qlora/--no-qlora", default=None, help="4-bit base weights; without either, what suits the machine."
+)
+@click.option("--max-length", type=int)
+@click.option("--lora-r", type=int)
+@click.option("--lora-alpha", type=float)
+@click.option("--system-prompt", help="For rows that have none; an empty text for none at all.")
+@click.option("--seed", type=int)
+@click.option("--job-id", help="A name for this training.")
+@click.option("--skip-validation", is_flag=True, help="Train on the good rows, however many are bad.")
+@click.option("--yes", is_flag=True, help="Do not ask before replacing what is in the output folder.")
+def train(**options: Any) -> None:
+    """Train one file by hand, without the daemon."""
+    from finetuned.by_hand import train_by_hand
+
+    sys.exit(train_by_hand(**options))
+
+
+@cli.command()
+@click.option(
+    "--base-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="A folder for it; else a new one in the system's temporary folder.",
+)
+def demo(base_dir: Path | None) -> None:
+    """Show the main job: a real daemon, a real model, a file in the inbox."""
+    from finetuned.demo import run_demo
+
+    sys.exit(run_demo(base_dir))

@@ -1,0 +1,150 @@
+"""`finetuned demo`: a fresh base directory, a real daemon, a file in its inbox, and what the model learned from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import click
+
+from finetuned.config import json_schema
+from finetuned.errors import HomeError
+from finetuned.events import Event, EventType
+from finetuned.home import Home, find_home
+from finetuned.jobs import Job, Outcome, State
+from finetuned.ledger import Ledger
+from finetuned.live import LiveLine, duration
+
+_SETTINGS = {
+    "$schema": "./config.schema.json",
+    "model": "smollm2-135m",
+    "learning_rate": 1e-3,
+    "epochs": 3,
+    "batch_size": 8,
+    "quiet_seconds": 0.5,
+    "predictions": {"samples": 5, "max_new_tokens": 40},
+}
+_LIMIT = 900.0  # seconds
+
+
+def run_demo(base_dir: Path | None) -> int:
+    """Run the demo and give the exit code: 1 if no adapter came or the held-out loss did not fall."""
+    data, held_out = _examples()
+    root = base_dir.expanduser().resolve() if base_dir else Path(tempfile.mkdtemp(prefix="finetuned-demo-"))
+    home = Home(root)
+    if home.config_file.exists():
+        raise HomeError(
+            "the demo wants a fresh folder", where=str(root), remedy="Name another, or leave --base-dir out."
+        )
+    _prepare(home, held_out)
+
+    began = time.monotonic()
+    click.echo(f"A fresh base directory: {root}")
+    click.echo(f"Starting the daemon:    finetuned run --base-dir {root}")
+    with (home.logs / "console.log").open("wb") as console:
+        daemon = subprocess.Popen(
+            [sys.executable, "-m", "finetuned", "run", "--base-dir", str(root)],
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        click.echo(f"Dropping a file:        cp {data} {home.inbox}/\n")
+        shutil.copyfile(data, home.inbox / data.name)
+        job, events = _watch(home, daemon)
+    finally:
+        daemon.terminate()
+        daemon.wait()
+    if job is None or job.outcome is not Outcome.SUCCEEDED:
+        what = (job.reason or {}).get("what") if job else None
+        click.echo(f"No adapter came: {what or 'the daemon ended early'}. See {home.logs}/.", err=True)
+        return 1
+    return _tell(home, job, events, seconds=time.monotonic() - began)
+
+
+def _examples() -> tuple[Path, Path]:
+    """Find the example data: in the repository, or in the installed package."""
+    package = Path(__file__).parent
+    for folder in (package.parents[1] / "examples", package / "examples"):
+        if (folder / "units.jsonl").is_file():
+            return folder / "units.jsonl", folder / "units-heldout.jsonl"
+    raise HomeError(
+        "the example data is missing", where=str(package), remedy="Run the demo in a clone of the repository."
+    )
+
+
+def _prepare(home: Home, held_out: Path) -> None:
+    for folder in home.folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    home.schema_file.write_text(json_schema(), encoding="utf-8")
+    home.config_file.write_text(
+        json.dumps({**_SETTINGS, "eval_file": str(held_out)}, indent=2) + "\n", encoding="utf-8"
+    )
+    with suppress(HomeError):  # in a base directory the unpacked model is shared with it: it takes a while to unpack
+        shared = find_home(None).models
+        shared.mkdir(parents=True, exist_ok=True)
+        home.models.rmdir()
+        home.models.symlink_to(shared)
+
+
+def _watch(home: Home, daemon: subprocess.Popen[bytes]) -> tuple[Job | None, list[Event]]:
+    """Show the job's progress until it is finished."""
+    line = LiveLine()
+    deadline = time.monotonic() + _LIMIT
+    job = None
+    while daemon.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+        if not home.ledger.exists():
+            continue
+        with suppress(Exception):  # the daemon may be making its tables at this moment
+            ledger = Ledger.open_to_read(home.ledger)
+            try:
+                job = next(iter(ledger.jobs(*State)), None)
+                if job is not None:
+                    line.show(job.progress)
+                if job is not None and job.state is State.FINISHED:
+                    line.end()
+                    return job, ledger.events(job.id)
+            finally:
+                ledger.close()
+    line.end()
+    return None, []
+
+
+def _tell(home: Home, job: Job, events: list[Event], *, seconds: float) -> int:
+    """Print what came of it."""
+    before, after = job.progress["valid_loss_before"], job.progress["valid_loss"]
+    click.echo(f"\nHeld-out loss: {before:.4f} before, {after:.4f} after. Five held-out questions:\n")
+    asked = [event.data["samples"] for event in events if event.type is EventType.PREDICTIONS]
+    for old, new in zip(asked[0], asked[-1], strict=True):
+        click.echo(f"  {_line(new['prompt'])}")
+        click.echo(f"    before  {_line(old['answer'])}")
+        click.echo(f"    after   {_line(new['answer'])}")
+        click.echo(f"    wanted  {_line(new['expected'])}\n")
+    adapter = home.adapters / str(job.adapter)
+    base = json.loads((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+    click.echo(f"The adapter:  {adapter}")
+    click.echo(f"The input:    {next(home.archive.glob(f'*/{job.id}/*.jsonl'))}")
+    click.echo(f"The story:    {home.job_log(job.id)}\n")
+    click.echo("Load it:")
+    click.echo(f'  PeftModel   PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{adapter}")')
+    click.echo(f"  vLLM        vllm serve {base} --enable-lora --lora-modules {job.adapter}={adapter}")
+    click.echo(
+        f"  llama.cpp   python convert_lora_to_gguf.py {adapter} && llama-cli -m BASE.gguf --lora ADAPTER.gguf\n"
+    )
+    click.echo(f"All of it took {duration(seconds)}.")
+    if after < before:
+        return 0
+    click.echo("The held-out loss did not fall.", err=True)
+    return 1
+
+
+def _line(text: str, limit: int = 110) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[:limit] + "..."

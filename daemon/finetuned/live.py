@@ -1,0 +1,71 @@
+"""A job's progress as a sentence, and as a line that renews itself on a terminal."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from typing import Any
+
+_PHASES = {
+    "validating_files": "checking the data",
+    "loading_model": "loading the model",
+    "evaluating": "evaluating",
+    "saving": "writing the adapter",
+}
+_BAR = 24  # characters
+_EVERY = 5.0  # seconds between two lines where there is no terminal
+
+
+def duration(seconds: float) -> str:
+    """Give a length of time: `48 s`, `3 min 5 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def sentence(progress: dict[str, Any]) -> str:
+    """Give a running job's newest figures."""
+    phase = progress.get("phase")
+    if phase in _PHASES or "train_loss" not in progress:
+        return _PHASES.get(str(phase), "starting")
+    return (
+        f"step {progress['step']} of {progress.get('total_steps', '?')}, loss {progress['train_loss']:.4f}, "
+        f"{progress.get('tokens_per_second', 0):,.0f} tokens/s, {duration(progress.get('seconds_left', 0))} left"
+    )
+
+
+class LiveLine:
+    """One line on stderr that is written over, or a new line now and then where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._said = ""
+        self._said_at = 0.0
+
+    def show(self, progress: dict[str, Any]) -> None:
+        """Show the newest figures."""
+        text = sentence(progress)
+        total = progress.get("total_steps") or 0
+        if total and progress.get("phase") == "training":
+            filled = _BAR * progress.get("step", 0) // total
+            text = f"[{'#' * filled}{'.' * (_BAR - filled)}] {text}"
+        if text == self._said:
+            return
+        if self._terminal:
+            width = shutil.get_terminal_size().columns - 1
+            sys.stderr.write(f"\r\x1b[K{text[:width]}")
+        elif time.monotonic() - self._said_at >= _EVERY or "step" not in text:
+            sys.stderr.write(f"{text}\n")
+            self._said_at = time.monotonic()
+        self._said = text
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Leave the line as it is and go on below it."""
+        if self._terminal and self._said:
+            sys.stderr.write("\n")

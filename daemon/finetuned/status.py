@@ -1,0 +1,107 @@
+"""What `finetuned status` says: the queue, the running job, the last results. Reads the ledger, changes nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from datetime import datetime
+from typing import Any
+
+from finetuned.home import Home, printable
+from finetuned.jobs import Job, Outcome, State
+from finetuned.ledger import Ledger
+from finetuned.live import duration, sentence
+
+_LAST = 10
+_LONGEST_REASON = 160  # characters
+
+
+def gather(home: Home) -> dict[str, Any]:
+    """Collect everything, as `--json` prints it."""
+    facts: dict[str, Any] = {
+        "base_dir": str(home.root),
+        "daemon_pid": _daemon_pid(home),
+        "running": [],
+        "queue": [],
+        "finished": [],
+    }
+    try:
+        ledger = Ledger.open_to_read(home.ledger)
+    except sqlite3.OperationalError:  # no daemon has run here yet
+        return facts
+    try:
+        facts["running"] = [_facts(job) for job in ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)]
+        facts["queue"] = [_facts(job) for job in ledger.jobs(State.CLAIMING, State.QUEUED)]
+        facts["finished"] = [_facts(job) for job in ledger.last_finished(_LAST)]
+    finally:
+        ledger.close()
+    return facts
+
+
+def _daemon_pid(home: Home) -> int | None:
+    """Give the pid of the daemon at work here: who holds the lock wrote it there."""
+    try:
+        descriptor = os.open(home.lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(os.pread(descriptor, 32, 0) or 0) or None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "file": printable(job.name),
+        "profile": job.profile or None,
+        "status": job.status,
+        "outcome": job.outcome,
+        "adapter": job.adapter if job.outcome is Outcome.SUCCEEDED else None,
+        "duplicate_of": job.duplicate_of,
+        "reason": job.reason,
+        "attempt": job.attempt,
+        "rung": job.rung,
+        "progress": {key: value for key, value in job.progress.items() if key != "error"},
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+    }
+
+
+def render(facts: dict[str, Any]) -> str:
+    """Give it as text for a terminal."""
+    pid = facts["daemon_pid"]
+    lines = [
+        f"finetuned in {facts['base_dir']}: "
+        + (f"running, pid {pid}" if pid else "not running; start it with `finetuned run`")
+    ]
+    for job in facts["running"]:
+        lines += ["", f"running   {job['id']}", f"          {sentence(job['progress'])}"]
+    if facts["queue"]:
+        lines += ["", *(f"queued    {job['id']}" for job in facts["queue"])]
+    if facts["finished"]:
+        lines += ["", *map(_result, facts["finished"])]
+    if len(lines) == 1:
+        lines += ["", "nothing yet: drop a .jsonl file into inbox/"]
+    return "\n".join(lines)
+
+
+def _result(job: dict[str, Any]) -> str:
+    at = f"{datetime.fromtimestamp(job['finished_at']).astimezone():%Y-%m-%d %H:%M}"
+    if job["outcome"] != Outcome.SUCCEEDED:
+        reason = job["reason"] or {}
+        what = " ".join(str(reason.get("what", "")).split())
+        what = what if len(what) <= _LONGEST_REASON else what[:_LONGEST_REASON] + "..."
+        where = f"{reason['where']}: " if reason.get("where") else ""
+        return f"{job['outcome']:9} {at}  {job['id']}: {where}{what}\n          archive/failed/{job['id']}/"
+    if job["duplicate_of"]:
+        return f"duplicate {at}  {job['id']}: trained before as {job['duplicate_of']}, adapters/{job['adapter']}"
+    took = duration(job["finished_at"] - job["started_at"]) if job["started_at"] else ""
+    loss = job["progress"].get("valid_loss", job["progress"].get("train_loss"))
+    figures = ", ".join(filter(None, (f"loss {loss:.4f}" if loss is not None else "", took)))
+    return f"{job['outcome']:9} {at}  {job['id']}: adapters/{job['adapter']} ({figures})"
