@@ -7,6 +7,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from finetuned.errors import HomeError
 from finetuned.home import Home
@@ -56,3 +57,20 @@ def check_one_mount(home: Home) -> None:
     finally:
         with suppress(OSError):
             probe.unlink()
+
+
+def check_place(folder: Path) -> None:
+    """Make sure, before a night of training, that its result can be put there.
+
+    Raises HomeError if it may not be written to; OSError where that may pass by itself (a full or read-only disk).
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except PermissionError as error:
+        raise HomeError(
+            "the folder may not be written to, so the result would have no place",
+            where=str(folder),
+            remedy=f"Let user {os.geteuid()} write there, then drop the file again.",
+        ) from error

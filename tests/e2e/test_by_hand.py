@@ -1,0 +1,114 @@
+"""`finetuned train` without a daemon, and the model that comes with finetuned."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from conftest import chat_rows, eventually, write_jsonl
+from finetuned.home import JobFolder
+from finetuned.supervisor import EventTail, progress_after
+
+
+def command(dataset, output, *options) -> list[str]:
+    main = [sys.executable, "-m", "finetuned", "train", "--dataset", str(dataset), "--output-dir", str(output)]
+    return [*main, *map(str, options)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_jsonl(tmp_path / "numbers.jsonl", chat_rows(24))
+
+
+def test_training_by_hand_leaves_an_adapter_and_its_log(tmp_path, data, tiny_model):
+    output = tmp_path / "out"
+    options = (
+        "--model",
+        tiny_model,
+        "--epochs",
+        1,
+        "--batch-size",
+        4,
+        "--lora-r",
+        2,
+        "--max-length",
+        512,
+        "--job-id",
+        "mine",
+    )
+    done = subprocess.run(command(data, output, *options), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "train loss" in done.stdout
+    assert "step" in done.stderr
+    story = json.loads((output / "finetuned.json").read_bytes())
+    assert story["job_id"] == "mine"
+    assert story["settings"]["lora_r"] == 2
+    assert (output / "adapter_model.safetensors").is_file()
+    assert "plan: 6 steps of 4 rows" in (output / "train.log").read_text()
+    assert not (output / ".finetuned").exists()
+
+
+def test_a_folder_with_something_in_it_is_not_replaced_without_asking(tmp_path, data, tiny_model):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious.txt").write_text("mine")
+    done = subprocess.run(
+        command(data, output, "--model", tiny_model, "--max-steps", 1),
+        input="n\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "not empty" in done.stderr
+    assert [path.name for path in output.iterdir()] == ["precious.txt"]
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path, data, tiny_model):
+    output = tmp_path / "out"
+    options = ("--model", tiny_model, "--epochs", 80, "--batch-size", 4)
+    with subprocess.Popen(command(data, output, *options), stderr=subprocess.PIPE, text=True) as process:
+        tail = EventTail(JobFolder(output / ".finetuned").events)
+        eventually(lambda: progress_after({}, tail.read()).get("step", 0) > 3, why="some steps")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert "The same command goes on from there" in process.stderr.read()
+    done = subprocess.run(command(data, output, *options, "--yes"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "resumed after step" in (output / "train.log").read_text()
+
+
+def test_bad_rows_fail_the_training_unless_validation_is_skipped(tmp_path, tiny_model):
+    data = write_jsonl(tmp_path / "half.jsonl", [*chat_rows(4), {"foo": 1}])
+    options = ("--model", tiny_model, "--max-steps", 1)
+    done = subprocess.run(command(data, tmp_path / "a", *options), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "half.jsonl:5" in done.stderr
+    assert "missing_messages_list" in done.stderr
+    done = subprocess.run(
+        command(data, tmp_path / "a", *options, "--skip-validation"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.model
+def test_the_embedded_model_needs_no_network_and_adapters_name_its_hub_id(tmp_path, data):
+    """Unpacked once, trained, and its adapter says where the weights come from."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    for name in ("first", "second"):
+        output = tmp_path / name
+        options = ("--model", "smollm2-135m", "--max-steps", 1, "--batch-size", 2)
+        done = subprocess.run(
+            command(data, output, *options), capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
+        assert done.returncode == 0, done.stderr + (output / ".finetuned" / "train.log").read_text()
+        config = json.loads((output / "adapter_config.json").read_bytes())
+        assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        assert "dequantised from Q4_1" in (output / "README.md").read_text()
+    unpacked = tmp_path / ".cache" / "finetuned" / ".finetuned" / "models" / "smollm2-135m"
+    assert "quantization_config" not in json.loads((unpacked / "config.json").read_bytes())
