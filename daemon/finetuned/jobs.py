@@ -113,6 +113,7 @@ class JobSpec:
     rung: dict[str, Any]
     override_inode: int | None = None  # of x.config.json, so that recovery takes that file and no newer one
     sha256: str | None = None
+    reason: dict[str, str] | None = None  # why it cannot be trained, where its settings are broken
     attempt: int = 0
     base_dir: str = ""
     models: str = ""

@@ -87,13 +87,7 @@ class Service:
             try:
                 self._begin()
                 while not self._done():
-                    self._reload_config()
-                    self._finish_held()
-                    self._look_into_inbox()
-                    self._queue_hashed()
-                    self._start_next()
-                    self._tend_attempt()
-                    self._sample_gpus()
+                    self._take_steps()
                     self._tell_systemd()
                     self._wake.rest(self._pause())
                 return self._end()
@@ -143,6 +137,23 @@ class Service:
         signal.signal(signal.SIGCHLD, lambda *_: self._wake.set())
 
     # -- the steps of the loop
+
+    def _take_steps(self) -> None:
+        steps = (
+            self._reload_config,
+            self._finish_held,
+            self._look_into_inbox,
+            self._queue_hashed,
+            self._start_next,
+            self._tend_attempt,
+            self._sample_gpus,
+        )
+        for step in steps:
+            try:
+                step()
+            except sqlite3.OperationalError as error:  # the ledger cannot be written: a full disk, most likely
+                self._hold(error, doing=step.__name__.strip("_").replace("_", " "))
+                return
 
     def _reload_config(self) -> None:
         """Read config.json again when it changed. A broken edit keeps the last good one and says what is wrong."""
@@ -354,11 +365,11 @@ class Service:
         except OSError as error:
             self._hold(error, doing=f"putting {printable(job.name)} away")
 
-    def _hold(self, error: OSError, *, doing: str) -> None:
+    def _hold(self, error: Exception, *, doing: str) -> None:
         """Let the queue wait: nothing is lost, and it goes on by itself when the cause is gone."""
         self._held, self._held_until = True, time.monotonic() + _RETRY_AFTER
         _log.error("the queue waits", doing=doing, error=str(error), again_in_seconds=_RETRY_AFTER)
-        notify(status=f"waiting: {error.strerror}")
+        notify(status=f"waiting: {error}")
 
     def _stop_orphan(self, job: Job) -> None:
         stop_orphan(self._home, job, seconds=self._config.stop_seconds)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -179,13 +180,18 @@ class Attempt:
         if self._stop_by is not None and time.monotonic() >= self._stop_by:
             self.trainer.kill()
         status = self.trainer.poll()  # before reading, so that an ended trainer's last events are read
+        offset = self._tail.offset
         events = self._tail.read()
         if events:
             rungs = [event.data["rung"] for event in events if event.type is EventType.RUNG]
             changes: dict[str, Any] = {"progress": progress_after(self.job.progress, events)}
             if rungs:
                 changes["rung"] = rungs[-1]
-            self.job = self._ledger.record(self.job.id, events, offset=self._tail.offset, **changes)
+            try:
+                self.job = self._ledger.record(self.job.id, events, offset=self._tail.offset, **changes)
+            except sqlite3.Error:  # a full disk, say: they are read again
+                self._tail.offset = offset
+                raise
         return events, status
 
     def conclude(self, status: int) -> tuple[Decision, Ending]:

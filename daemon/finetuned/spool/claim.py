@@ -82,6 +82,7 @@ def write_spec(home: Home, job: Job, *, override_inode: int | None = None) -> No
         rung=job.rung,
         override_inode=override_inode,
         sha256=job.sha256,
+        reason=job.reason,
         attempt=job.attempt,
         base_dir=str(home.root),
         models=str(home.models),
@@ -143,6 +144,8 @@ def fingerprint(path: Path) -> tuple[FileIdentity, str] | None:
 
 def enqueue(ledger: Ledger, config: Config, job: Job, sha256: str) -> Job:
     """Queue a claimed and hashed job (D5), or settle it at once if it was trained before."""
+    if job.reason:  # its settings are broken, and a crash came between taking it and failing it
+        return ledger.update(job.id, state=State.FAILING, sha256=sha256)
     before = None if config.duplicates == "run" else ledger.trained_before(sha256, job.settings)
     if before is None:
         return ledger.update(job.id, state=State.QUEUED, sha256=sha256)
@@ -167,5 +170,6 @@ def restore(spec: JobSpec) -> Job:
         created_at=spec.created_at,
         settings=spec.settings,
         rung=spec.rung,
+        reason=spec.reason,
         attempt=spec.attempt,
     )

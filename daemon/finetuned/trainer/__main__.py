@@ -5,11 +5,13 @@ The data is checked before torch is imported, so a bad file is told in a moment.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from finetuned.trainer.batches import Example
 
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 _stop_asked = False
 
 
@@ -68,6 +71,7 @@ def _train(
     from finetuned.trainer.loop import Task, train
     from finetuned.trainer.model import choose_tuning, find_base, load_tokenizer
 
+    warnings.simplefilter("ignore", FutureWarning)  # what the libraries tell each other is not for the job's log
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -153,6 +157,14 @@ def _told(say: Reporter) -> Iterator[_End]:
     except MemoryError as error:
         say.error(OutOfMemoryError(f"memory ran out: {error}", remedy="Take a smaller file or model, or add memory."))
         end.code = ExitCode.OUT_OF_MEMORY
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        with suppress(OSError):  # there may be no room to say so either
+            say.error(
+                FinetunedError(f"no room on the disk: {error}", remedy="Make room; it is tried again.", code="no_space")
+            )
+        end.code = ExitCode.TEMPORARY
     except StopAskedError:
         end.code = ExitCode.STOPPED
     except OutOfMeansError as error:

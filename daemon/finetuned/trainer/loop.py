@@ -179,13 +179,14 @@ class Training:
         task.say.say(EventType.MESSAGE, f"resumed after step {self.done} of {total}", step=self.done)
 
     def prepare(self) -> None:
-        """Evaluate once to have a "before", then try the largest micro-batch: what does not fit is known now."""
+        """Evaluate once to have a "before", and find out what does not fit before hours have gone into it."""
         set_checkpointing(self.model, on=self.rung.activation_checkpointing)
         self.objective.train()
         if self.done == 0:
             self.evaluate()
-        self._forgiving(lambda: self._backward(steps.largest_cut(self.plan, self.lengths, self.rung.batch_size), 1))
-        self.optimizer.zero_grad(set_to_none=True)
+        if self._largest_comes_late():
+            self._forgiving(lambda: self._backward(self._largest(), 1))
+            self.optimizer.zero_grad(set_to_none=True)
         self.task.say.phase("training", "training")
         self._pace.start()
 
@@ -293,6 +294,16 @@ class Training:
             self.save()
         except (RuntimeError, MemoryError, OSError) as error:
             self.task.say.warn(f"no checkpoint could be written: {error}")
+
+    def _largest(self) -> list[int]:
+        return steps.largest_cut(self.plan, self.lengths, self.rung.batch_size)
+
+    def _largest_comes_late(self) -> bool:
+        """Whether a later micro-batch needs clearly more than those of the next step, which need no trial."""
+        if self.done == self.plan.total_steps:
+            return False
+        first = steps.cut(self.plan.step(self.done), self.lengths, self.rung.batch_size)[0]
+        return sum(self.lengths[row] for row in self._largest()) > 1.1 * sum(self.lengths[row] for row in first)
 
     def _gradient(self, rows: list[int]) -> float:
         """Gather a step's gradient over its micro-batches; give the mean loss over the step's targets."""

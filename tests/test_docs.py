@@ -1,0 +1,35 @@
+"""The documents keep step with the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from finetuned.cli import cli
+from finetuned.config import Config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_setting_is_in_the_readme_and_none_besides():
+    keys = {field.alias or name for name, field in Config.model_fields.items()} - {"$schema"}
+    assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == keys
+
+
+@pytest.mark.parametrize("verb", sorted(cli.commands))
+def test_every_verb_is_in_the_readme(verb):
+    assert f"finetuned {verb}" in README
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_what_a_page_links_to_is_there(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_readme_s_commands_are_targets_of_the_makefile():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^    make ([\w-]+)", README, re.MULTILINE)) <= targets
