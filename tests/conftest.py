@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -130,9 +131,10 @@ class Daemon:
         eventually(lambda: text in self.log(), seconds=seconds, why=f"{text!r} in:\n{self.log()[-3000:]}")
 
     def jobs(self) -> list[Job]:
-        if not self.home.ledger.exists():
+        try:
+            ledger = Ledger.open_to_read(self.home.ledger)
+        except sqlite3.OperationalError:  # not made yet
             return []
-        ledger = Ledger.open_to_read(self.home.ledger)
         try:
             return ledger.jobs(*State)
         finally:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
@@ -24,7 +24,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Predictions(_Strict):
@@ -68,7 +68,7 @@ class TrainingSettings(_Strict):
     gradient_accumulation: PositiveInt = Field(
         1, description="Micro-batches in one optimizer step. Doubled by itself when batch_size is halved."
     )
-    learning_rate: float | Literal["auto"] = Field(
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto", description="Peak learning rate; auto: 2e-4 for adapters, 1e-5 for full."
     )
     warmup_ratio: Fraction = Field(0.05, description="Share of the steps in which the learning rate rises from 0.")
@@ -99,13 +99,17 @@ class TrainingSettings(_Strict):
         """Turn `use_qlora` into `tuning`, and refuse the two when they disagree."""
         if isinstance(data, dict) and isinstance(data.get("use_qlora"), bool):
             meant = "qlora" if data["use_qlora"] else "lora"
-            given = data.get("tuning", "auto")
-            if given not in ("auto", meant):
-                raise ValueError(
-                    f"use_qlora {str(data['use_qlora']).lower()} contradicts tuning {given!r}; keep one of them"
-                )
-            data = {**data, "tuning": meant, "use_qlora": None}
+            if data.get("tuning", "auto") in ("auto", meant):  # else _agrees_with_tuning complains
+                data = {**data, "tuning": meant, "use_qlora": None}
         return data
+
+    @field_validator("use_qlora")
+    @classmethod
+    def _agrees_with_tuning(cls, use_qlora: bool | None, info: ValidationInfo) -> bool | None:  # noqa: FBT001
+        if use_qlora is not None:
+            given = info.data.get("tuning")
+            raise ValueError(f"{str(use_qlora).lower()} contradicts tuning {given!r}; keep one of them")
+        return use_qlora
 
     def first_rung(self) -> Rung:
         """Give the top of the memory ladder, where the first attempt starts.
@@ -174,7 +178,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"cannot be read: {error.strerror}", where=str(path), remedy="Mend its permissions."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"is not JSON: {error}", where=str(path), remedy="Mend the file; commas are the usual suspects."
         ) from error

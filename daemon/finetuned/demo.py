@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -100,9 +101,7 @@ def _watch(home: Home, daemon: subprocess.Popen[bytes]) -> tuple[Job | None, lis
     job = None
     while daemon.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
-        if not home.ledger.exists():
-            continue
-        with suppress(Exception):  # the daemon may be making its tables at this moment
+        with suppress(sqlite3.OperationalError):  # there is no ledger yet
             ledger = Ledger.open_to_read(home.ledger)
             try:
                 job = next(iter(ledger.jobs(*State)), None)

@@ -6,6 +6,11 @@ Every error a user can meet is a `FinetunedError`. Bugs stay ordinary exceptions
 from __future__ import annotations
 
 
+def encodable(text: str) -> str:
+    """Give text that SQLite and UTF-8 take: names that are no UTF-8 are in a `str` as surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class FinetunedError(Exception):
     """Something a user can mend.
 
@@ -30,7 +35,8 @@ class FinetunedError(Exception):
 
     def as_dict(self) -> dict[str, str]:
         """Give the error as it is stored in the ledger, in events and in `reason.json`."""
-        return {"code": self.code, "what": self.what, "where": self.where, "remedy": self.remedy}
+        said = {"code": self.code, "what": self.what, "where": self.where, "remedy": self.remedy}
+        return {key: encodable(text) for key, text in said.items()}
 
 
 class ConfigError(FinetunedError):

@@ -73,7 +73,8 @@ def judge(returncode: int, *, stopped_by_us: bool) -> Ending:
 def describe_end(returncode: int) -> str:
     """Name an exit in words: `exit code 65 (bad data)` or `killed by SIGKILL`."""
     if returncode < 0:
-        return f"killed by {signal.Signals(-returncode).name}"
+        known_signals = {number.value: number.name for number in signal.Signals}
+        return f"killed by {known_signals.get(-returncode, f'signal {-returncode}')}"
     known = {int(code): code.name.lower().replace("_", " ") for code in ExitCode}
     return f"exit code {returncode} ({known.get(returncode, 'a bug')})"
 
@@ -90,7 +91,7 @@ class Event:
 
     def line(self) -> bytes:
         """Give the event as one line of events.jsonl."""
-        return json.dumps(asdict(self), ensure_ascii=False, default=str).encode() + b"\n"
+        return json.dumps(asdict(self), ensure_ascii=False, default=str).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def parse_event(line: bytes) -> Event | None:

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
+from finetuned.errors import encodable
 from finetuned.events import Event, EventType
 from finetuned.jobs import FileIdentity, Job, Outcome, State, check_transition
 
@@ -105,9 +106,12 @@ class Ledger:
 
     @classmethod
     def open_to_read(cls, path: Path) -> Self:
-        """Open a ledger that somebody else writes. Raises sqlite3.OperationalError if there is none."""
+        """Open a ledger that somebody else writes. Raises sqlite3.OperationalError if there is none, or none yet."""
         database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
         database.execute("PRAGMA busy_timeout=5000")
+        if database.execute("PRAGMA user_version").fetchone()[0] < len(MIGRATIONS):
+            database.close()
+            raise sqlite3.OperationalError("the daemon is making its tables at this moment")
         return cls(database)
 
     def close(self) -> None:
@@ -154,10 +158,7 @@ class Ledger:
         with self._transaction():
             self._database.executemany(
                 "INSERT INTO events (job_id, created_at, level, type, message, data) VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (job_id, e.created_at, e.level, e.type, e.message, json.dumps(dict(e.data), default=str))
-                    for e in events
-                ],
+                [(job_id, e.created_at, e.level, e.type, encodable(e.message), _data(e)) for e in events],
             )
             self._change(job_id, {"events_offset": offset, **changes})
         return self.job(job_id)
@@ -229,8 +230,12 @@ class Ledger:
 
 def _stored(name: str, value: Any) -> Any:
     if name in _JSON_COLUMNS:
-        return None if value is None else json.dumps(value, sort_keys=True, ensure_ascii=False)
+        return None if value is None else encodable(json.dumps(value, sort_keys=True, ensure_ascii=False))
     return value
+
+
+def _data(event: Event) -> str:
+    return json.dumps(dict(event.data), default=str)
 
 
 def _row(job: Job) -> dict[str, Any]:

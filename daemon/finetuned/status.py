@@ -28,7 +28,7 @@ def gather(home: Home) -> dict[str, Any]:
     }
     try:
         ledger = Ledger.open_to_read(home.ledger)
-    except sqlite3.OperationalError:  # no daemon has run here yet
+    except sqlite3.OperationalError:  # no daemon has run here yet, or one makes its tables at this moment
         return facts
     try:
         facts["running"] = [_facts(job) for job in ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)]

@@ -59,7 +59,7 @@ def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) 
         case Ending.PERMANENT:
             return Decision(reason=said if error else _unexplained(job, end))
         case Ending.RESOURCE:
-            return _climb_down(job, (error or {}).get("rung") or job.rung, said)
+            return _climb_down(job, (error or {}).get("rung") or job.rung, said if error else _unexplained(job, end))
         case Ending.HOST_MEMORY if not job.progress.get("host_kills"):
             return _climb_down(job, job.rung, _killed(job))
         case Ending.HOST_MEMORY:

@@ -32,8 +32,12 @@ def tail(find: Callable[[], Path], *, lines: int, follow: bool) -> Iterator[str]
     """Give the last lines of a file and, if asked, each new one; goes over to a newer file when `find` names one."""
     path = find()
     file = path.open(encoding="utf-8", errors="replace")
-    yield from (line.rstrip("\n") for line in deque(file, maxlen=lines))
     torn = ""
+    for line in deque(file, maxlen=lines):
+        if follow and not line.endswith("\n"):
+            torn = line
+        else:
+            yield line.rstrip("\n")
     while follow:
         if line := file.readline():
             torn += line

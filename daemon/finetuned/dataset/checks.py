@@ -59,12 +59,15 @@ def check_row(line: int, value: Any) -> Row | list[Problem]:
             problems.append(Problem("data_type", f"message {number} is a {type(message).__name__}"))
         elif "role" not in message or "content" not in message:
             problems.append(Problem("message_missing_key", f"message {number}"))
-        elif message["role"] not in ROLES:
+        elif not isinstance(message["role"], str) or message["role"] not in ROLES:
             problems.append(Problem("unrecognized_role", f"message {number}: {message['role']!r}"))
         elif message["content"] is None:
             problems.append(Problem("missing_content", f"message {number}"))
         else:
-            normal.append((message["role"], text_of(message["content"])))
+            try:
+                normal.append((message["role"], text_of(message["content"])))
+            except orjson.JSONEncodeError:
+                problems.append(Problem("data_type", f"message {number}: content is nested too deep"))
     if not problems and not any(role == "assistant" for role, _ in normal):
         problems.append(Problem("example_missing_assistant_message"))
     return problems or Row(line, tuple(normal))
@@ -85,6 +88,6 @@ def _is_text_part(part: Any) -> bool:
 
 def with_system_prompt(row: Row, prompt: str | None) -> Row:
     """Put the system prompt before a row that has none."""
-    if prompt is None or row.messages[0][0] in {"system", "developer"}:
+    if prompt is None or any(role in {"system", "developer"} for role, _ in row.messages):
         return row
     return Row(row.line, (("system", prompt), *row.messages))

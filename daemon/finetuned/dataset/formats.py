@@ -35,7 +35,7 @@ def read_rows(path: Path, *, name: str) -> Iterator[tuple[int, Any | BadLine]]:
     Raises DataError where the file as a whole cannot be read.
     """
     try:
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             yield from _array(path, name)
             return
         with _unpacked(path) as file:
@@ -50,12 +50,39 @@ def read_rows(path: Path, *, name: str) -> Iterator[tuple[int, Any | BadLine]]:
 
 
 def _unpacked(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"), 2**20)
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
+        _check_zstd_end(path)
         reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True, read_across_frames=True)
         return io.BufferedReader(reader, 2**20)
     return path.open("rb", buffering=2**20)
+
+
+def _check_zstd_end(path: Path) -> None:
+    """Walk over the frames and blocks to the end: the reader takes a file that is cut off for a whole one."""
+    with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        position = 0
+        while position < size:
+            file.seek(position)
+            head = file.read(18)
+            if head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50:
+                position += 8 + int.from_bytes(head[4:8], "little")
+                continue
+            checksum = 4 if zstandard.get_frame_parameters(head).has_checksum else 0
+            position += zstandard.frame_header_size(head)
+            last = False
+            while not last:
+                file.seek(position)
+                block = int.from_bytes(head := file.read(3), "little")
+                if len(head) < 3:
+                    raise EOFError("the last frame has no end")
+                last = bool(block & 1)
+                position += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)
+            position += checksum
+        if position > size:
+            raise EOFError("the last frame has no end")
 
 
 def _array(path: Path, name: str) -> Iterator[tuple[int, Any | BadLine]]:

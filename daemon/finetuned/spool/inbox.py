@@ -49,8 +49,12 @@ class Complaint:
 def list_inbox(inbox: Path, profiles: Collection[str]) -> Iterator[Found | Complaint]:
     """List the inbox and the folders of the profiles, in the order of names."""
     yield from _list(inbox, profile="", profiles=profiles)
-    for profile in sorted(profiles):
-        if (inbox / profile).is_dir():
+    try:
+        names = sorted(entry.name for entry in os.scandir(inbox) if entry.is_dir(follow_symlinks=False))
+    except OSError:
+        return
+    for profile in names:
+        if profile in profiles:
             yield from _list(inbox / profile, profile=profile, profiles=profiles)
 
 

@@ -61,7 +61,7 @@ def _whole_safetensors(path: Path) -> bool:
 
 def choose_name(ledger: Ledger, home: Home, job: Job) -> Job:
     """Settle the adapter's name before anything is moved: the file's stem, or the job's id where that is taken."""
-    if job.adapter:
+    if published(home, job):
         return job
     stem = safe_name(job.name)
     taken = stem == "latest" or os.path.lexists(home.adapters / stem)
@@ -96,9 +96,12 @@ def publish(ledger: Ledger, home: Home, job: Job) -> Job:
 def point_latest(home: Home, adapter: str) -> None:
     """Let adapters/latest name the newest adapter. A convenience: it is not part of the promise."""
     temporary = home.adapters / ".latest.tmp"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(adapter, target_is_directory=True)
-    temporary.replace(home.adapters / "latest")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(adapter, target_is_directory=True)
+        temporary.replace(home.adapters / "latest")
+    except OSError:  # something of the user's has that name, or the disk is full
+        temporary.unlink(missing_ok=True)
 
 
 def archive_folder(home: Home, job: Job) -> Path:
@@ -142,7 +145,13 @@ def _put_away(home: Home, job: Job, folder: Path) -> None:
         move(overrides, folder / overrides.name)
     source = input_path(home, job)
     if source.exists():
-        move(source, folder / os.fsdecode(job.name))
+        move(source, folder / _archived_name(job))
+
+
+def _archived_name(job: Job) -> str:
+    """Give the input's name, changed where it is that of a file of ours."""
+    name = os.fsdecode(job.name)
+    return f"input-{name}" if name in {"job.json", "reason.json", "overrides.json", "checkpoints"} else name
 
 
 def _story(job: Job, outcome: Outcome, *, log: Path | None = None) -> bytes:
@@ -162,7 +171,7 @@ def _story(job: Job, outcome: Outcome, *, log: Path | None = None) -> bytes:
         "started_at": job.started_at,
         **({"log": _last_lines(log)} if log and job.reason and job.reason["code"] == "bug" else {}),
     }
-    return json.dumps(story, indent=2, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(story, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _last_lines(log: Path) -> list[str]:

@@ -63,6 +63,9 @@ def _adopt_lost(ledger: Ledger, home: Home) -> None:
                     remedy="Move its input back into inbox/.",
                 )
                 continue
+            if job.id != path.name:
+                _log.error("job folder of another job", folder=str(path), remedy="Move its input back into inbox/.")
+                continue
             _log.warning("job rebuilt from its folder", job=job.id)
             ledger.add(job)
 
@@ -103,7 +106,8 @@ def _same_inode(path: Path, job: Job) -> bool:
         facts = path.lstat()
     except OSError:
         return False
-    return (facts.st_dev, facts.st_ino) == (job.identity.device, job.identity.inode)
+    there = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    return there == (job.identity.device, job.identity.inode, job.identity.size, job.identity.mtime_ns)
 
 
 def _recover_run(ledger: Ledger, home: Home, job: Job, stop_orphan: Callable[[Job], None]) -> None:

@@ -152,6 +152,8 @@ def _last_line_whole(descriptor: int, size: int) -> bool:
         return True
     try:
         json.loads(line)
+    except RecursionError:  # the trainer says what is wrong with it
+        return True
     except ValueError:
         return False
     return True

@@ -22,7 +22,7 @@ from finetuned.dataset.report import Report, judge, read_file
 from finetuned.errors import ConfigError, DataError, FinetunedError, ModelError, OutOfMemoryError
 from finetuned.events import EventType, ExitCode
 from finetuned.fallback import Rung
-from finetuned.home import JobFolder
+from finetuned.home import JobFolder, printable
 from finetuned.jobs import JobSpec
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.reporter import Reporter
@@ -41,6 +41,7 @@ def main(folder: JobFolder) -> ExitCode:
     signal.signal(signal.SIGTERM, _ask_to_stop)
     signal.signal(signal.SIGINT, _ask_to_stop)
     spec = JobSpec.decode(folder.spec.read_bytes())
+    spec = replace(spec, name=printable(os.fsencode(spec.name)))  # what is said must be text
     say = Reporter(folder.events)
     with _told(say) as end:
         settings = settings_from(spec.settings, where=spec.name)

@@ -1,0 +1,957 @@
+"""The spool protocol on real folders and a real ledger: where a file is after every step and every crash."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from conftest import chat_rows
+from finetuned.config import Config
+from finetuned.errors import FinetunedError
+from finetuned.home import Home
+from finetuned.jobs import Job, Outcome, State
+from finetuned.ledger import Ledger
+from finetuned.spool.claim import claim, enqueue, fingerprint, input_path, read_spec, write_spec
+from finetuned.spool.inbox import Found
+from finetuned.spool.publish import BadOutputError, archive, fail, publish
+from finetuned.spool.recover import MOST_INTERRUPTIONS, recover
+
+CONTENT = "".join(json.dumps(row) + "\n" for row in chat_rows(3)).encode()
+REASON = {"code": "bad_data", "what": "it broke", "where": "x.jsonl:3", "remedy": "Mend it."}
+WEIGHTS = save({"lora_A": np.zeros((2, 4), np.float32), "lora_B": np.ones((4, 2), np.float32)})
+
+
+def no_orphan(job: Job) -> None:
+    raise AssertionError(f"{job.id} has no trainer")
+
+
+class Spool:
+    """The daemon's steps, one at a time."""
+
+    def __init__(self, home: Home, *, durable: bool = True) -> None:
+        self.home = home
+        self.config = Config()
+        self.durable = durable
+        self.open()
+
+    def open(self) -> None:
+        self.ledger = Ledger.open(self.home.ledger)
+        if not self.durable:
+            self.ledger._database.execute("PRAGMA synchronous=OFF")
+
+    def reopen(self) -> None:
+        """Forget all but what is on the disk, as a crash does."""
+        self.ledger.close()
+        self.open()
+
+    def lose_the_ledger(self) -> None:
+        self.ledger.close()
+        for path in self.home.machinery.glob("state.db*"):
+            path.unlink()
+        self.open()
+
+    def recover(self, stop_orphan: Callable[[Job], None] = no_orphan) -> None:
+        """Recover after a crash; doing so once more must change nothing."""
+        self.reopen()
+        recover(self.ledger, self.home, stop_orphan=stop_orphan)
+        after = self.snapshot()
+        self.reopen()
+        recover(self.ledger, self.home, stop_orphan=stop_orphan)
+        assert self.snapshot() == after
+
+    def snapshot(self) -> tuple[list[Job], dict[str, bytes]]:
+        return self.ledger.jobs(*State), tree(self.home)
+
+    def jobs(self) -> list[Job]:
+        return self.ledger.jobs(*State)
+
+    def drop(self, name: str | bytes = "x.jsonl", content: bytes = CONTENT, *, override: object = None) -> Found:
+        path = self.home.inbox / os.fsdecode(name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        found = Found(path, path.parent.name if path.parent != self.home.inbox else "")
+        if override is not None:
+            found.override.write_text(json.dumps(override))
+        return found
+
+    def claim(self, name: str | bytes = "x.jsonl", content: bytes = CONTENT, *, override: object = None) -> Job:
+        return claim(self.ledger, self.home, self.drop(name, content, override=override), self.config)
+
+    def enqueue(self, job: Job) -> Job:
+        result = fingerprint(input_path(self.home, job))
+        assert result is not None
+        return enqueue(self.ledger, self.config, job, result[1])
+
+    def start(self, job: Job) -> Job:
+        job = self.ledger.update(job.id, state=State.RUNNING, attempt=job.attempt + 1, started_at=time.time())
+        write_spec(self.home, job)
+        return job
+
+    def train(self, job: Job, *, weights: bytes = WEIGHTS, manifest: object = None) -> Job:
+        """Leave what a trainer leaves."""
+        staged = self.home.job(job.id).staged_adapter(job.attempt)
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        (staged / "adapter_config.json").write_text("{}")
+        (staged / "adapter_model.safetensors").write_bytes(weights)
+        (staged / "finetuned.json").write_text(json.dumps({"job_id": job.id} if manifest is None else manifest))
+        return job
+
+    def running(self, name: str | bytes = "x.jsonl", content: bytes = CONTENT, *, override: object = None) -> Job:
+        return self.start(self.enqueue(self.claim(name, content, override=override)))
+
+    def publish(self, job: Job) -> Job:
+        return publish(self.ledger, self.home, job)
+
+    def archive(self, job: Job) -> Job:
+        return archive(self.ledger, self.home, job)
+
+    def fail(self, job: Job, reason: dict[str, str] | None = None) -> Job:
+        return fail(self.ledger, self.home, job, reason)
+
+    def trained_and_archived(self, name: str | bytes = "x.jsonl", content: bytes = CONTENT) -> Job:
+        return self.archive(self.publish(self.train(self.running(name, content))))
+
+    def job_folder(self, job: Job) -> Path:
+        return self.home.job(job.id).path
+
+    def archived(self, job: Job) -> Path:
+        """Where a finished job's input is."""
+        (folder,) = self.home.archive.glob(f"*/{job.id}")
+        return folder / os.fsdecode(job.name)
+
+
+def tree(home: Home) -> dict[str, bytes]:
+    """Every file and folder of the base directory but the ledger, with what is in it."""
+    found = {}
+    for path in home.root.rglob("*"):
+        if path.is_symlink():
+            found[str(path)] = os.fsencode(path.readlink())
+        elif not path.name.startswith("state.db"):
+            found[str(path)] = path.read_bytes() if path.is_file() else b"<folder>"
+    return found
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+
+
+@pytest.fixture
+def spool(home) -> Iterator[Spool]:
+    spool = Spool(home)
+    yield spool
+    spool.ledger.close()
+
+
+# -- from the inbox into the queue
+
+
+def test_a_claimed_file_lies_in_its_jobs_folder_beside_its_job_json(spool, home):
+    found = spool.drop()
+    before = found.path.stat()
+    job = claim(spool.ledger, home, found, spool.config)
+    assert list(home.inbox.iterdir()) == []
+    assert files(home.job(job.id).path) == ["input.jsonl", "job.json"]
+    assert input_path(home, job).read_bytes() == CONTENT
+    assert input_path(home, job).stat().st_ino == before.st_ino
+    assert spool.jobs() == [job]
+    assert job.state is State.CLAIMING
+    assert (job.identity.inode, job.identity.size) == (before.st_ino, len(CONTENT))
+
+
+def test_job_json_holds_all_that_a_trainer_needs(spool, home):
+    spool.config = Config(epochs=2, profiles={"fast": {"epochs": 1}})
+    job = spool.claim("fast/x.jsonl.gz", override={"seed": 7})
+    spec = read_spec(home.job(job.id))
+    assert (spec.name, spec.profile, spec.input) == ("x.jsonl.gz", "fast", "input.jsonl.gz")
+    assert (spec.settings["epochs"], spec.settings["seed"]) == (1, 7)
+    assert spec.settings == job.settings
+    assert spec.rung == job.rung == spool.config.training().first_rung().as_dict()
+    assert (spec.base_dir, spec.models) == (str(home.root), str(home.models))
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "a b é漢字.jsonl.zst", b"caf\xe9\n.jsonl", b"-rf.json", "X.JSONL.GZ"])
+def test_a_file_of_any_name_comes_through_and_back(spool, home, name):
+    job = spool.trained_and_archived(name)
+    assert os.fsencode(spool.archived(job).name) == os.fsencode(name)
+    assert spool.archived(job).read_bytes() == CONTENT
+    assert job.id.isascii()
+
+
+def test_two_files_of_one_name_are_two_jobs(spool):
+    first, second = spool.claim("x.jsonl"), spool.claim("x.jsonl.gz")
+    assert first.id != second.id
+    assert spool.claim("x.jsonl").id not in {first.id, second.id}
+
+
+def test_a_hard_linked_file_is_copied_and_the_other_link_left_alone(spool, home, tmp_path):
+    found = spool.drop()
+    other = tmp_path / "other.jsonl"
+    other.hardlink_to(found.path)
+    before = other.stat()
+    job = claim(spool.ledger, home, found, spool.config)
+    assert list(home.inbox.iterdir()) == []
+    assert files(home.job(job.id).path) == ["input.jsonl", "job.json"]
+    assert (other.stat().st_ino, other.stat().st_mtime_ns, other.read_bytes()) == (
+        before.st_ino,
+        before.st_mtime_ns,
+        CONTENT,
+    )
+    other.write_bytes(b"changed later")
+    assert input_path(home, job).read_bytes() == CONTENT
+
+
+def test_a_file_that_went_away_is_an_os_error_and_leaves_nothing(spool, home):
+    found = spool.drop()
+    found.path.unlink()
+    with pytest.raises(OSError):
+        claim(spool.ledger, home, found, spool.config)
+    spool.recover()
+    assert spool.jobs() == []
+    assert list(home.jobs.iterdir()) == []
+
+
+def test_the_hash_is_that_of_the_file(spool, home):
+    job = spool.claim()
+    result = fingerprint(input_path(home, job))
+    assert result is not None
+    identity, sha256 = result
+    assert identity == job.identity
+    assert sha256 == hashlib.sha256(CONTENT).hexdigest()
+    assert spool.enqueue(job) == replace(job, state=State.QUEUED, sha256=sha256)
+
+
+def test_a_claimed_file_that_is_still_written_to_is_not_hashed(spool, home):
+    """A rename does not stop a writer that has the file open."""
+    found = spool.drop()
+    with found.path.open("ab") as writer:
+        job = claim(spool.ledger, home, found, spool.config)
+        assert fingerprint(input_path(home, job)) is None
+        writer.write(b"more")
+    result = fingerprint(input_path(home, job))
+    assert result is not None
+    assert result[0].size == len(CONTENT) + 4
+
+
+def test_an_override_travels_with_its_file(spool, home):
+    job = spool.claim(override={"epochs": 1})
+    assert list(home.inbox.iterdir()) == []
+    assert job.settings["epochs"] == 1
+    assert json.loads(home.job(job.id).overrides.read_text()) == {"epochs": 1}
+    job = spool.archive(spool.publish(spool.train(spool.start(spool.enqueue(job)))))
+    assert json.loads((spool.archived(job).parent / "overrides.json").read_text()) == {"epochs": 1}
+    assert json.loads((spool.archived(job).parent / "job.json").read_text())["settings"]["epochs"] == 1
+
+
+def test_the_override_of_another_file_stays(spool, home):
+    (home.inbox / "y.config.json").write_text("{}")
+    spool.claim("x.jsonl", override={})
+    assert files(home.inbox) == ["y.config.json"]
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", b"caf\xe9.jsonl"])
+@pytest.mark.parametrize("override", [{"epochs": 0}, [], {"trust_remote_code": True}])
+def test_a_file_with_an_override_that_cannot_be_used_is_claimed_with_the_reason(spool, home, name, override):
+    job = spool.claim(name, override=override)
+    assert job.reason
+    assert job.reason["code"] == "bad_settings"
+    failed = spool.fail(job)
+    assert (failed.state, failed.outcome) == (State.FINISHED, Outcome.FAILED)
+    folder = home.failed / job.id
+    assert files(folder) == sorted(["overrides.json", "reason.json", os.fsdecode(name)])
+    assert json.loads((folder / "reason.json").read_text())["reason"]["code"] == "bad_settings"
+
+
+def test_a_reason_to_fail_is_not_forgotten_by_a_crash(spool):
+    """Else the file would be trained with settings that nobody asked for."""
+    job = spool.claim(override={"epochs": 0})
+    spool.recover()
+    again = spool.enqueue(spool.ledger.job(job.id))
+    assert again.state is State.FAILING
+    assert again.reason == job.reason
+
+
+# -- duplicates
+
+
+@pytest.mark.parametrize(
+    ("duplicates", "state"), [("skip", State.TRAINED), ("run", State.QUEUED), ("fail", State.FAILING)]
+)
+def test_a_file_that_was_trained_before(spool, duplicates, state):
+    first = spool.trained_and_archived("x.jsonl")
+    spool.config = Config(duplicates=duplicates)
+    job = spool.enqueue(spool.claim("y.jsonl"))
+    assert job.state is state
+    assert job.sha256 == first.sha256
+    if state is State.TRAINED:
+        assert (job.duplicate_of, job.adapter) == (first.id, first.adapter)
+    if state is State.FAILING:
+        assert job.reason
+        assert job.reason["code"] == "duplicate"
+        assert first.id in job.reason["what"]
+
+
+def test_a_duplicate_is_archived_with_the_job_that_trained_it(spool, home):
+    first = spool.trained_and_archived("x.jsonl")
+    job = spool.archive(spool.enqueue(spool.claim("y.jsonl")))
+    assert (job.state, job.outcome) == (State.FINISHED, Outcome.SUCCEEDED)
+    assert json.loads((spool.archived(job).parent / "job.json").read_text())["duplicate_of"] == first.id
+    assert spool.archived(job).read_bytes() == CONTENT
+    assert sorted(path.name for path in home.adapters.iterdir()) == ["latest", "x"]
+    assert not spool.job_folder(job).exists()
+
+
+@pytest.mark.parametrize("change", ["content", "settings", "failed before"])
+def test_only_the_same_bytes_with_the_same_settings_and_success_are_a_duplicate(spool, change):
+    if change == "failed before":
+        spool.fail(spool.running("x.jsonl"), REASON)
+    else:
+        spool.trained_and_archived("x.jsonl", CONTENT + b"\n" if change == "content" else CONTENT)
+    spool.config = Config(epochs=9 if change == "settings" else 3)
+    assert spool.enqueue(spool.claim("y.jsonl")).state is State.QUEUED
+
+
+# -- publication and archive
+
+
+def test_a_trained_job_goes_to_its_places(spool, home):
+    job = spool.running()
+    spool.train(job)
+    assert list(home.adapters.iterdir()) == []
+    job = spool.publish(job)
+    assert (job.state, job.adapter) == (State.TRAINED, "x")
+    assert files(home.adapters / "x") == ["adapter_config.json", "adapter_model.safetensors", "finetuned.json"]
+    assert not home.job(job.id).staged_adapter(job.attempt).exists()
+    assert input_path(home, job).read_bytes() == CONTENT
+    job = spool.archive(job)
+    assert (job.state, job.outcome) == (State.FINISHED, Outcome.SUCCEEDED)
+    assert job.finished_at is not None
+    month = time.strftime("%Y-%m", time.localtime(job.created_at))
+    assert files(home.archive) == [f"{month}/{job.id}/job.json", f"{month}/{job.id}/x.jsonl"]
+    assert spool.archived(job).read_bytes() == CONTENT
+    assert list(home.jobs.iterdir()) == []
+    assert json.loads((spool.archived(job).parent / "job.json").read_text())["adapter"] == "x"
+
+
+def test_latest_leads_to_the_newest_adapter(spool, home):
+    for name in ("a", "b"):
+        spool.trained_and_archived(f"{name}.jsonl", name.encode())
+        assert (home.adapters / "latest").readlink() == Path(name)
+        assert (home.adapters / "latest" / "finetuned.json").is_file()
+
+
+def test_a_folder_of_the_users_called_latest_does_not_stop_publication(spool, home):
+    (home.adapters / "latest").mkdir()
+    (home.adapters / "latest" / "mine").touch()
+    job = spool.publish(spool.train(spool.running()))
+    assert job.state is State.TRAINED
+    assert (home.adapters / "latest" / "mine").exists()
+    assert (home.adapters / "x" / "finetuned.json").is_file()
+
+
+def test_where_the_name_is_taken_the_adapter_has_the_jobs_id(spool, home):
+    first = spool.trained_and_archived("x.jsonl", b"one\n")
+    second = spool.trained_and_archived("x.jsonl", b"two\n")
+    assert (first.adapter, second.adapter) == ("x", second.id)
+    assert json.loads((home.adapters / "x" / "finetuned.json").read_text())["job_id"] == first.id
+    assert json.loads((home.adapters / second.id / "finetuned.json").read_text())["job_id"] == second.id
+
+
+@pytest.mark.parametrize("name", ["latest.jsonl", "x.jsonl"])
+def test_no_adapter_takes_the_place_of_something_else(spool, home, name):
+    if name == "x.jsonl":
+        (home.adapters / "x").write_text("a file of the user's")
+    job = spool.trained_and_archived(name)
+    assert job.adapter == job.id
+    assert (home.adapters / job.id / "finetuned.json").is_file()
+
+
+def test_a_name_that_was_taken_while_the_adapter_waited_is_not_taken_from_it(spool, home):
+    """The name is chosen before the move; what was free then may be taken when the move is tried again."""
+    waiting = spool.train(spool.running("x.jsonl", b"one\n"))
+    waiting = spool.ledger.update(waiting.id, adapter="x")
+    other = spool.trained_and_archived("y.jsonl", b"two\n")
+    (home.adapters / "y").rename(home.adapters / "x")
+    job = spool.publish(waiting)
+    assert job.adapter == job.id
+    assert json.loads((home.adapters / "x" / "finetuned.json").read_text())["job_id"] == other.id
+    assert json.loads((home.adapters / job.id / "finetuned.json").read_text())["job_id"] == job.id
+
+
+HEADER = int.from_bytes(WEIGHTS[:8], "little")
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        b"",
+        WEIGHTS[:7],
+        WEIGHTS[:8],
+        WEIGHTS[: 8 + HEADER // 2],
+        WEIGHTS[: 8 + HEADER],
+        WEIGHTS[:-1],
+        WEIGHTS + b"\0",
+        b"\xff" * 100,
+        (5).to_bytes(8, "little") + b"[1,2]",
+        (2**62).to_bytes(8, "little") + WEIGHTS[8:],
+    ],
+)
+def test_weights_that_are_not_whole_are_not_published(spool, home, weights):
+    job = spool.train(spool.running(), weights=weights)
+    with pytest.raises(BadOutputError):
+        spool.publish(job)
+    assert list(home.adapters.iterdir()) == []
+    assert spool.ledger.job(job.id).state is State.RUNNING
+    spool.fail(spool.ledger.job(job.id), REASON)
+    assert (home.failed / job.id / "x.jsonl").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("missing", ["finetuned.json", "adapter_model.safetensors", ""])
+def test_output_without_its_manifest_or_weights_is_not_published(spool, home, missing):
+    job = spool.train(spool.running())
+    staged = home.job(job.id).staged_adapter(job.attempt)
+    if missing:
+        (staged / missing).unlink()
+    else:
+        shutil.rmtree(staged)
+    with pytest.raises(BadOutputError) as caught:
+        spool.publish(job)
+    assert isinstance(caught.value, FinetunedError)
+    assert list(home.adapters.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["job.json", "reason.json", "overrides.json"])
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_a_file_with_the_name_of_one_of_ours_costs_neither(spool, home, name, succeeds):
+    job = spool.running(name, b"[]", override={"epochs": 1})
+    job = spool.archive(spool.publish(spool.train(job))) if succeeds else spool.fail(job, REASON)
+    (folder,) = home.archive.glob(f"*/{job.id}")
+    contents = [path.read_bytes() for path in folder.iterdir()]
+    assert b"[]" in contents
+    assert b'{"epochs": 1}' in contents
+    assert len(contents) == 3
+
+
+# -- failure
+
+
+def test_a_failed_job_leaves_its_input_and_the_reason(spool, home):
+    job = spool.running(override={"epochs": 1})
+    failed = spool.fail(job, REASON)
+    assert (failed.state, failed.outcome, failed.reason) == (State.FINISHED, Outcome.FAILED, REASON)
+    folder = home.failed / job.id
+    assert files(folder) == ["overrides.json", "reason.json", "x.jsonl"]
+    assert (folder / "x.jsonl").read_bytes() == CONTENT
+    story = json.loads((folder / "reason.json").read_text())
+    assert story["reason"] == REASON
+    assert (story["job_id"], story["file"], story["adapter"]) == (job.id, "x.jsonl", None)
+    assert not spool.job_folder(job).exists()
+    assert list(home.adapters.iterdir()) == []
+
+
+def test_hours_of_work_are_kept_beside_a_failed_input(spool, home):
+    job = spool.running()
+    checkpoint = home.job(job.id).checkpoints / "step-100"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "weights").write_bytes(b"much work")
+    spool.fail(job, REASON)
+    assert (home.failed / job.id / "checkpoints" / "step-100" / "weights").read_bytes() == b"much work"
+
+
+@pytest.mark.parametrize(("code", "kept"), [("bug", True), ("bad_data", False)])
+def test_a_bug_keeps_the_last_lines_of_its_log(spool, home, code, kept):
+    job = spool.running()
+    home.job_log(job.id).write_bytes(b"".join(b"line %d \xff\n" % n for n in range(500)))
+    spool.fail(job, {**REASON, "code": code})
+    story = json.loads((home.failed / job.id / "reason.json").read_text())
+    assert ("log" in story) is kept
+    if kept:
+        assert len(story["log"]) == 200
+        assert story["log"][-1].startswith("line 499 ")
+
+
+def test_a_reason_can_hold_any_text(spool, home):
+    job = spool.running(b"caf\xe9.jsonl")
+    where = os.fsdecode(b"caf\xe9.jsonl")
+    spool.fail(job, {**REASON, "where": where, "what": "é 漢字"})
+    assert json.loads((home.failed / job.id / "reason.json").read_text())["reason"]["what"] == "é 漢字"
+
+
+# -- recovery: every row of the table in docs/protocol.md
+
+
+def test_no_row_and_the_file_in_the_inbox_is_left_to_discovery(spool, home):
+    spool.drop(override={})
+    before = tree(home)
+    spool.recover()
+    assert spool.jobs() == []
+    assert tree(home) == before
+
+
+def test_no_row_and_the_file_in_its_jobs_folder_the_ledger_was_lost(spool, home):
+    spool.config = Config(profiles={"fast": {"epochs": 1}})
+    job = spool.running(b"fast/caf\xe9.jsonl", override={"seed": 7})
+    spool.lose_the_ledger()
+    spool.recover()
+    (restored,) = spool.jobs()
+    assert restored.state is State.CLAIMING
+    for name in ("id", "name", "profile", "identity", "created_at", "settings", "rung", "attempt"):
+        assert getattr(restored, name) == getattr(job, name), name
+    again = spool.archive(spool.publish(spool.train(spool.start(spool.enqueue(restored)))))
+    assert again.attempt == 2
+    assert spool.archived(again).read_bytes() == CONTENT
+
+
+def test_a_lost_ledger_is_rebuilt_from_all_folders(spool, home):
+    jobs = {
+        spool.claim("a.jsonl", b"a\n").id,
+        spool.enqueue(spool.claim("b.jsonl", b"b\n")).id,
+        spool.running("c.jsonl", b"c\n").id,
+        spool.publish(spool.train(spool.running("d.jsonl", b"d\n"))).id,
+    }
+    done = spool.trained_and_archived("e.jsonl", b"e\n")
+    spool.lose_the_ledger()
+    spool.recover()
+    assert {job.id for job in spool.jobs()} == jobs
+    assert {job.state for job in spool.jobs()} == {State.CLAIMING}
+    assert spool.archived(done).read_bytes() == b"e\n"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"identity": null}', b"\xff"])
+def test_an_input_without_a_readable_job_json_is_never_deleted(spool, home, content):
+    folder = home.jobs / "x-000000"
+    folder.mkdir()
+    (folder / "input.jsonl").write_bytes(CONTENT)
+    if content is not None:
+        (folder / "job.json").write_bytes(content)
+    spool.recover()
+    assert spool.jobs() == []
+    assert (folder / "input.jsonl").read_bytes() == CONTENT
+
+
+def test_a_copy_of_a_jobs_folder_does_not_stop_the_daemon(spool, home):
+    job = spool.enqueue(spool.claim())
+    shutil.copytree(spool.job_folder(job), home.jobs / "backup")
+    spool.recover()
+    assert spool.ledger.job(job.id).state is State.QUEUED
+    assert (home.jobs / "backup" / "input.jsonl").exists()
+
+
+def described(spool: Spool, found: Found) -> Job:
+    """A job as it is after D2: in the ledger, with its folder, its file still in the inbox."""
+    job = claim(spool.ledger, spool.home, found, spool.config)
+    input_path(spool.home, job).rename(found.path)
+    if spool.home.job(job.id).overrides.exists():
+        spool.home.job(job.id).overrides.rename(found.override)
+    return job
+
+
+@pytest.mark.parametrize("reached", ["D1", "D2"])
+@pytest.mark.parametrize("name", ["x.jsonl", b"caf\xe9.jsonl", "fast/x.jsonl"])
+def test_claiming_and_the_file_still_in_the_inbox_forgets_the_claim(spool, home, reached, name):
+    spool.config = Config(profiles={"fast": {}})
+    found = spool.drop(name, override={"epochs": 1})
+    job = described(spool, found)
+    if reached == "D1":
+        shutil.rmtree(spool.job_folder(job))
+    spool.recover()
+    assert spool.jobs() == []
+    assert list(home.jobs.iterdir()) == []
+    assert found.path.read_bytes() == CONTENT
+    assert found.override.exists()
+    assert claim(spool.ledger, home, found, spool.config).settings["epochs"] == 1
+
+
+@pytest.mark.parametrize("reached", ["half a copy", "the copy", "the rename"])
+def test_claiming_a_hard_linked_file_ends_with_one_of_it(spool, home, tmp_path, reached):
+    found = spool.drop()
+    job = described(spool, found)
+    (tmp_path / "other.jsonl").hardlink_to(found.path)
+    if reached == "half a copy":
+        (spool.job_folder(job) / "input.partial").write_bytes(CONTENT[:10])
+    elif reached == "the copy":
+        (spool.job_folder(job) / "input.partial").write_bytes(CONTENT)
+    else:
+        input_path(home, job).write_bytes(CONTENT)
+    spool.recover()
+    assert spool.jobs() == []
+    assert files(home.inbox) == ["x.jsonl"]
+    assert list(home.jobs.iterdir()) == []
+    assert (tmp_path / "other.jsonl").read_bytes() == CONTENT
+
+
+def test_claiming_and_the_file_in_its_jobs_folder_goes_on_to_be_hashed(spool, home):
+    job = spool.claim()
+    spool.recover()
+    assert spool.jobs() == [job]
+    assert input_path(home, job).read_bytes() == CONTENT
+    assert spool.enqueue(job).state is State.QUEUED
+
+
+def test_claiming_with_the_override_left_behind_takes_it_along(spool, home):
+    job = spool.claim(override={"epochs": 1})
+    home.job(job.id).overrides.rename(home.inbox / "x.config.json")
+    spool.recover()
+    assert files(home.inbox) == []
+    assert json.loads(home.job(job.id).overrides.read_text()) == {"epochs": 1}
+
+
+def test_claiming_leaves_a_newer_override_to_the_file_that_it_was_dropped_for(spool, home):
+    job = spool.claim(override={"epochs": 1})
+    spool.drop(content=b"newer\n", override={"epochs": 2})
+    spool.recover()
+    assert files(home.inbox) == ["x.config.json", "x.jsonl"]
+    assert json.loads(home.job(job.id).overrides.read_text()) == {"epochs": 1}
+
+
+def test_claiming_does_not_take_a_newer_file_of_the_same_name_for_its_own(spool, home):
+    job = spool.claim()
+    found = spool.drop(content=b"newer\n")
+    spool.recover()
+    assert spool.jobs() == [job]
+    assert input_path(home, job).read_bytes() == CONTENT
+    assert found.path.read_bytes() == b"newer\n"
+
+
+def test_claiming_is_not_deceived_by_an_inode_number_that_was_given_anew(spool, home):
+    """A copied input leaves its inode free for the next file, which may have the same name."""
+    job = spool.claim()
+    found = spool.drop(content=b"newer and of another size\n")
+    spool.ledger.update(job.id, inode=found.path.stat().st_ino)
+    spool.recover()
+    assert input_path(home, job).read_bytes() == CONTENT
+    assert found.path.exists()
+
+
+def test_claiming_and_the_file_nowhere_the_user_took_it_back(spool, home):
+    found = spool.drop()
+    described(spool, found)
+    found.path.unlink()
+    spool.recover()
+    assert spool.jobs() == []
+    assert list(home.jobs.iterdir()) == []
+
+
+def test_queued_is_kept_as_it_is(spool, home):
+    job = spool.enqueue(spool.claim())
+    before = tree(home)
+    spool.recover()
+    assert spool.jobs() == [job]
+    assert tree(home) == before
+
+
+def test_running_without_an_adapter_was_interrupted_and_is_queued_again(spool, home):
+    job = spool.ledger.update(spool.running().id, retries=1, trainer_pid=4_000_000)
+    checkpoint = home.job(job.id).checkpoints / "step-3"
+    checkpoint.mkdir(parents=True)
+    home.job(job.id).lock.touch()
+    spool.recover()
+    (again,) = spool.jobs()
+    assert again == replace(job, state=State.QUEUED, interruptions=1, trainer_pid=None)
+    assert checkpoint.is_dir()
+    assert input_path(home, job).read_bytes() == CONTENT
+
+
+def test_running_with_half_an_output_is_queued_again(spool, home):
+    job = spool.train(spool.running())
+    (home.job(job.id).staged_adapter(1) / "finetuned.json").unlink()
+    spool.recover()
+    assert spool.ledger.job(job.id).state is State.QUEUED
+    assert list(home.adapters.iterdir()) == []
+
+
+def test_a_live_orphan_is_stopped_before_anything_is_done(spool, home):
+    job = spool.running()
+    trainer = home.job(job.id).lock.open("w")
+    fcntl.flock(trainer, fcntl.LOCK_EX)
+    stopped = []
+
+    def stop(orphan: Job) -> None:
+        assert spool.ledger.job(orphan.id).state is State.RUNNING
+        stopped.append(orphan.id)
+        trainer.close()
+
+    spool.recover(stop)
+    assert stopped == [job.id]
+    assert spool.ledger.job(job.id).state is State.QUEUED
+
+
+def test_an_orphan_that_was_done_when_it_was_stopped_has_succeeded(spool, home):
+    job = spool.running()
+    trainer = home.job(job.id).lock.open("w")
+    fcntl.flock(trainer, fcntl.LOCK_EX)
+
+    def stop(orphan: Job) -> None:
+        spool.train(orphan)
+        trainer.close()
+
+    spool.recover(stop)
+    assert spool.ledger.job(job.id).outcome is Outcome.SUCCEEDED
+    assert (home.adapters / "x" / "finetuned.json").is_file()
+
+
+def finished_once(spool: Spool, job: Job) -> None:
+    done = spool.ledger.job(job.id)
+    assert (done.state, done.outcome) == (State.FINISHED, Outcome.SUCCEEDED)
+    assert sorted(path.name for path in spool.home.adapters.iterdir()) == ["latest", "x"]
+    assert (spool.home.adapters / "x" / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    assert spool.archived(done).read_bytes() == CONTENT
+    assert list(spool.home.jobs.iterdir()) == []
+    assert list(spool.home.inbox.iterdir()) == []
+
+
+def test_running_with_a_whole_output_is_published(spool):
+    job = spool.train(spool.running())
+    spool.recover()
+    finished_once(spool, job)
+
+
+def test_running_with_an_output_of_an_earlier_attempt_is_queued_again(spool, home):
+    job = spool.train(spool.running())
+    job = spool.start(spool.ledger.update(job.id, state=State.QUEUED))
+    spool.recover()
+    assert spool.ledger.job(job.id).state is State.QUEUED
+    assert list(home.adapters.iterdir()) == []
+
+
+def test_running_with_an_output_that_is_not_whole_fails(spool, home):
+    job = spool.train(spool.running(), weights=WEIGHTS[:-1])
+    spool.recover()
+    done = spool.ledger.job(job.id)
+    assert (done.state, done.outcome) == (State.FINISHED, Outcome.FAILED)
+    assert done.reason
+    assert done.reason["code"] == "bad_output"
+    assert (home.failed / job.id / "x.jsonl").read_bytes() == CONTENT
+    assert list(home.adapters.iterdir()) == []
+
+
+def test_running_with_its_adapter_published_is_finished_and_not_trained_again(spool, home):
+    job = spool.train(spool.running())
+    job = spool.ledger.update(job.id, adapter="x")
+    home.job(job.id).staged_adapter(1).rename(home.adapters / "x")
+    spool.recover()
+    finished_once(spool, job)
+
+
+def test_running_does_not_take_another_jobs_adapter_for_its_own(spool, home):
+    spool.trained_and_archived("x.jsonl", b"one\n")
+    job = spool.running("x.jsonl", b"two\n")
+    spool.ledger.update(job.id, adapter="x")
+    spool.recover()
+    assert spool.ledger.job(job.id).state is State.QUEUED
+
+
+def test_trained_and_the_file_in_its_jobs_folder_is_archived(spool):
+    job = spool.publish(spool.train(spool.running()))
+    spool.recover()
+    finished_once(spool, job)
+
+
+def test_trained_and_the_file_in_the_archive_is_finished(spool, home):
+    job = spool.publish(spool.train(spool.running()))
+    month = time.strftime("%Y-%m", time.localtime(job.created_at))
+    folder = home.archive / month / job.id
+    folder.mkdir(parents=True)
+    input_path(home, job).rename(folder / "x.jsonl")
+    spool.recover()
+    finished_once(spool, job)
+
+
+@pytest.mark.parametrize("reached", ["the ledger", "the reason", "the checkpoints", "the input"])
+def test_failing_goes_on_wherever_it_stopped(spool, home, reached):
+    job = spool.running(override={"epochs": 1})
+    home.job(job.id).checkpoints.mkdir()
+    (home.job(job.id).checkpoints / "weights").write_bytes(b"much work")
+    job = spool.ledger.update(job.id, state=State.FAILING, reason=REASON)
+    folder = home.failed / job.id
+    if reached != "the ledger":
+        folder.mkdir()
+        (folder / "reason.json").write_text("{}")
+    if reached in {"the checkpoints", "the input"}:
+        home.job(job.id).checkpoints.rename(folder / "checkpoints")
+    if reached == "the input":
+        home.job(job.id).overrides.rename(folder / "overrides.json")
+        input_path(home, job).rename(folder / "x.jsonl")
+    spool.recover()
+    done = spool.ledger.job(job.id)
+    assert (done.state, done.outcome, done.reason) == (State.FINISHED, Outcome.FAILED, REASON)
+    assert files(folder) == ["checkpoints/weights", "overrides.json", "reason.json", "x.jsonl"]
+    assert json.loads((folder / "reason.json").read_text())["reason"] == REASON
+    assert list(home.jobs.iterdir()) == []
+
+
+def test_finished_and_its_folder_still_there_is_swept(spool, home):
+    job = spool.trained_and_archived()
+    (spool.job_folder(job) / "out.1").mkdir(parents=True)
+    (spool.job_folder(job) / "job.json").touch()
+    before = spool.jobs()
+    spool.recover()
+    assert list(home.jobs.iterdir()) == []
+    assert spool.jobs() == before
+
+
+def test_a_job_that_takes_the_machine_down_again_and_again_fails(spool, home):
+    job = spool.running()
+    for number in range(1, MOST_INTERRUPTIONS):
+        spool.recover()
+        queued = spool.ledger.job(job.id)
+        assert (queued.state, queued.interruptions, queued.retries) == (State.QUEUED, number, 0)
+        spool.start(queued)
+    spool.recover()
+    done = spool.ledger.job(job.id)
+    assert (done.state, done.outcome) == (State.FINISHED, Outcome.FAILED)
+    assert done.reason
+    assert done.reason["code"] == "interrupted_too_often"
+    assert (home.failed / job.id / "x.jsonl").read_bytes() == CONTENT
+
+
+def test_recovery_puts_many_jobs_right_at_once(spool, home):
+    states: dict[str, Any] = {
+        "a": spool.claim("a.jsonl", b"a\n"),
+        "b": spool.enqueue(spool.claim("b.jsonl", b"b\n")),
+        "c": spool.running("c.jsonl", b"c\n"),
+        "d": spool.train(spool.running("d.jsonl", b"d\n")),
+        "e": spool.publish(spool.train(spool.running("e.jsonl", b"e\n"))),
+        "f": spool.ledger.update(spool.running("f.jsonl", b"f\n").id, state=State.FAILING, reason=REASON),
+    }
+    spool.recover()
+    after = {name: spool.ledger.job(job.id).state for name, job in states.items()}
+    assert after == {
+        "a": State.CLAIMING,
+        "b": State.QUEUED,
+        "c": State.QUEUED,
+        "d": State.FINISHED,
+        "e": State.FINISHED,
+        "f": State.FINISHED,
+    }
+    assert sorted(path.name for path in home.adapters.iterdir()) == ["d", "e", "latest"]
+
+
+# -- killed at any moment
+
+
+class Killed(BaseException):
+    """No code of ours may catch it."""
+
+
+STEPS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync", "symlink")
+
+
+@pytest.fixture
+def kill_at(monkeypatch) -> Callable[[int | None], None]:
+    """Die before the n-th change of a folder, fsync or commit from now on; not at all with None.
+
+    Nothing is really synced meanwhile, for speed: what a killed process has written is there all the same.
+    """
+    left = itertools.repeat(1)
+
+    def dies_before(do: Callable) -> Callable:
+        def step(*args, **kwargs):
+            if next(left) == 0:
+                raise Killed
+            return do(*args, **kwargs)
+
+        return step
+
+    def arm(number: int | None) -> None:
+        nonlocal left
+        left = itertools.repeat(1) if number is None else itertools.count(number, -1)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    for name in STEPS:
+        monkeypatch.setattr(os, name, dies_before(getattr(os, name)))
+    for name in ("add", "update", "drop"):
+        monkeypatch.setattr(Ledger, name, dies_before(getattr(Ledger, name)))
+    return arm
+
+
+def go_on(spool: Spool, *, succeeds: bool) -> None:
+    """What a daemon does from its start until nothing is left to do."""
+    recover(spool.ledger, spool.home, stop_orphan=no_orphan)
+    for path in list(spool.home.inbox.iterdir()):
+        if path.suffix == ".jsonl":
+            claim(spool.ledger, spool.home, Found(path, ""), spool.config)
+    for job in spool.ledger.jobs(State.CLAIMING):
+        spool.enqueue(job)
+    while job := spool.ledger.next_queued(time.time()):
+        running = spool.start(job)
+        if succeeds:
+            output = spool.home.job(job.id).staged_adapter(running.attempt)
+            output.parent.mkdir()
+            whole = output.with_name("whole")
+            whole.mkdir()
+            (whole / "adapter_model.safetensors").write_bytes(WEIGHTS)
+            (whole / "finetuned.json").write_text(json.dumps({"job_id": job.id}))
+            whole.rename(output)
+            spool.archive(spool.publish(running))
+        else:
+            spool.fail(running, REASON)
+
+
+def survives(spool: Spool, kill_at: Callable[[int | None], None], *kills: int, succeeds: bool) -> bool:
+    """Kill a daemon after so many steps, then the next one, ...; check what is left. False if none was killed."""
+    killed = 0
+    for number in (*kills, None):
+        kill_at(number)
+        try:
+            go_on(spool, succeeds=succeeds)
+        except Killed:
+            killed += 1
+        kill_at(None)
+        spool.reopen()
+    (job,) = spool.jobs()
+    assert (job.state, job.outcome) == (State.FINISHED, Outcome.SUCCEEDED if succeeds else Outcome.FAILED)
+    assert spool.archived(job).read_bytes() == CONTENT
+    assert (spool.archived(job).parent / "overrides.json").read_bytes() == b'{"epochs": 1}'
+    assert list(spool.home.inbox.iterdir()) == []
+    assert list(spool.home.jobs.iterdir()) == []
+    adapters = [path for path in spool.home.adapters.iterdir() if not path.is_symlink()]
+    assert [path.name for path in adapters] == (["x"] if succeeds else [])
+    return killed > 0
+
+
+def fresh(root: Path, *, linked: bool = False) -> Spool:
+    home = Home(root)
+    for folder in home.folders:
+        folder.mkdir(parents=True)
+    spool = Spool(home, durable=False)
+    found = spool.drop(override={"epochs": 1})
+    if linked:
+        (root / "other-link").hardlink_to(found.path)
+    return spool
+
+
+def every_kill(root: Path, kill_at: Callable[[int | None], None], *then: int, linked: bool, succeeds: bool) -> int:
+    """Kill before the first step, before the second, ... until no step is left; give how many there were."""
+    for number in itertools.count():
+        spool = fresh(root / str(number), linked=linked)
+        try:
+            if not survives(spool, kill_at, number, *then, succeeds=succeeds):
+                return number
+        finally:
+            spool.ledger.close()
+    raise AssertionError
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_killed_before_any_step_nothing_is_lost_and_nothing_is_there_twice(tmp_path, kill_at, succeeds, linked):
+    assert every_kill(tmp_path, kill_at, linked=linked, succeeds=succeeds) > 30
+
+
+@pytest.mark.parametrize("second", [0, 1, 2, 3, 5, 8, 13])
+def test_killed_again_while_it_recovers_nothing_is_lost_either(tmp_path, kill_at, second):
+    assert every_kill(tmp_path, kill_at, second, linked=False, succeeds=True) > 30
