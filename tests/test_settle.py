@@ -513,6 +513,17 @@ def test_an_override_is_never_data_and_beside_its_data_no_complaint(inbox, data)
     assert look.ready == [found]
 
 
+def test_settings_that_are_still_written_hold_their_data_back(inbox):
+    inbox.drop("x.jsonl")
+    assert inbox.settled() == ["x.jsonl"]
+    with inbox.drop("x.config.json", b"{").open("ab") as writer:
+        assert inbox.ready() == []
+        assert inbox.ready(after=10) == []
+        writer.write(b"}")
+    assert inbox.ready(after=10) == []
+    assert inbox.ready(after=10) == ["x.jsonl"]
+
+
 def test_an_override_without_data_is_complained_about_once(inbox):
     inbox.drop("x.config.json", b"{}")
     inbox.drop("y.jsonl")

@@ -93,7 +93,7 @@ class Spool:
     def enqueue(self, job: Job) -> Job:
         result = fingerprint(input_path(self.home, job))
         assert result is not None
-        return enqueue(self.ledger, self.config, job, result[1])
+        return enqueue(self.ledger, self.home, self.config, job, result[1])
 
     def start(self, job: Job) -> Job:
         job = self.ledger.update(job.id, state=State.RUNNING, attempt=job.attempt + 1, started_at=time.time())
@@ -321,6 +321,12 @@ def test_only_the_same_bytes_with_the_same_settings_and_success_are_a_duplicate(
     else:
         spool.trained_and_archived("x.jsonl", CONTENT + b"\n" if change == "content" else CONTENT)
     spool.config = Config(epochs=9 if change == "settings" else 3)
+    assert spool.enqueue(spool.claim("y.jsonl")).state is State.QUEUED
+
+
+def test_a_file_whose_adapter_was_thrown_away_is_trained_again(spool, home):
+    first = spool.trained_and_archived("x.jsonl")
+    shutil.rmtree(home.adapters / first.adapter)
     assert spool.enqueue(spool.claim("y.jsonl")).state is State.QUEUED
 
 

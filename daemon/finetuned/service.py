@@ -222,7 +222,7 @@ class Service:
                 self._queue(self._ledger.job(job_id), sha256=result[1])
 
     def _queue(self, job: Job, *, sha256: str) -> None:
-        job = enqueue(self._ledger, self._config, job, sha256)
+        job = enqueue(self._ledger, self._home, self._config, job, sha256)
         if job.state is State.QUEUED:
             _log.info("queued", job=job.id, sha256=sha256[:12])
         elif job.state is State.TRAINED:

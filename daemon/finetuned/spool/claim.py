@@ -142,12 +142,12 @@ def fingerprint(path: Path) -> tuple[FileIdentity, str] | None:
     return FileIdentity(after.st_dev, after.st_ino, after.st_size, after.st_mtime_ns), digest.hexdigest()
 
 
-def enqueue(ledger: Ledger, config: Config, job: Job, sha256: str) -> Job:
+def enqueue(ledger: Ledger, home: Home, config: Config, job: Job, sha256: str) -> Job:
     """Queue a claimed and hashed job (D5), or settle it at once if it was trained before."""
     if job.reason:  # its settings are broken, and a crash came between taking it and failing it
         return ledger.update(job.id, state=State.FAILING, sha256=sha256)
     before = None if config.duplicates == "run" else ledger.trained_before(sha256, job.settings)
-    if before is None:
+    if before is None or not (home.adapters / str(before.adapter)).is_dir():  # its adapter may have been thrown away
         return ledger.update(job.id, state=State.QUEUED, sha256=sha256)
     if config.duplicates == "skip":
         return ledger.update(job.id, state=State.TRAINED, sha256=sha256, duplicate_of=before.id, adapter=before.adapter)

@@ -56,7 +56,7 @@ class Settler:
         here = set()
         for entry in list_inbox(self.inbox, config.profiles):
             verdict = entry if isinstance(entry, Complaint) else self._judge(entry, config, now)
-            here.add(entry.path)
+            here |= {entry.path, entry.override} if isinstance(entry, Found) else {entry.path}
             if isinstance(verdict, Complaint):
                 complaints.append(verdict)
             elif verdict > 0:
@@ -82,13 +82,25 @@ class Settler:
             if not stat.S_ISREG(facts.st_mode):
                 return Complaint(found.path, "is not a regular file", "Put the file itself here.")
             quiet = self._quiet(found.path, facts, now)
+            override_left = self._override_left(found.override, config, now)
             if facts.st_size == 0:
                 return max(0.0, config.empty_seconds - quiet)
             left = _left_to_wait(descriptor, quiet, config.quiet_seconds)
             plain = found.path.suffix.lower() == ".jsonl"
             if left == 0 and plain and not _last_line_whole(descriptor, facts.st_size):
                 left = max(0.0, config.truncated_seconds - quiet)
-            return left
+            return max(left, override_left)
+        finally:
+            os.close(descriptor)
+
+    def _override_left(self, path: Path, config: Config, now: float) -> float:
+        """Seconds until the settings beside a file that is ready are so too; 0 if there are none."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:  # none, or none that can be read: reading it says so
+            return 0.0
+        try:
+            return _left_to_wait(descriptor, self._quiet(path, os.fstat(descriptor), now), config.quiet_seconds)
         finally:
             os.close(descriptor)
 
