@@ -20,6 +20,7 @@ REMEDIES = {
     "unrecognized_role": f"Roles are {', '.join(sorted(ROLES))}.",
     "missing_content": 'Give the message a "content"; null cannot be learned.',
     "example_missing_assistant_message": "Without an assistant turn there is nothing to learn from the row.",
+    "template_refuses_row": "The model's chat template takes no such row; mend it, or take another model.",
     "template_drops_text": "The model's chat template changes or leaves out the answer; another model may keep it.",
     "no_supervised_tokens": "The answer lies behind max_length; raise it or shorten the question.",
 }

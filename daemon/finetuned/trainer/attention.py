@@ -38,8 +38,10 @@ def flat_attention(
     NotImplementedError for what it cannot honour.
     """
     refused = [name for name in _REFUSED if others.get(name) is not None]
-    if refused or attention_mask is not None or getattr(module, "is_causal", True) is False:
-        raise NotImplementedError(f"flat attention knows no {', '.join(refused) or 'mask'}")
+    if refused or getattr(module, "is_causal", True) is False:
+        raise NotImplementedError(f"flat attention knows no {', '.join(refused) or 'attention to what comes later'}")
+    if sliding_window != (None if attention_mask is None else int(attention_mask)):
+        raise NotImplementedError("the model tells its window to the mask alone")
     rows = [
         scaled_dot_product_attention(
             query[:, :, start:end],
@@ -71,4 +73,9 @@ def _window(length: int, window: int | None, device: torch.device) -> torch.Tens
 def register() -> None:
     """Make the function known to transformers, beside a mask function that builds no mask."""
     AttentionInterface.register(FLAT, flat_attention)
-    AttentionMaskInterface.register(FLAT, lambda *_, **__: None)
+    AttentionMaskInterface.register(FLAT, _window_as_mask)
+
+
+def _window_as_mask(*_: Any, local_size: int | None = None, **__: Any) -> torch.Tensor | None:
+    """Build no mask, but pass on a window that only masks are told of, so that it cannot be overlooked."""
+    return None if local_size is None else torch.tensor(local_size)

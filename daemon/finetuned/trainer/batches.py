@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2.exceptions import TemplateError
 
 from finetuned.dataset.checks import Problem, Row
 
@@ -61,14 +62,15 @@ def tokenise(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> Iterator[Example | tuple[Row, Problem]]:
     """Render and tokenise rows in order; a row that cannot be learned from comes back with its problem."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = added | set(tokenizer.all_special_ids)
     for start in range(0, len(rows), _BATCH):
         rendered = [_render(row, tokenizer) for row in rows[start : start + _BATCH]]
         encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
-        special = frozenset(tokenizer.all_special_ids)
         for index, (text, spans) in enumerate(rendered):
             row = rows[start + index]
-            if spans is None:
-                yield row, Problem("template_drops_text")
+            if isinstance(spans, Problem):
+                yield row, spans
                 continue
             ids = encoded["input_ids"][index]
             mask = _supervised(text, ids, encoded["offset_mapping"][index], spans, special)
@@ -76,17 +78,20 @@ def tokenise(
             yield example if example.targets else (row, Problem("no_supervised_tokens"))
 
 
-def _render(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]] | None]:
-    """Give the rendered chat and the span of each assistant text in it; no spans if one is changed or left out."""
+def _render(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]] | Problem]:
+    """Give the rendered chat and the span of each assistant text in it, or why the template does not do."""
     chat = row.chat()
-    text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    try:
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except TemplateError as error:  # templates raise for roles that they do not know, or in an order they do not like
+        return "", Problem("template_refuses_row", str(error))
     answers = [message["content"] for message in chat if message["role"] == "assistant"]
     marks = iter(_MARK.format(number) for number in range(len(answers)))
     marked = [{**m, "content": next(marks)} if m["role"] == "assistant" else m for m in chat]
     skeleton = str(tokenizer.apply_chat_template(marked, tokenize=False))
     pieces = re.split("\ue000\\d+\ue001", skeleton)
     if len(pieces) != len(answers) + 1:
-        return text, None
+        return text, Problem("template_drops_text")
     for trimmed in (str, str.strip):  # many templates trim the content
         spans, end = [], 0
         for piece, answer in zip(pieces, answers, strict=False):
@@ -95,11 +100,11 @@ def _render(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tup
             spans.append((start, end))
         if "".join(p + trimmed(a) for p, a in zip(pieces, [*answers, ""], strict=True)) == text:
             return text, spans
-    return text, None
+    return text, Problem("template_drops_text")
 
 
 def _supervised(
-    text: str, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], special: frozenset[int]
+    text: str, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], special: set[int]
 ) -> list[bool]:
     """Mark the tokens of each span, and the end-of-turn token behind it, without which the model would never stop."""
     mask = [False] * len(ids)

@@ -46,8 +46,6 @@ def save(
     """
     make_folder(folder)
     target = folder / f"step-{step:08d}"
-    if target.exists():
-        return target
     staged = folder / f".step-{step:08d}"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
@@ -57,8 +55,11 @@ def save(
     manifest = {"step": step, "plan": plan, "files": files, "extra": extra}
     write_file(staged / _MANIFEST, json.dumps(manifest, indent=2).encode())
     sync_tree(staged)
+    shutil.rmtree(target, ignore_errors=True)  # damaged or of another plan, or it would have been resumed from
     move(staged, target)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
+    earlier = sorted(path for path in folder.glob("step-*") if path < target)
+    later = [path for path in folder.glob("step-*") if path > target]
+    for old in [*earlier[: max(0, len(earlier) + 1 - keep)], *later]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 

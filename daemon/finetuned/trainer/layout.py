@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetuned.dataset.checks import Row
+from finetuned.errors import ModelError
 from finetuned.trainer import attention
 from finetuned.trainer.batches import Batch, Example, collate_flat, collate_padded
 from finetuned.trainer.model import evaluating
@@ -27,65 +28,85 @@ _CLOSE = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 1e-2}  # of 
 
 @dataclass(frozen=True)
 class Layout:
-    """How micro-batches are made for one model, and why."""
+    """How micro-batches are made for one model and go through it, and why."""
 
     flat: bool
+    head_apart: bool  # hidden states first, then the head where there is a label; else the model's own logits
     reason: str
+
+    def __str__(self) -> str:
+        """Name it in a log line."""
+        return ("flat" if self.flat else "padded") + ("" if self.head_apart else ", with all logits")
 
     @property
     def collate(self) -> Callable[[Sequence[Example]], Batch]:
         """Give the function that makes a micro-batch."""
         return collate_flat if self.flat else collate_padded
 
-
-def hidden_states(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Give the last hidden states at the batch's positions: [positions, width]."""
-    hidden = model.get_decoder()(**batch.inputs, use_cache=False).last_hidden_state
-    selected: torch.Tensor = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
-    return selected
+    def hidden_states(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.nn.Module]:
+        """Give what the head is applied to at the batch's positions, [positions, width], and the head."""
+        if self.head_apart:
+            hidden = model.get_decoder()(**batch.inputs, use_cache=False).last_hidden_state
+            head: torch.nn.Module = model.get_output_embeddings()
+        else:
+            hidden, head = model(**batch.inputs, use_cache=False).logits, torch.nn.Identity()
+        return hidden.reshape(-1, hidden.shape[-1])[batch.positions], head
 
 
 @torch.no_grad()
-def choose_layout(model: PreTrainedModel, compute: torch.dtype) -> Layout:
-    """Try the flat layout on two short rows and compare; leave the model set to what was chosen.
+def choose_layout(model: PreTrainedModel, compute: torch.dtype, *, name: str = "") -> Layout:
+    """Try the layouts, fastest first, on short rows; leave the model set to what was chosen.
 
-    Raises ValueError if even the padded layout, with the head apart, does not give the model's own logits.
+    Raises ModelError if the model's logits are not numbers, or not even padded rows give what single rows do.
     """
     plain = model.config._attn_implementation  # noqa: SLF001, there is no public way to ask
     device = next(model.parameters()).device
-    first, second, other = (
-        _row(model, length, seed) for length, seed in zip((*_LENGTHS, _LENGTHS[0]), range(3), strict=True)
-    )
+    rows = [_row(model, length, seed) for seed, length in enumerate((*_LENGTHS, _LENGTHS[0]))]
+    first, second, other = rows
     with evaluating(model), torch.autocast(device.type, compute, enabled=compute is not torch.float32):
-        wanted = torch.cat(
-            [model(torch.tensor([e.ids], device=device), use_cache=False).logits[0, :-1] for e in (first, second)]
-        )
+        alone = [torch.tensor([row.ids], device=device) for row in (first, second)]
+        wanted = torch.cat([model(ids, use_cache=False).logits[0, :-1] for ids in alone])
+        if not wanted.isfinite().all():
+            raise ModelError(
+                "the model's logits are not numbers",
+                where=name,
+                remedy="Its weights are damaged, or dtype does not suit it.",
+            )
 
         def logits(examples: list[Example], layout: Layout) -> torch.Tensor:
-            head: torch.nn.Module = model.get_output_embeddings()
-            found: torch.Tensor = head(hidden_states(model, layout.collate(examples).to(device)))
+            hidden, head = layout.hidden_states(model, layout.collate(examples).to(device))
+            found: torch.Tensor = head(hidden)
             return found
 
-        def agrees(layout: Layout) -> bool:
+        def fails(layout: Layout) -> str:
+            """Say why a layout will not do, or nothing."""
             error = (logits([first, second], layout) - wanted).abs().max() / wanted.float().std()
-            return bool(error < _CLOSE[compute])
+            # The second row must not notice another first row, to the last bit: closeness alone could hide a leak.
+            tails = [logits([row, second], layout)[_LENGTHS[0] - 1 :] for row in (first, other)]
+            if layout.flat and not torch.equal(*tails):
+                return "the model lets rows of a flat batch see each other"
+            return "" if error < _CLOSE[compute] else "its logits differ from those of single rows"
 
         attention.register()
-        flat = Layout(flat=True, reason="the model keeps rows apart")
+        flat = Layout(flat=True, head_apart=True, reason="the model keeps rows apart")
         try:
             model.set_attn_implementation(attention.FLAT)
-            # The second row must not notice another first row, to the last bit: closeness alone could hide a leak.
-            apart = torch.equal(*(logits([row, second], flat)[_LENGTHS[0] - 1 :] for row in (first, other)))
-            if apart and agrees(flat):
-                return flat
-            why = "the model lets rows of a flat batch see each other" if not apart else "flat logits differ"
-        except (NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
+            why = fails(flat)
+        except (NotImplementedError, TypeError, ValueError, LookupError, AttributeError) as error:
             why = f"the model does not take flat batches: {error}"
+        if not why:
+            return flat
         model.set_attn_implementation(plain)
-        padded = Layout(flat=False, reason=why)
-        if not agrees(padded):
-            raise ValueError("the model's head does not give its logits; such a model cannot be trained yet")
-        return padded
+        for apart in (True, False):
+            padded = Layout(flat=False, head_apart=apart, reason=why)
+            if not fails(padded):
+                return padded
+            why += "; its head alone does not give its logits"
+    raise ModelError(
+        "rows in a padded batch come out different from single rows",
+        where=name,
+        remedy="Take another model, or set dtype to float32.",
+    )
 
 
 def _row(model: PreTrainedModel, length: int, seed: int) -> Example:

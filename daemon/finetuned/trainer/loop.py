@@ -91,7 +91,7 @@ def _load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
     """Load the model in the number formats that the hardware likes, with an adapter or whole."""
     try:
         model = load_model(task.base, task.settings, tuning=task.rung.tuning, precision=precision, device=task.device)
-        layout = choose_layout(model, precision.compute)
+        layout = choose_layout(model, precision.compute, name=task.base.name)
         if task.rung.tuning != "full":
             model = add_adapter(model, task.base, task.settings)
     except (RuntimeError, MemoryError) as error:
@@ -122,7 +122,7 @@ class Training:
             seed=settings.seed,
         )
         accelerator = Accelerator(mixed_precision=precision.mixed, cpu=task.device.type == "cpu")
-        objective = importlib.import_module(RECIPES["sft"]).Objective(model)
+        objective = importlib.import_module(RECIPES["sft"]).Objective(model, layout)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         health.check_trainable(list(self.trained.values()))
         self.peak_rate, rate_reason = _learning_rate(settings, task.rung.tuning)
@@ -131,10 +131,11 @@ class Training:
         self.accelerator = accelerator
         self.choices = {
             "dtype": {"choice": str(precision.compute).removeprefix("torch."), "reason": precision.reason},
-            "layout": {"choice": "flat" if layout.flat else "padded", "reason": layout.reason},
+            "layout": {"choice": str(layout), "reason": layout.reason},
             "learning_rate": {"choice": f"{self.peak_rate:g}", "reason": rate_reason},
         }
         self._saved_at, self._saved_step = time.monotonic(), 0
+        self._torn = False  # memory ran out in the middle of an optimizer step
         self._pace = _Pace()
 
     def announce(self) -> None:
@@ -209,7 +210,7 @@ class Training:
             group["lr"] = rate
         norm = float(self.accelerator.clip_grad_norm_(self.trained.values(), settings.max_grad_norm or float("inf")))
         health.check_step(self.done + 1, loss, norm, scaled=self.accelerator.scaler is not None)
-        self.optimizer.step()
+        self._optimize()
         self.optimizer.zero_grad(set_to_none=True)
 
         self.done += 1
@@ -241,32 +242,44 @@ class Training:
             self.save()
 
     def evaluate(self) -> None:
-        """Measure the held-out loss, and ask the model a few of the held-out questions."""
-        task, settings, step = self.task, self.task.settings, self.done
-        if not task.held_out:
+        """Measure the held-out loss and ask some held-out questions. Memory that runs out here ends no training."""
+        if not self.task.held_out:
             return
+        for measure in (self._measure_loss, self._ask):
+            try:
+                measure()
+            except (RuntimeError, MemoryError) as error:
+                detail = memory.out_of_memory(error)
+                if detail is None:
+                    raise
+            else:
+                continue
+            memory.give_back()
+            self.task.say.warn(f"out of memory in the evaluation after step {self.done}, which is left out: {detail}")
+        self._pace.start()
+
+    def _measure_loss(self) -> None:
         began = time.monotonic()
         loss = self.metrics["valid_loss"] = self._held_out_loss()
-        if step == 0:
+        if self.done == 0:
             self.metrics["valid_loss_before"] = loss
-        asked = [example.row for example in task.held_out[: settings.predictions.samples]]
-        answers = predict(self.model, task.tokenizer, asked, max_new_tokens=settings.predictions.max_new_tokens)
-        seconds = time.monotonic() - began
-        task.say.say(
-            EventType.METRICS,
-            f"held-out loss {loss:.4f} after step {step} ({seconds:.1f} s)",
-            step=step,
-            valid_loss=loss,
-        )
+        sentence = f"held-out loss {loss:.4f} after step {self.done} ({time.monotonic() - began:.1f} s)"
+        self.task.say.say(EventType.METRICS, sentence, step=self.done, valid_loss=loss)
+
+    def _ask(self) -> None:
+        settings = self.task.settings.predictions
+        asked = [example.row for example in self.task.held_out[: settings.samples]]
+        answers = predict(self.model, self.task.tokenizer, asked, max_new_tokens=settings.max_new_tokens)
         if answers:
             samples = [answer.as_dict() for answer in answers]
             exact = sum(sample["exact"] for sample in samples)
-            sentence = f"predictions saved={len(samples)} exact={exact}/{len(samples)} step={step}"
-            task.say.say(EventType.PREDICTIONS, sentence, step=step, samples=samples)
-        self._pace.start()
+            sentence = f"predictions saved={len(samples)} exact={exact}/{len(samples)} step={self.done}"
+            self.task.say.say(EventType.PREDICTIONS, sentence, step=self.done, samples=samples)
 
     def save(self) -> None:
-        """Write a checkpoint of the steps that are done."""
+        """Write a checkpoint of the steps that are done, if there are any since the last."""
+        if self.done == self._saved_step:
+            return
         scaler, settings = self.accelerator.scaler, self.task.settings
         state = {"optimizer": self.optimizer.state_dict(), **({"scaler": scaler.state_dict()} if scaler else {})}
         checkpoint.save(
@@ -286,7 +299,7 @@ class Training:
         """Write a last checkpoint if memory allows: the weights are those of the last whole step, only gradients are
         lost.
         """
-        if self.done == self._saved_step:
+        if self.done == self._saved_step or self._torn:
             return
         self.optimizer.zero_grad(set_to_none=True)
         memory.give_back()
@@ -294,6 +307,17 @@ class Training:
             self.save()
         except (RuntimeError, MemoryError, OSError) as error:
             self.task.say.warn(f"no checkpoint could be written: {error}")
+
+    def _optimize(self) -> None:
+        """Let the optimizer step. What it changed before memory ran out cannot be told, so it is not saved."""
+        try:
+            self.optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            detail = memory.out_of_memory(error)
+            if detail is None:
+                raise
+            self._torn = True
+            raise OutOfMeansError(self.rung, detail) from None
 
     def _largest(self) -> list[int]:
         return steps.largest_cut(self.plan, self.lengths, self.rung.batch_size)

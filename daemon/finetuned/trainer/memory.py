@@ -14,6 +14,7 @@ import torch
 _SIGNS = (
     "out of memory",
     "can't allocate memory",
+    "cannot allocate memory",
     "defaultcpuallocator",
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",

@@ -218,7 +218,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
     for module in modes:
         if type(module).__module__.startswith(("bitsandbytes", "peft.tuners.lora.bnb")):
             for part in module.modules():
-                part.training = modes[part] and not isinstance(part, torch.nn.Dropout)
+                part.training = not isinstance(part, torch.nn.Dropout)
     try:
         yield
     finally:

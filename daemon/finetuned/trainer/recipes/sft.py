@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetuned.trainer.batches import Batch
-from finetuned.trainer.layout import hidden_states
+from finetuned.trainer.layout import Layout
 from finetuned.trainer.loss import summed_loss
 
 if TYPE_CHECKING:
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 class Objective(torch.nn.Module):
     """A model and what is asked of it."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Take the model with its adapter on."""
+    def __init__(self, model: PreTrainedModel, layout: Layout) -> None:
+        """Take the model with its adapter on, and how micro-batches go through it."""
         super().__init__()
         self.model = model
+        self.layout = layout
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Give the summed loss in nats over the batch's targets, a float32 scalar."""
         causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        return summed_loss(hidden_states(causal, batch), causal.get_output_embeddings(), batch.targets)
+        hidden, head = self.layout.hidden_states(causal, batch)
+        return summed_loss(hidden, head, batch.targets)
