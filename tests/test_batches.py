@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from finetuned.dataset.checks import REMEDIES, Problem, Row
 from finetuned.trainer.batches import Example, collate_flat, collate_padded, tokenise
+from finetuned.trainer.predictions import predict
 
 TRIMMING = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
@@ -152,6 +153,28 @@ def test_an_end_of_turn_that_is_not_the_end_of_text_is_learned(tokenizer):
     tokenizer.chat_template = TURNS
     example = one(row_of(("user", "a?"), ("assistant", "a")), tokenizer)
     assert shown(example, tokenizer) == ("<|im_start|>user\na?<end_of_turn>\n<|im_start|>assistant\n«a<end_of_turn>»\n")
+
+
+def test_a_prediction_ends_where_a_turn_ends(tokenizer):
+    """Also where that is not the tokenizer's eos_token: the model's generation_config names it."""
+    tokenizer.add_tokens([AddedToken("<end_of_turn>", special=True, normalized=False)], special_tokens=True)
+    tokenizer.chat_template = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    row = row_of(("user", "a?"), ("assistant", "abc"))
+    (example,) = tokenise([row], tokenizer, max_length=100)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=[1, end], **sizes))
+    model.generation_config.eos_token_id = [1, end]
+    # Learned by heart, with more text behind the turn.
+    ids = torch.tensor([[*example.ids[:-1], *tokenizer.encode("and so on and on")]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (prediction,) = predict(model, tokenizer, [row], max_new_tokens=12)
+    assert prediction.answer == "abc"
 
 
 def test_rows_come_back_in_order_and_longer_lists_than_one_batch_too(chatml):

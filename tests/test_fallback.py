@@ -99,7 +99,7 @@ def test_full_tuning_never_becomes_an_adapter():
 def test_the_reason_names_the_rung_that_was_too_high(rung, bits, shorter):
     if step := next_rung(rung, allow_4bit=bits, allow_shorter=shorter):
         assert str(rung) in step[1]
-        assert "out of memory" in step[1]
+        assert step[1].startswith("after ")  # why it was too high, the caller knows: memory, or a kill
 
 
 @given(rungs)

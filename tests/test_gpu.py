@@ -194,7 +194,7 @@ def test_a_field_that_is_refused_is_none_and_said_once(fake_nvml: FakeNvml, ask:
         assert second["power"] == 70
     assert ask("logs") == [
         {
-            "event": "gpu_field_not_given",
+            "event": "GPU field not given",
             "log_level": "info",
             "gpu": uuid(0),
             "field": "power",
@@ -364,7 +364,7 @@ def test_a_gpu_that_cannot_be_opened_does_not_hide_the_others(fake_nvml: FakeNvm
     fake_nvml.set("gpus=2", "0.handle=no_permission")
     assert [gpu["index"] for gpu in ask("gpus")] == [1]
     [log] = ask("logs")
-    assert (log["event"], log["index"]) == ("gpu_not_usable", 0)
+    assert (log["event"], log["index"]) == ("GPU not usable", 0)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from conftest import chat_rows
 from finetuned.config import settings_from
@@ -32,14 +32,15 @@ def training(tmp_path, tiny_model, monkeypatch):
         settings = settings_from({"dtype": "float32", "tuning": "lora", "epochs": 10, **settings}, where="the test")
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
         rows = [check_row(number, row) for number, row in enumerate(chat_rows(16))]
+        examples = list(tokenise(rows, tokenizer, max_length=200))
         return train(
             Task(
                 settings=settings,
                 rung=settings.first_rung(),
                 base=Base(str(model), str(model)),
                 tokenizer=tokenizer,
-                train=list(tokenise(rows, tokenizer, max_length=200)),
-                held_out=[],
+                train=examples,
+                held_out=examples[: settings.predictions.samples],
                 device=torch.device("cpu"),
                 checkpoints=tmp_path / "checkpoints",
                 say=Reporter(tmp_path / "events.jsonl"),
@@ -53,12 +54,37 @@ def training(tmp_path, tiny_model, monkeypatch):
 
 def steps_done(folder: Path) -> int:
     events = [parse_event(line) for line in (folder / "events.jsonl").read_bytes().splitlines()]
-    return sum(event.type is EventType.METRICS for event in events)
+    return sum(event.type is EventType.METRICS and "train_loss" in event.data for event in events)
 
 
 def test_a_sound_training_passes(training, tmp_path):
     trained = training()
     assert trained.metrics["step"] == steps_done(tmp_path) == 20
+
+
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [
+        ("gemma2", {"sliding_window": 16}),
+        ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 2, "sliding_window": 16}),
+    ],
+)
+def test_a_family_whose_attention_is_not_sdpa_is_trained_and_asked_too(training, tmp_path, tiny_model, family, extra):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    config = AutoConfig.for_model(
+        family, **{"vocab_size": 258, "num_key_value_heads": 2, "head_dim": 8, **sizes, **extra}
+    )
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("generation_config.json"))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    trained = training(tmp_path / "model", epochs=1, predictions={"samples": 2, "max_new_tokens": 4})
+    assert trained.metrics["step"] == 2
+    assert trained.metrics["valid_loss"] < trained.metrics["valid_loss_before"]
 
 
 def test_layers_that_are_not_there_are_named(training):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 import shutil
 import signal
 import time
@@ -21,10 +21,12 @@ from finetuned.home import Home, JobFolder, find_home, safe_name
 from finetuned.jobs import FileIdentity, Job, JobSpec, State
 from finetuned.launchers.local import LocalTrainer, start, trainer_environment
 from finetuned.live import LiveLine
-from finetuned.spool.publish import MANIFEST, check_output
+from finetuned.spool.manifest import MANIFEST
+from finetuned.spool.publish import check_output
+from finetuned.spool.recover import locked
 from finetuned.supervisor import EventTail, decide, progress_after, progress_for_next
 
-_WORK = ".finetuned"  # in the output folder while it trains
+_WORK = ".finetuned-train"  # in the output folder while it trains
 _LOG = "train.log"
 _STOP_SECONDS = 120.0
 _TICK = 0.1
@@ -60,6 +62,7 @@ def train_by_hand(
         name=data.name.encode(),
         profile="",
         identity=FileIdentity(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns),
+        sha256=_sha256(data),
         state=State.RUNNING,
         created_at=time.time(),
         settings=settings,
@@ -67,7 +70,12 @@ def train_by_hand(
     )
     folder = JobFolder(output / _WORK)
     _keep_or_clear(folder, job)
-    folder.path.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HomeError(
+            f"cannot be made: {error.strerror}", where=str(output), remedy="Name another --output-dir."
+        ) from error
 
     while True:
         job = replace(job, attempt=job.attempt + 1)
@@ -80,8 +88,10 @@ def train_by_hand(
         if stopped:
             click.echo("Stopped with a checkpoint. The same command goes on from there.", err=True)
             return 130
-        if decision.reason:
-            click.echo(f"finetuned: {FinetunedError(**_spoken(decision.reason))}", err=True)
+        # By hand nobody waits for a hub that is out of reach: the user tries again.
+        reason = decision.reason or (job.progress.get("error") if decision.delay else None)
+        if reason:
+            click.echo(f"finetuned: {FinetunedError(**_spoken(reason))}", err=True)
             click.echo(f"The trainer's log: {folder.path / _LOG}", err=True)
             return 1
         click.echo(f"Going on: {decision.why}", err=True)
@@ -91,10 +101,14 @@ def train_by_hand(
             retries=job.retries + decision.counted,
             progress=progress_for_next(job.progress, ending),
         )
-        time.sleep(decision.delay)
 
 
-def _spoken(reason: dict[str, str]) -> dict[str, str]:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _spoken(reason: dict[str, Any]) -> dict[str, str]:
     return {key: reason[key] for key in ("what", "where", "remedy")}
 
 
@@ -105,7 +119,14 @@ def _keep_or_clear(folder: JobFolder, job: Job) -> None:
     except (OSError, ValueError, TypeError, KeyError):
         before = None
     if before is None or (before.identity, before.settings) != (job.identity, job.settings):
+        if locked(folder):
+            raise _busy(folder)
         shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def _busy(folder: JobFolder) -> HomeError:
+    remedy = "Wait for it, or name another --output-dir."
+    return HomeError("a training is at work in this folder already", where=str(folder.path.parent), remedy=remedy)
 
 
 def _write_spec(folder: JobFolder, job: Job, data: Path) -> None:
@@ -118,6 +139,7 @@ def _write_spec(folder: JobFolder, job: Job, data: Path) -> None:
         input=str(data),
         settings=job.settings,
         rung=job.rung,
+        sha256=job.sha256,
         attempt=job.attempt,
         base_dir=str(Path.cwd()),
         models=str(_models()),
@@ -144,11 +166,7 @@ def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
     try:
         trainer = start(folder, log=folder.path / _LOG, environment=environment)
     except BlockingIOError as error:
-        raise HomeError(
-            "a training is at work in this folder already",
-            where=str(folder.path.parent),
-            remedy="Wait for it, or name another --output-dir.",
-        ) from error
+        raise _busy(folder) from error
     stopper = _Stopper(trainer)
     before = signal.signal(signal.SIGINT, stopper)
     line = LiveLine()
@@ -171,9 +189,7 @@ def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
 
 
 def _first_gpu() -> str | None:
-    """Give the first GPU's UUID. One that the user has chosen already is left to CUDA."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return os.environ["CUDA_VISIBLE_DEVICES"]
+    """Give the first GPU's UUID, or None."""
     sampler = Sampler.open()
     try:
         return sampler.gpus[0].uuid if sampler.gpus else None

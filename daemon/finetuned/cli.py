@@ -58,15 +58,12 @@ def main() -> None:
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 def init(folder: Path) -> None:
     """Make FOLDER a base directory."""
-    from finetuned.config import json_schema, starter
+    from finetuned.base_directory import make_base_directory
+    from finetuned.config import starter
     from finetuned.home import Home
 
     home = Home(folder.expanduser().resolve())
-    for path in home.folders:
-        path.mkdir(parents=True, exist_ok=True)
-    home.schema_file.write_text(json_schema(), encoding="utf-8")
-    if not home.config_file.exists():
-        home.config_file.write_text(starter(), encoding="utf-8")
+    make_base_directory(home, starter())
     click.echo(
         f"{home.root} is ready. Edit {home.config_file.name}, start `finetuned run --base-dir {folder}`, "
         f"then `cp data.jsonl {folder / 'inbox'}/`."

@@ -8,6 +8,9 @@ inbox, so it cannot name paths or allow foreign code.
 from __future__ import annotations
 
 import json
+import re
+from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -160,15 +163,19 @@ def _settings(base: TrainingSettings, changes: dict[str, Any]) -> TrainingSettin
     return TrainingSettings(**merged)
 
 
+_UNION_TAG = re.compile(r"\[|^(float|int|str|bool)$|^constrained-")  # names a branch of a union, no key of the user's
+
+
 def _lines(error: ValidationError) -> list[str]:
-    lines = []
+    said: dict[str, list[str]] = {}
     for problem in error.errors(include_url=False, include_context=False):
-        place = ".".join(str(part) for part in problem["loc"])
+        place = ".".join(takewhile(lambda part: not _UNION_TAG.search(part), map(str, problem["loc"])))
         text = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            text = "no such setting"
-        lines.append(f"{place}: {text}" if place else text)
-    return lines
+            near = get_close_matches(str(problem["loc"][-1]), Config.model_fields, 1)
+            text = "no such setting" + (f"; did you mean {near[0]}?" if near else "")
+        said.setdefault(place, []).append(text)
+    return [f"{place}: {'; or: '.join(texts)}" if place else "; or: ".join(texts) for place, texts in said.items()]
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -224,6 +231,12 @@ def read_overrides(path: Path) -> dict[str, Any]:
             where=str(path),
             remedy="Set it in config.json or in a profile there.",
         )
+    if str(changes.get("model", "")).startswith(("/", ".", "~")):
+        raise ConfigError(
+            "an override may not name a folder as its model",
+            where=str(path),
+            remedy="Name a hub id, or set the folder in config.json or in a profile there.",
+        )
     return changes
 
 
@@ -241,9 +254,16 @@ def resolve(config: Config, profile: str, overrides: dict[str, Any], *, where: s
         )
     try:
         settings = _settings(config.training(), config.profiles.get(profile, {}))
-        return _settings(settings, overrides)
+        changed = _settings(settings, overrides)
     except ValidationError as error:
         raise _invalid(_lines(error), where) from error
+    if settings.trust_remote_code and {"model", "revision"} & overrides.keys():
+        raise ConfigError(
+            "an override may not choose the model where trust_remote_code is on",
+            where=where,
+            remedy="Name the model in config.json or in a profile there.",
+        )
+    return changed
 
 
 def settings_from(values: dict[str, Any], *, where: str) -> TrainingSettings:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from finetuned.config import json_schema
+from finetuned.base_directory import make_base_directory
 from finetuned.errors import HomeError
 from finetuned.events import Event, EventType
 from finetuned.home import Home, find_home
@@ -81,12 +81,7 @@ def _examples() -> tuple[Path, Path]:
 
 
 def _prepare(home: Home, held_out: Path) -> None:
-    for folder in home.folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    home.schema_file.write_text(json_schema(), encoding="utf-8")
-    home.config_file.write_text(
-        json.dumps({**_SETTINGS, "eval_file": str(held_out)}, indent=2) + "\n", encoding="utf-8"
-    )
+    make_base_directory(home, json.dumps({**_SETTINGS, "eval_file": str(held_out)}, indent=2) + "\n")
     with suppress(HomeError):  # in a base directory the unpacked model is shared with it: it takes a while to unpack
         shared = find_home(None).models
         shared.mkdir(parents=True, exist_ok=True)

@@ -44,20 +44,20 @@ def next_rung(rung: Rung, *, allow_4bit: bool = False, allow_shorter: bool = Fal
         # The largest divisor that is at most half, so that the product stays for odd sizes too: 3 x 2 -> 1 x 6.
         rows = next(n for n in range(rung.batch_size // 2, 0, -1) if effective % n == 0)
         smaller = replace(rung, batch_size=rows, gradient_accumulation=effective // rows)
-        return smaller, f"out of memory at {rung}: batch halved, accumulation raised to keep {effective} rows a step"
+        return smaller, f"after {rung}: batch halved, accumulation raised to keep {effective} rows a step"
     if not rung.activation_checkpointing:
         return (
             replace(rung, activation_checkpointing=True),
-            f"out of memory at {rung}: activations are now computed twice instead of kept",
+            f"after {rung}: activations are now computed twice instead of kept",
         )
     if allow_4bit and rung.tuning in {"lora", "lora-8bit"}:
         return (
             replace(rung, tuning="qlora"),
-            f"out of memory at {rung}: base weights in 4 bits, as fallback_4bit allows",
+            f"after {rung}: base weights in 4 bits, as fallback_4bit allows",
         )
     if allow_shorter and rung.max_length // 2 >= SHORTEST_ROW:
         return (
             replace(rung, max_length=rung.max_length // 2),
-            f"out of memory at {rung}: rows cut at {rung.max_length // 2} tokens, as fallback_max_length allows",
+            f"after {rung}: rows cut at {rung.max_length // 2} tokens, as fallback_max_length allows",
         )
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,21 +19,29 @@ def only_daemon(home: Home) -> Iterator[None]:
     """Hold the base directory's lock. Raises HomeError with the holder's pid if another daemon has it."""
     descriptor = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked_soon(descriptor):
             holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
             raise HomeError(
                 f"another daemon is at work here, pid {holder}",
                 where=str(home.root),
                 remedy=f"Stop it with `kill {holder}`, or use another base directory.",
                 code="already_running",
-            ) from None
+            )
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked_soon(descriptor: int) -> bool:
+    """Take the lock, patiently: `finetuned status` holds it for a moment when it asks whether a daemon is at work."""
+    for _ in range(10):
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.02)
+    return False
 
 
 def check_one_mount(home: Home) -> None:

@@ -5,9 +5,10 @@ terminal).
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO, cast
 
 # structlog takes rich for tracebacks wherever it is installed: 6 MB more in a daemon that lives for weeks.
 sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
@@ -42,6 +43,23 @@ class DailyFile:
         return event
 
 
+class _Forgiving:
+    """A stream whose full disk or closed terminal must not end the daemon."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write, if that can be."""
+        with suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        """Flush, if that can be."""
+        with suppress(OSError):
+            self._stream.flush()
+
+
 def set_up_logging(folder: Path | None = None) -> None:
     """Send log lines to stderr and, if a folder is given, to its daily file."""
     to_terminal = sys.stderr.isatty()
@@ -56,6 +74,6 @@ def set_up_logging(folder: Path | None = None) -> None:
     processors.append(structlog.dev.ConsoleRenderer() if to_terminal else _LOGFMT)
     structlog.configure(
         processors=processors,
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _Forgiving(sys.stderr))),
         cache_logger_on_first_use=False,
     )

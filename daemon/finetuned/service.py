@@ -7,6 +7,7 @@ import os
 import signal
 import sqlite3
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import structlog
 from finetuned import gpu
 from finetuned.config import Config, load_config
 from finetuned.durable import make_folder
-from finetuned.errors import ConfigError, FinetunedError
+from finetuned.errors import ConfigError, FinetunedError, HomeError
 from finetuned.events import Ending, Event, EventType
 from finetuned.guard import check_one_mount, check_place, only_daemon
 from finetuned.home import Home, printable
@@ -75,11 +76,11 @@ class Service:
         Raises HomeError if another daemon is at work here or the folders cannot be used, ConfigError if config.json is
         broken.
         """
-        self._config = load_config(self._home.config_file)
-        self._config_state = _file_state(self._home.config_file)
         for folder in self._home.folders:
             make_folder(folder)
         with only_daemon(self._home):
+            self._config_state = _file_state(self._home.config_file)
+            self._config = load_config(self._home.config_file)
             check_one_mount(self._home)
             self._ledger = open_ledger(self._home)
             self._gpus = gpu.Sampler.open()
@@ -103,7 +104,10 @@ class Service:
             _log.info("GPUs found", gpus=", ".join(map(str, self._gpus.gpus)))
         else:
             _log.info("no GPU", reason=self._gpus.why_none, then="training runs on the CPU")
-        recover(self._ledger, self._home, stop_orphan=self._stop_orphan)
+        try:
+            recover(self._ledger, self._home, stop_orphan=self._stop_orphan)
+        except OSError as error:
+            self._hold(error, doing="putting right what a crash left")
         self._watch.renew()
         notify(ready=1, status="waiting for files")
 
@@ -113,8 +117,8 @@ class Service:
             return self._attempt is None
         if not self._once or self._attempt or self._look is None:
             return False
-        waiting = self._look.waiting or self._look.ready
-        return not waiting and not self._ledger.jobs(State.CLAIMING, State.QUEUED, State.RUNNING)
+        unfinished = [state for state in State if state is not State.FINISHED]
+        return not self._look.waiting and not self._ledger.jobs(*unfinished)
 
     def _end(self) -> int:
         notify(stopping=1)
@@ -134,6 +138,9 @@ class Service:
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGHUP, reload)
+        # Sent when somebody opens a file for writing in the moment in which the kernel is asked whether anybody has.
+        # A handler and not SIG_IGN, which the trainer would inherit.
+        signal.signal(signal.SIGIO, lambda *_: None)
         signal.signal(signal.SIGCHLD, lambda *_: self._wake.set())
 
     # -- the steps of the loop
@@ -151,7 +158,7 @@ class Service:
         for step in steps:
             try:
                 step()
-            except sqlite3.OperationalError as error:  # the ledger cannot be written: a full disk, most likely
+            except (sqlite3.OperationalError, OSError) as error:  # a full disk, most likely
                 self._hold(error, doing=step.__name__.strip("_").replace("_", " "))
                 return
 
@@ -190,8 +197,8 @@ class Service:
         if self._stop or now < self._held_until or not (self._hints.is_set() or now >= self._next_look):
             return
         self._hints.clear()
-        self._watch.renew()
         make_folder(self._home.inbox)
+        self._watch.renew()
         look = self._look = self._settler.look(self._config, now)
         for complaint in look.complaints:
             _complain(complaint)
@@ -199,8 +206,11 @@ class Service:
             try:
                 job = claim(self._ledger, self._home, found, self._config)
             except OSError as error:
-                self._hold(error, doing=f"taking {found.path.name}")
-                return
+                if error.errno in _NO_ROOM:
+                    self._hold(error, doing=f"taking {found.path.name}")
+                    return
+                _complain(Complaint(found.path, f"cannot be taken: {error.strerror}", "Mend the folder's permissions."))
+                continue
             _log.info("file taken", job=job.id, file=printable(job.name), bytes=job.identity.size)
             if job.reason:
                 self._fail(job)
@@ -272,6 +282,7 @@ class Service:
         if status is None:
             return
         self._attempt = None
+        self._wake.set()  # the next job need not wait
         decision, ending = attempt.conclude(status)
         job = attempt.job
         if decision.publish:
@@ -281,7 +292,8 @@ class Service:
         elif ending is Ending.INTERRUPTED:
             _log.info("training stopped", job=job.id, then="it goes on from its checkpoint at the next start")
         else:
-            _log.warning("training goes on", job=job.id, why=decision.why, after_seconds=decision.delay or None)
+            delay = {"after_seconds": decision.delay} if decision.delay else {}
+            _log.warning("training goes on", job=job.id, why=decision.why, **delay)
 
     def _sample_gpus(self) -> None:
         """Read the GPUs while a job runs: into the ledger, and a line a minute."""
@@ -360,6 +372,11 @@ class Service:
             **{key: told[key] for key in ("code", "what", "where", "remedy") if told.get(key)},
             reason_in=f"archive/failed/{job.id}/reason.json",
         )
+        with (
+            suppress(OSError),
+            self._home.job_log(job.id).open("a", encoding="utf-8", errors="backslashreplace") as log,
+        ):
+            log.write(f"failed: {told.get('where', '')}: {told.get('what', '')}. {told.get('remedy', '')}\n")
         try:
             fail(self._ledger, self._home, job, reason)
         except OSError as error:
@@ -379,14 +396,20 @@ def open_ledger(home: Home) -> Ledger:
     """Open the ledger; a damaged one is put aside, and recovery rebuilds what the folders know."""
     try:
         return Ledger.open(home.ledger)
+    except sqlite3.OperationalError as error:  # not damaged: a full or read-only disk, say
+        raise HomeError(
+            f"the ledger cannot be opened: {error}",
+            where=str(home.ledger),
+            remedy="Make room on the disk, or mend its rights.",
+        ) from error
     except sqlite3.DatabaseError as error:
         aside = home.ledger.with_name(f"state.damaged-{int(time.time())}.db")
         _log.error(
             "the ledger is damaged", error=str(error), moved_to=str(aside), then="it is rebuilt from the folders"
         )
-        home.ledger.rename(aside)
-        for suffix in ("-wal", "-shm"):
-            home.ledger.with_name(home.ledger.name + suffix).unlink(missing_ok=True)
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                home.ledger.with_name(home.ledger.name + suffix).rename(aside.with_name(aside.name + suffix))
         return Ledger.open(home.ledger)
 
 
@@ -404,6 +427,8 @@ def _complain(complaint: Complaint) -> None:
 
 def _relay(job: Job, event: Event) -> None:
     """Say in the daemon's log what matters there; the job's own log has everything."""
+    if event.type is EventType.ERROR:
+        return  # told with the job's end
     if event.type in {EventType.PLAN, EventType.RUNG, EventType.RESULT} or event.level != "info":
         log = {"warning": _log.warning, "error": _log.error}.get(event.level, _log.info)
         log(event.message, job=job.id)
@@ -416,5 +441,5 @@ def _unwritable(error: OSError) -> dict[str, str]:
         "code": "cannot_publish",
         "what": f"the adapter is trained but cannot be put into adapters/: {error.strerror}",
         "where": str(error.filename2 or error.filename or ""),
-        "remedy": "Mend the folder's permissions, then drop the file again; its checkpoints are kept beside it.",
+        "remedy": "The adapter is kept in adapter/ beside this file; move it where you want it, and mend the folder.",
     }

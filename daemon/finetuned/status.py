@@ -5,16 +5,22 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import textwrap
+from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
+from finetuned.config import load_config
+from finetuned.errors import ConfigError
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
 from finetuned.live import duration, sentence
+from finetuned.spool.inbox import Complaint, Found, list_inbox
+from finetuned.spool.recover import locked
 
 _LAST = 10
-_LONGEST_REASON = 160  # characters
+_LONGEST_REASON = 300  # characters
 
 
 def gather(home: Home) -> dict[str, Any]:
@@ -22,21 +28,44 @@ def gather(home: Home) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "base_dir": str(home.root),
         "daemon_pid": _daemon_pid(home),
+        "config_error": None,
+        "inbox": [],
         "running": [],
         "queue": [],
         "finished": [],
     }
+    profiles: Collection[str] = ()
+    try:
+        profiles = load_config(home.config_file).profiles
+    except ConfigError as error:
+        facts["config_error"] = error.sentence()
+    facts["inbox"] = [_lying(entry) for entry in list_inbox(home.inbox, profiles)]
     try:
         ledger = Ledger.open_to_read(home.ledger)
     except sqlite3.OperationalError:  # no daemon has run here yet, or one makes its tables at this moment
         return facts
     try:
-        facts["running"] = [_facts(job) for job in ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)]
+        facts["running"] = [
+            {**_facts(job), "trainer_alive": locked(home.job(job.id))}
+            for job in ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)
+        ]
         facts["queue"] = [_facts(job) for job in ledger.jobs(State.CLAIMING, State.QUEUED)]
         facts["finished"] = [_facts(job) for job in ledger.last_finished(_LAST)]
     finally:
         ledger.close()
     return facts
+
+
+def _lying(entry: Found | Complaint) -> dict[str, str]:
+    """Say why something is still in the inbox."""
+    what, remedy = "waits until it is whole and quiet", ""
+    if isinstance(entry, Complaint):
+        what, remedy = entry.what, entry.remedy
+    elif entry.path.is_symlink():
+        what, remedy = "is a symbolic link", "Put the file itself there."
+    elif entry.path.is_file() and entry.path.stat().st_size == 0:
+        what, remedy = "is empty", "Fill it; after empty_seconds its job fails."
+    return {"path": printable(os.fsencode(entry.path)), "what": what, "remedy": remedy}
 
 
 def _daemon_pid(home: Home) -> int | None:
@@ -82,6 +111,13 @@ def render(facts: dict[str, Any]) -> str:
     ]
     for job in facts["running"]:
         lines += ["", f"running   {job['id']}", f"          {sentence(job['progress'])}"]
+        if not pid:
+            trainer = "its trainer is at work without a daemon" if job["trainer_alive"] else "it stands still"
+            lines.append(f"          {trainer}; `finetuned run` goes on with it")
+    if facts["config_error"]:
+        lines[1:1] = [f"config.json is broken, the last good one is in use: {facts['config_error']}"]
+    if facts["inbox"]:
+        lines += ["", *(f"in inbox  {e['path']} {e['what']}. {e['remedy']}".rstrip() for e in facts["inbox"])]
     if facts["queue"]:
         lines += ["", *(f"queued    {job['id']}" for job in facts["queue"])]
     if facts["finished"]:
@@ -95,10 +131,10 @@ def _result(job: dict[str, Any]) -> str:
     at = f"{datetime.fromtimestamp(job['finished_at']).astimezone():%Y-%m-%d %H:%M}"
     if job["outcome"] != Outcome.SUCCEEDED:
         reason = job["reason"] or {}
-        what = " ".join(str(reason.get("what", "")).split())
-        what = what if len(what) <= _LONGEST_REASON else what[:_LONGEST_REASON] + "..."
+        what = textwrap.shorten(str(reason.get("what", "")), _LONGEST_REASON, placeholder=" ...")
         where = f"{reason['where']}: " if reason.get("where") else ""
-        return f"{job['outcome']:9} {at}  {job['id']}: {where}{what}\n          archive/failed/{job['id']}/"
+        remedy = f"\n          {reason['remedy']}" if reason.get("remedy") else ""
+        return f"{job['outcome']:9} {at}  {job['id']}: {where}{what}{remedy}\n          archive/failed/{job['id']}/"
     if job["duplicate_of"]:
         return f"duplicate {at}  {job['id']}: trained before as {job['duplicate_of']}, adapters/{job['adapter']}"
     took = duration(job["finished_at"] - job["started_at"]) if job["started_at"] else ""

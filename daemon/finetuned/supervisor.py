@@ -11,7 +11,7 @@ import signal
 import sqlite3
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import structlog
 
 from finetuned.events import Ending, Event, EventType, describe_end, judge, parse_event
 from finetuned.fallback import Rung, next_rung
-from finetuned.home import Home, printable
+from finetuned.home import Home, JobFolder, printable
 from finetuned.jobs import Job, State
 from finetuned.launchers.local import LocalTrainer, start
 from finetuned.ledger import Ledger
@@ -61,9 +61,12 @@ def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) 
         case Ending.RESOURCE:
             return _climb_down(job, (error or {}).get("rung") or job.rung, said if error else _unexplained(job, end))
         case Ending.HOST_MEMORY if not job.progress.get("host_kills"):
-            return _climb_down(job, job.rung, _killed(job))
+            decision = _climb_down(job, job.rung, _killed(job))
+            return replace(decision, why=f"the trainer was killed, which is taken for lack of memory; {decision.why}")
         case Ending.HOST_MEMORY:
             return Decision(reason=_killed(job))
+        case Ending.TRANSIENT if said["code"] == "no_space":
+            return Decision(why=said["what"], delay=FIRST_DELAY)
         case Ending.TRANSIENT if job.retries < MOST_TRANSIENT:
             delay = min(FIRST_DELAY * 2**job.retries, LONGEST_DELAY)
             return Decision(why=said["what"] or end, delay=delay, counted=True)
@@ -225,18 +228,16 @@ def stop_orphan(home: Home, job: Job, *, seconds: float) -> None:
     _log.warning(
         "a trainer outlived its daemon", job=job.id, pid=job.trainer_pid, then="it writes a checkpoint and ends"
     )
-    _signal_trainer(job, signal.SIGTERM)
+    folder = home.job(job.id)
     deadline = time.monotonic() + seconds
-    while locked(home.job(job.id)):
-        if time.monotonic() >= deadline:
-            _signal_trainer(job, signal.SIGKILL)
+    while locked(folder):
+        _signal_trainer(folder, signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
         time.sleep(_ORPHAN_PAUSE)
 
 
-def _signal_trainer(job: Job, number: signal.Signals) -> None:
-    """Signal the process that the ledger names, if it is this machine's run and still that trainer."""
-    if not job.trainer_pid or job.boot_id != boot_id():
-        return
-    with suppress(OSError):
-        if job.id.encode() in Path(f"/proc/{job.trainer_pid}/cmdline").read_bytes():
-            os.kill(job.trainer_pid, number)
+def _signal_trainer(folder: JobFolder, number: signal.Signals) -> None:
+    """Signal the process that wrote its pid into the lock, if it is still that trainer."""
+    with suppress(OSError, ValueError):
+        pid = int(folder.lock.read_text(encoding="ascii"))
+        if os.fsencode(folder.path.name) in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, number)

@@ -50,7 +50,7 @@ def test_training_by_hand_leaves_an_adapter_and_its_log(tmp_path, data, tiny_mod
     assert story["settings"]["lora_r"] == 2
     assert (output / "adapter_model.safetensors").is_file()
     assert "plan: 6 steps of 4 rows" in (output / "train.log").read_text()
-    assert not (output / ".finetuned").exists()
+    assert not (output / ".finetuned-train").exists()
 
 
 def test_a_folder_with_something_in_it_is_not_replaced_without_asking(tmp_path, data, tiny_model):
@@ -73,7 +73,7 @@ def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path, data,
     output = tmp_path / "out"
     options = ("--model", tiny_model, "--epochs", 80, "--batch-size", 4)
     with subprocess.Popen(command(data, output, *options), stderr=subprocess.PIPE, text=True) as process:
-        tail = EventTail(JobFolder(output / ".finetuned").events)
+        tail = EventTail(JobFolder(output / ".finetuned-train").events)
         eventually(lambda: progress_after({}, tail.read()).get("step", 0) > 3, why="some steps")
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
@@ -106,7 +106,7 @@ def test_the_embedded_model_needs_no_network_and_adapters_name_its_hub_id(tmp_pa
         done = subprocess.run(
             command(data, output, *options), capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
         )
-        assert done.returncode == 0, done.stderr + (output / ".finetuned" / "train.log").read_text()
+        assert done.returncode == 0, done.stderr + (output / ".finetuned-train" / "train.log").read_text()
         config = json.loads((output / "adapter_config.json").read_bytes())
         assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
         assert "dequantised from Q4_1" in (output / "README.md").read_text()

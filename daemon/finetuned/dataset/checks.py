@@ -15,7 +15,8 @@ REMEDIES = {
     "row_too_large": "Split the row.",
     "truncated_last_line": "The upload or export was cut off; make the file again.",
     "data_type": "Each row must be a JSON object.",
-    "missing_messages_list": 'Each row needs "messages": a list of at least one message.',
+    "preference_data": "Chats are trained here, comparisons are not; keep the wanted answer as a chat.",
+    "missing_messages_list": 'Write each row as {"messages": [{"role": "user", "content": "..."}, ...]}.',
     "message_missing_key": 'Each message needs "role" and "content".',
     "unrecognized_role": f"Roles are {', '.join(sorted(ROLES))}.",
     "missing_content": 'Give the message a "content"; null cannot be learned.',
@@ -24,6 +25,14 @@ REMEDIES = {
     "template_drops_text": "The model's chat template changes or leaves out the answer; another model may keep it.",
     "no_supervised_tokens": "The answer lies behind max_length; raise it or shorten the question.",
 }
+
+
+_OTHER_FORMATS = (
+    ({"instruction", "output"}, "Alpaca"),
+    ({"conversations"}, "ShareGPT"),
+    ({"prompt", "completion"}, "prompt and completion"),
+    ({"text"}, "plain text"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,9 +59,19 @@ def check_row(line: int, value: Any) -> Row | list[Problem]:
     """Bring one row into its normal form, or say all that is wrong with it."""
     if not isinstance(value, dict):
         return [Problem("data_type", f"a {type(value).__name__}")]
+    if {"chosen", "rejected"} & value.keys():  # also where "messages" stand beside them: half a comparison is no answer
+        return [Problem("preference_data", f"keys: {', '.join(map(str, value))}")]
     messages = value.get("messages")
     if not isinstance(messages, list) or not messages:
-        return [Problem("missing_messages_list", f"keys: {', '.join(map(str, value))}")]
+        known = next((f"looks like {name}; " for keys, name in _OTHER_FORMATS if keys <= value.keys()), "")
+        return [Problem("missing_messages_list", f"{known}keys: {', '.join(map(str, value))}")]
+    problems, normal = _check_messages(messages)
+    if not problems and not any(role == "assistant" for role, _ in normal):
+        problems.append(Problem("example_missing_assistant_message"))
+    return problems or Row(line, tuple(normal))
+
+
+def _check_messages(messages: list[Any]) -> tuple[list[Problem], list[tuple[str, str]]]:
     problems: list[Problem] = []
     normal: list[tuple[str, str]] = []
     for number, message in enumerate(messages, start=1):
@@ -69,9 +88,7 @@ def check_row(line: int, value: Any) -> Row | list[Problem]:
                 normal.append((message["role"], text_of(message["content"])))
             except orjson.JSONEncodeError:
                 problems.append(Problem("data_type", f"message {number}: content is nested too deep"))
-    if not problems and not any(role == "assistant" for role, _ in normal):
-        problems.append(Problem("example_missing_assistant_message"))
-    return problems or Row(line, tuple(normal))
+    return problems, normal
 
 
 def text_of(content: Any) -> str:

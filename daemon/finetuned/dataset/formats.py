@@ -17,6 +17,7 @@ from finetuned.errors import DataError
 MAX_ROW = 64 * 2**20  # bytes of one line
 MAX_UNPACKED = 64 * 2**30  # bytes of a file after decompression: a bomb ends here and not on the disk
 _BOM = b"\xef\xbb\xbf"
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class BadLine(Exception):  # noqa: N818, it is no error of the program: the caller counts it
@@ -107,9 +108,11 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, Any | BadLine]]:
     while line := file.readline(MAX_ROW + 1):
         number += 1
         total += len(line)
+        if number == 1 and line.startswith(_UTF_16):
+            raise DataError("is UTF-16", where=name, remedy="Save it as UTF-8.", code="not_utf8")
         if len(line) > MAX_ROW:
             yield number, BadLine("row_too_large", f"longer than {MAX_ROW // 2**20} MiB")
-            while line and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n") and total <= MAX_UNPACKED:
                 line = file.readline(MAX_ROW)
                 total += len(line)
         elif text := line.removeprefix(_BOM).strip() if number == 1 else line.strip():

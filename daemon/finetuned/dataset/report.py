@@ -109,6 +109,8 @@ def judge(report: Report, *, name: str, max_bad_rows: float) -> None:
     raise DataError(
         f"{report.bad_rows} of {report.rows} rows cannot be used:\n  " + "\n  ".join(report.sentences()),
         where=f"{name}:{first}",
-        remedy=f"Mend them, or raise max_bad_rows (now {max_bad_rows:g}) to leave them out.",
+        remedy="Mend them."
+        if report.bad_rows == report.rows
+        else f"Mend them, or raise max_bad_rows (now {max_bad_rows:g}; by hand: --skip-validation) to leave them out.",
         code=max(report.faults, key=lambda code: report.faults[code].count),
     )

@@ -72,8 +72,16 @@ def start(folder: JobFolder, *, log: Path, environment: Mapping[str, str]) -> Lo
 
 def trainer_environment(gpu: str | None) -> tuple[dict[str, str], str]:
     """Give the trainer's extra environment and why: one GPU by its UUID, or jemalloc on a machine without one."""
-    quiet = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "true", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    if gpu is not None:
+    quiet = {
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+    }
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen:
+        return quiet, f"GPU {chosen}, as CUDA_VISIBLE_DEVICES says"
+    if gpu is not None and chosen is None:
         return {**quiet, "CUDA_VISIBLE_DEVICES": gpu}, f"GPU {gpu}"
     library = _jemalloc()
     if library is None:

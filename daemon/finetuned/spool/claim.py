@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
 import shutil
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from finetuned.home import Home, JobFolder, data_extension, safe_name
 from finetuned.jobs import FileIdentity, Job, JobSpec, State
 from finetuned.ledger import Ledger
 from finetuned.spool.inbox import Found
+from finetuned.spool.manifest import belongs_to
 from finetuned.spool.settle import has_writer
 
 _BLOCK = 4 * 2**20
@@ -30,22 +33,32 @@ def claim(ledger: Ledger, home: Home, found: Found, config: Config) -> Job:
     """
     job, override_inode = _describe(home, found, config)
     ledger.add(job)  # D1
-    write_spec(home, job, override_inode=override_inode)  # D2
-    _take(home, job, found.path)  # D3
+    try:
+        write_spec(home, job, override_inode=override_inode)  # D2
+        _take(home, job, found.path)  # D3
+    except OSError:
+        if os.path.lexists(found.path):  # still in the inbox: as if nothing had been tried
+            shutil.rmtree(home.job(job.id).path, ignore_errors=True)
+            ledger.drop(job.id)
+        raise
     take_override(home.job(job.id), found.override, override_inode)
     return job
 
 
 def _describe(home: Home, found: Found, config: Config) -> tuple[Job, int | None]:
     facts = found.path.lstat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise OSError(errno.ELOOP, "it was a regular file a moment ago", str(found.path))
     settings: dict[str, Any] = {}
     rung: dict[str, Any] = {}
     reason = override_inode = None
     try:
         overrides: dict[str, Any] = {}
-        if found.override.is_file():
-            override_inode = found.override.lstat().st_ino
+        if os.path.lexists(found.override):
+            override_inode = _regular(found.override).st_ino
             overrides = read_overrides(found.override)
+            if (home.root / str(overrides.get("model", "\0"))).exists():
+                raise ConfigError("an override may not name a folder as its model", where=str(found.override))
         training = resolve(
             config, found.profile, overrides, where=str(found.override if overrides else home.config_file)
         )
@@ -53,6 +66,9 @@ def _describe(home: Home, found: Found, config: Config) -> tuple[Job, int | None
         rung = training.first_rung().as_dict()
     except ConfigError as error:
         reason = error.as_dict()
+        if override_inode is not None:
+            kept = "It lies beside this reason as overrides.json; drop settings and data again."
+            reason["remedy"] = f"{reason['remedy']} {kept}".strip()
     job = Job(
         id=f"{safe_name(found.name)}-{secrets.token_hex(3)}",
         name=found.name,
@@ -65,6 +81,13 @@ def _describe(home: Home, found: Found, config: Config) -> tuple[Job, int | None
         reason=reason,
     )
     return job, override_inode
+
+
+def _regular(path: Path) -> os.stat_result:
+    facts = path.lstat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise ConfigError("is not a regular file", where=str(path), remedy="Put the file itself there.")
+    return facts
 
 
 def write_spec(home: Home, job: Job, *, override_inode: int | None = None) -> None:
@@ -128,7 +151,7 @@ def fingerprint(path: Path) -> tuple[FileIdentity, str] | None:
     A rename does not stop a writer that has the file open, so it is looked at before and after. Takes as long as
     reading the file does: call it beside the loop.
     """
-    with path.open("rb") as file:
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123, a descriptor
         if has_writer(file.fileno()):
             return None
         before = os.fstat(file.fileno())
@@ -147,7 +170,8 @@ def enqueue(ledger: Ledger, home: Home, config: Config, job: Job, sha256: str) -
     if job.reason:  # its settings are broken, and a crash came between taking it and failing it
         return ledger.update(job.id, state=State.FAILING, sha256=sha256)
     before = None if config.duplicates == "run" else ledger.trained_before(sha256, job.settings)
-    if before is None or not (home.adapters / str(before.adapter)).is_dir():  # its adapter may have been thrown away
+    kept = before and belongs_to(home.adapters / str(before.adapter), before.id)  # it may have been thrown away
+    if before is None or not kept:
         return ledger.update(job.id, state=State.QUEUED, sha256=sha256)
     if config.duplicates == "skip":
         return ledger.update(job.id, state=State.TRAINED, sha256=sha256, duplicate_of=before.id, adapter=before.adapter)

@@ -19,8 +19,8 @@ from finetuned.home import Home, printable, safe_name
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
 from finetuned.spool.claim import input_path
+from finetuned.spool.manifest import MANIFEST, belongs_to
 
-MANIFEST = "finetuned.json"  # written last by the trainer; names the job it belongs to
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 _LOG_LINES, _LOG_BYTES = 200, 256 * 1024  # of a bug, kept in reason.json
 _LONGEST_HEADER = 100 * 2**20  # bytes, as safetensors itself bounds it
@@ -70,13 +70,7 @@ def choose_name(ledger: Ledger, home: Home, job: Job) -> Job:
 
 def published(home: Home, job: Job) -> bool:
     """Whether this job's adapter is in adapters/ already."""
-    if not job.adapter:
-        return False
-    try:
-        manifest = json.loads((home.adapters / job.adapter / MANIFEST).read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("job_id") == job.id
+    return bool(job.adapter) and belongs_to(home.adapters / str(job.adapter), job.id)
 
 
 def publish(ledger: Ledger, home: Home, job: Job) -> Job:
@@ -129,6 +123,9 @@ def fail(ledger: Ledger, home: Home, job: Job, reason: dict[str, str] | None = N
     checkpoints = home.job(job.id).checkpoints
     if checkpoints.is_dir() and not (folder / checkpoints.name).exists():
         move(checkpoints, folder / checkpoints.name)  # hours of work may be in them
+    adapter = home.job(job.id).staged_adapter(job.attempt)
+    if belongs_to(adapter, job.id) and not (folder / adapter.name).exists():
+        move(adapter, folder / adapter.name)  # trained, but it could not be published
     _put_away(home, job, folder)
     return _finish(ledger, home, job, Outcome.FAILED)
 
@@ -151,7 +148,7 @@ def _put_away(home: Home, job: Job, folder: Path) -> None:
 def _archived_name(job: Job) -> str:
     """Give the input's name, changed where it is that of a file of ours."""
     name = os.fsdecode(job.name)
-    return f"input-{name}" if name in {"job.json", "reason.json", "overrides.json", "checkpoints"} else name
+    return f"input-{name}" if name in {"job.json", "reason.json", "overrides.json", "checkpoints", "adapter"} else name
 
 
 def _story(job: Job, outcome: Outcome, *, log: Path | None = None) -> bytes:

@@ -6,7 +6,6 @@ Runs before the watcher starts. It may itself crash at any point and run again.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
 from finetuned.spool.claim import input_path, read_spec, restore, take_override
 from finetuned.spool.inbox import Found
+from finetuned.spool.manifest import belongs_to
 from finetuned.spool.publish import archive, fail, publish, published
 
 MOST_INTERRUPTIONS = 5  # of one job; after that it is the job that takes the machine down
@@ -115,7 +115,7 @@ def _recover_run(ledger: Ledger, home: Home, job: Job, stop_orphan: Callable[[Jo
         stop_orphan(job)
     if published(home, job):
         archive(ledger, home, publish(ledger, home, job))
-    elif _finished_output(home, job):
+    elif belongs_to(home.job(job.id).staged_adapter(job.attempt), job.id):  # the trainer had come to its end
         try:
             archive(ledger, home, publish(ledger, home, job))
         except FinetunedError as error:
@@ -137,15 +137,6 @@ def _recover_run(ledger: Ledger, home: Home, job: Job, stop_orphan: Callable[[Jo
             "job was interrupted", job=job.id, attempt=job.attempt, then="it resumes from its newest checkpoint"
         )
         ledger.update(job.id, state=State.QUEUED, interruptions=job.interruptions + 1, trainer_pid=None)
-
-
-def _finished_output(home: Home, job: Job) -> bool:
-    """Whether the trainer had come to its end before the daemon did: its manifest is the last file it writes."""
-    manifest = home.job(job.id).staged_adapter(job.attempt) / "finetuned.json"
-    try:
-        return bool(json.loads(manifest.read_bytes()).get("job_id") == job.id)
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def locked(folder: JobFolder) -> bool:

@@ -40,6 +40,7 @@ def main(folder: JobFolder) -> ExitCode:
     """Run one attempt."""
     signal.signal(signal.SIGTERM, _ask_to_stop)
     signal.signal(signal.SIGINT, _ask_to_stop)
+    folder.lock.write_text(f"{os.getpid()}\n", encoding="ascii")  # who holds it, for a daemon that comes after ours
     spec = JobSpec.decode(folder.spec.read_bytes())
     spec = replace(spec, name=printable(os.fsencode(spec.name)))  # what is said must be text
     say = Reporter(folder.events)
@@ -72,7 +73,8 @@ def _train(
     from finetuned.trainer.loop import Task, train
     from finetuned.trainer.model import choose_tuning, find_base, load_tokenizer
 
-    warnings.simplefilter("ignore", FutureWarning)  # what the libraries tell each other is not for the job's log
+    # What the libraries tell each other is not for the job's log.
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|bitsandbytes)\b")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

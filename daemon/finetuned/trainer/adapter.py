@@ -15,6 +15,7 @@ import torch
 from finetuned import __version__
 from finetuned.durable import write_file
 from finetuned.jobs import JobSpec
+from finetuned.trainer.attention import without_flat
 from finetuned.trainer.loop import Task, Trained
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, rep
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    model.set_attn_implementation("sdpa")  # ours is not known where the model is loaded next
+    model.set_attn_implementation(without_flat(model))  # ours is not known where the model is loaded next
     return model
 
 
@@ -115,18 +116,26 @@ _FIGURES = (
 
 
 def _loading(base: str, *, whole: bool) -> list[str]:
-    if whole:
-        code = [
-            "from transformers import AutoModelForCausalLM",
-            "",
-            "model = AutoModelForCausalLM.from_pretrained(FOLDER)",
+    """Give lines that run as they are, in the adapter's folder."""
+    model = (
+        ["model = AutoModelForCausalLM.from_pretrained(folder)"]
+        if whole
+        else [
+            f'model = AutoModelForCausalLM.from_pretrained("{base}")  # or the folder where you have it',
+            "model = PeftModel.from_pretrained(model, folder)",
         ]
-    else:
-        code = [
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f'model = AutoModelForCausalLM.from_pretrained("{base}")',
-            "model = PeftModel.from_pretrained(model, FOLDER)",
-        ]
-    return ["```python", *code, "```"]
+    )
+    return [
+        "```python",
+        *([] if whole else ["from peft import PeftModel"]),
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "."  # this one',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        *model,
+        'chat = [{"role": "user", "content": "Hello"}]  # with the system prompt below in front',
+        "prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)",
+        'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+        "```",
+    ]

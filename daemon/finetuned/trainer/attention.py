@@ -7,12 +7,15 @@ configuration names. What this function cannot honour it refuses, and the padded
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FLAT = "finetuned_flat"
 _REFUSED = ("softcap", "s_aux", "position_bias", "head_mask")
@@ -68,6 +71,14 @@ def _window(length: int, window: int | None, device: torch.device) -> torch.Tens
         return None
     ones = torch.ones(length, length, dtype=torch.bool, device=device)
     return ones.tril() & ones.triu(1 - window)
+
+
+def without_flat(model: PreTrainedModel) -> str:
+    """Name the attention to use where rows are not flat: transformers' own."""
+    chosen: str = model.config._attn_implementation  # noqa: SLF001, there is no public way to ask
+    if chosen != FLAT:
+        return chosen
+    return "sdpa" if model._supports_sdpa else "eager"  # noqa: SLF001
 
 
 def register() -> None:

@@ -4,14 +4,18 @@ is never picked.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from finetuned.durable import make_folder, move, sync_tree, write_file
@@ -19,6 +23,7 @@ from finetuned.durable import make_folder, move, sync_tree, write_file
 _MANIFEST = "manifest.json"
 _WEIGHTS = "trained.safetensors"
 _OPTIMIZER = "optimizer.pt"
+_LITTLE_ROOM = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,9 @@ def save(
     staged = folder / f".step-{step:08d}"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
-    save_file({name: tensor.detach().contiguous() for name, tensor in trained.items()}, staged / _WEIGHTS)
-    torch.save(optimizer, staged / _OPTIMIZER)
+    with _full_disk_as_oserror(folder):
+        save_file({name: tensor.detach().contiguous() for name, tensor in trained.items()}, staged / _WEIGHTS)
+        torch.save(optimizer, staged / _OPTIMIZER)
     files = {name: _digest(staged / name) for name in (_WEIGHTS, _OPTIMIZER)}
     manifest = {"step": step, "plan": plan, "files": files, "extra": extra}
     write_file(staged / _MANIFEST, json.dumps(manifest, indent=2).encode())
@@ -62,6 +68,17 @@ def save(
     for old in [*earlier[: max(0, len(earlier) + 1 - keep)], *later]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+@contextmanager
+def _full_disk_as_oserror(folder: Path) -> Iterator[None]:
+    """Raise OSError where torch and safetensors say in their own ways that there is no room."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if "No space left" in str(error) or shutil.disk_usage(folder).free < _LITTLE_ROOM:
+            raise OSError(errno.ENOSPC, str(error), str(folder)) from error
+        raise
 
 
 def newest(folder: Path, *, plan: str) -> tuple[Checkpoint | None, list[str]]:

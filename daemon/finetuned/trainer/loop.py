@@ -72,8 +72,8 @@ def train(task: Task) -> Trained:
     model, layout = _load(task, precision)
     training = Training(task, model, layout, precision)
     training.announce()
-    training.resume()
     try:
+        training.resume()
         training.prepare()
         while training.done < training.plan.total_steps:
             training.stop_if_asked()
@@ -84,6 +84,12 @@ def train(task: Task) -> Trained:
     except OutOfMeansError:
         training.save_what_is_done()
         raise
+    except (RuntimeError, MemoryError) as error:  # elsewhere than in a step's own work
+        detail = memory.out_of_memory(error)
+        if detail is None:
+            raise
+        training.save_what_is_done()
+        raise OutOfMeansError(training.rung, detail) from None
     return Trained(model, training.rung, training.metrics, training.choices)
 
 
@@ -93,7 +99,7 @@ def _load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
         model = load_model(task.base, task.settings, tuning=task.rung.tuning, precision=precision, device=task.device)
         layout = choose_layout(model, precision.compute, name=task.base.name)
         if task.rung.tuning != "full":
-            model = add_adapter(model, task.base, task.settings)
+            model = add_adapter(model, task.base, task.settings, precision=precision)
     except (RuntimeError, MemoryError) as error:
         detail = memory.out_of_memory(error)
         if detail is None:
@@ -260,6 +266,7 @@ class Training:
 
     def _measure_loss(self) -> None:
         began = time.monotonic()
+        self.metrics.pop("valid_loss", None)  # that of an earlier step must not pass for this one's
         loss = self.metrics["valid_loss"] = self._held_out_loss()
         if self.done == 0:
             self.metrics["valid_loss_before"] = loss
@@ -320,14 +327,17 @@ class Training:
             raise OutOfMeansError(self.rung, detail) from None
 
     def _largest(self) -> list[int]:
-        return steps.largest_cut(self.plan, self.lengths, self.rung.batch_size)
+        return steps.largest_cut(self.plan, self.lengths, self.rung.batch_size, padded=not self.layout.flat)
 
     def _largest_comes_late(self) -> bool:
         """Whether a later micro-batch needs clearly more than those of the next step, which need no trial."""
         if self.done == self.plan.total_steps:
             return False
         first = steps.cut(self.plan.step(self.done), self.lengths, self.rung.batch_size)[0]
-        return sum(self.lengths[row] for row in self._largest()) > 1.1 * sum(self.lengths[row] for row in first)
+        largest, coming = (
+            steps.size(rows, self.lengths, padded=not self.layout.flat) for rows in (self._largest(), first)
+        )
+        return largest > 1.1 * coming
 
     def _gradient(self, rows: list[int]) -> float:
         """Gather a step's gradient over its micro-batches; give the mean loss over the step's targets."""
@@ -372,7 +382,8 @@ class Training:
         self.rung, reason = lower
         set_checkpointing(self.model, on=self.rung.activation_checkpointing)
         rung = self.rung.as_dict()
-        self.task.say.say(EventType.RUNG, reason, level="warning", rung=rung, reason=detail, step=self.done + 1)
+        sentence = f"out of memory; {reason}"
+        self.task.say.say(EventType.RUNG, sentence, level="warning", rung=rung, reason=detail, step=self.done + 1)
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:

@@ -95,7 +95,6 @@ def load_model(
             config=config,
             dtype=precision.weights,
             device_map={"": device},
-            attn_implementation="sdpa",
             **quantised,
             **_hub(settings),
         )
@@ -161,7 +160,9 @@ def _unreachable(error: BaseException | None) -> bool:
     return False
 
 
-def add_adapter(model: PreTrainedModel, base: Base, settings: TrainingSettings) -> PreTrainedModel:
+def add_adapter(
+    model: PreTrainedModel, base: Base, settings: TrainingSettings, *, precision: Precision
+) -> PreTrainedModel:
     """Wrap the model's layers in LoRA; its first weights follow from the seed. Raises ConfigError for unknown layers.
 
     peft's own preparation for quantised training is not used: it raises embeddings and head to float32.
@@ -187,12 +188,12 @@ def add_adapter(model: PreTrainedModel, base: Base, settings: TrainingSettings) 
         raise ConfigError(
             f"no adapter can be put on this model: {error}",
             where="target_modules",
-            remedy='"all-linear" fits every model.',
+            remedy='Name its layers in "target_modules"; "all-linear" fits most models.',
         ) from error
     wrapped.peft_config["default"].base_model_name_or_path = base.name
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(precision.trained)
     return wrapped  # type: ignore[return-value, unused-ignore]
 
 

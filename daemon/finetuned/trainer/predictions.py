@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuned.dataset.checks import Row
+from finetuned.trainer.attention import without_flat
 from finetuned.trainer.model import evaluating
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def predict(
     cache = model.config.use_cache
     try:
         tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(without_flat(model))
         model.config.use_cache = True
         prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat, _ in asked]
         encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
@@ -61,7 +62,7 @@ def predict(
                 top_p=None,
                 top_k=None,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=sorted(_turn_ends(model, tokenizer)),
             )
     finally:
         for name, value in ending.items():
@@ -73,6 +74,12 @@ def predict(
         Prediction(chat[-1]["content"], expected, answer.strip())
         for (chat, expected), answer in zip(asked, answers, strict=True)
     ]
+
+
+def _turn_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Give the tokens that end an answer: some models end a turn with another token than a text."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
 
 
 def _last_answer(row: Row) -> int:

@@ -65,10 +65,15 @@ def cut(rows: list[int], lengths: list[int], most_rows: int) -> list[list[int]]:
     return [ordered[start : start + most_rows] for start in range(0, len(ordered), most_rows)]
 
 
-def largest_cut(plan: Plan, lengths: list[int], most_rows: int) -> list[int]:
-    """Give the micro-batch with the most tokens of the whole training: if it fits, all do."""
+def largest_cut(plan: Plan, lengths: list[int], most_rows: int, *, padded: bool = False) -> list[int]:
+    """Give the micro-batch with the most tokens of the whole training, padding counted in if there is any."""
     cuts = (cut(plan.step(number), lengths, most_rows)[0] for number in range(plan.total_steps))
-    return max(cuts, key=lambda rows: sum(lengths[row] for row in rows))
+    return max(cuts, key=lambda rows: size(rows, lengths, padded=padded))
+
+
+def size(rows: list[int], lengths: list[int], *, padded: bool) -> int:
+    """Tokens in a micro-batch."""
+    return len(rows) * max(lengths[row] for row in rows) if padded else sum(lengths[row] for row in rows)
 
 
 def learning_rate(step: int, *, total_steps: int, warmup_ratio: float, peak: float) -> float:
