@@ -51,7 +51,8 @@ class LiveLine:
         """Show the newest figures."""
         text = sentence(progress)
         total = progress.get("total_steps") or 0
-        if total and progress.get("phase") == "training":
+        steps = total and progress.get("phase") == "training" and "train_loss" in progress
+        if steps:
             filled = _BAR * progress.get("step", 0) // total
             text = f"[{'#' * filled}{'.' * (_BAR - filled)}] {text}"
         if text == self._said:
@@ -59,9 +60,9 @@ class LiveLine:
         if self._terminal:
             width = shutil.get_terminal_size().columns - 1
             sys.stderr.write(f"\r\x1b[K{text[:width]}")
-        elif time.monotonic() - self._said_at >= _EVERY or "step" not in text:
+        elif not steps or time.monotonic() - self._said_at >= _EVERY:
             sys.stderr.write(f"{text}\n")
-            self._said_at = time.monotonic()
+            self._said_at = time.monotonic() if steps else 0.0
         self._said = text
         sys.stderr.flush()
 

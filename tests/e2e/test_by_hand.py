@@ -31,7 +31,7 @@ def test_training_by_hand_leaves_an_adapter_and_its_log(tmp_path, data, tiny_mod
         "--model",
         tiny_model,
         "--epochs",
-        1,
+        20,
         "--batch-size",
         4,
         "--lora-r",
@@ -49,7 +49,7 @@ def test_training_by_hand_leaves_an_adapter_and_its_log(tmp_path, data, tiny_mod
     assert story["job_id"] == "mine"
     assert story["settings"]["lora_r"] == 2
     assert (output / "adapter_model.safetensors").is_file()
-    assert "plan: 6 steps of 4 rows" in (output / "train.log").read_text()
+    assert "plan: 120 steps of 4 rows" in (output / "train.log").read_text()
     assert not (output / ".finetuned-train").exists()
 
 
