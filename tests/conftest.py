@@ -20,6 +20,9 @@ from finetuned.ledger import Ledger
 
 pytest_plugins = ["fixtures_nvml"]
 
+# A test run started in the background of a shell inherits an ignored interrupt key, and so would all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

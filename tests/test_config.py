@@ -323,3 +323,28 @@ def test_the_schema_knows_exactly_the_keys_that_are_read():
     assert schema["properties"].keys() == read
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["TrainingSettings"]["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("model", ["/etc/model", "./model", "../model", "~/model"])
+def test_an_override_may_not_name_a_folder_as_its_model(tmp_path, model):
+    with pytest.raises(ConfigError, match="may not name a folder"):
+        read_overrides(written(tmp_path, {"model": model}, "x.config.json"))
+
+
+def test_an_override_may_not_choose_whose_code_is_trusted():
+    config = Config(model="mine/custom", trust_remote_code=True)
+    with pytest.raises(ConfigError, match="may not choose the model"):
+        resolve(config, "", {"model": "somebody/else"})
+    assert resolve(config, "", {"epochs": 2}).model == "mine/custom"
+
+
+def test_a_setting_that_is_nearly_right_is_suggested(tmp_path):
+    with pytest.raises(ConfigError, match="learnig_rate: no such setting; did you mean learning_rate"):
+        load_config(written(tmp_path, {"learnig_rate": 1}))
+
+
+def test_a_value_that_fits_no_kind_is_one_fault(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(tmp_path, {"tuning": "QLORA"}))
+    assert "holds a setting that" in str(caught.value)
+    assert str(caught.value).count("tuning:") == 1

@@ -52,6 +52,36 @@ def faults(folder: Path, content: bytes) -> dict[str, list[int]]:
     return {code: fault.lines for code, fault in report.faults.items()}
 
 
+# -- what is no chat
+
+
+def test_preference_rows_are_refused_also_where_messages_stand_beside_them():
+    """Half of a comparison must not be trained as if it were the answer."""
+    for row in ({"prompt": "a", "chosen": "b", "rejected": "c"}, {**json.loads(GOOD), "chosen": "b", "rejected": "c"}):
+        problems = check_row(1, row)
+        assert isinstance(problems, list)
+        assert [problem.code for problem in problems] == ["preference_data"]
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"instruction": "a", "input": "", "output": "b"}, "Alpaca"),
+        ({"conversations": []}, "ShareGPT"),
+        ({"prompt": "a", "completion": "b"}, "prompt and completion"),
+    ],
+)
+def test_formats_that_are_known_but_not_taken_are_named(row, name):
+    problems = check_row(1, row)
+    assert isinstance(problems, list)
+    assert name in problems[0].detail
+
+
+def test_utf_16_is_told_for_what_it_is(tmp_path):
+    error = refused(tmp_path, GOOD.decode().encode("utf-16"))
+    assert (error.code, error.what) == ("not_utf8", "is UTF-16")
+
+
 # -- good rows
 
 

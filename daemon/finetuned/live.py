@@ -32,7 +32,7 @@ def sentence(progress: dict[str, Any]) -> str:
     """Give a running job's newest figures."""
     phase = progress.get("phase")
     if phase in _PHASES or "train_loss" not in progress:
-        return _PHASES.get(str(phase), "starting")
+        return "the first step" if phase == "training" else _PHASES.get(str(phase), "starting")
     return (
         f"step {progress['step']} of {progress.get('total_steps', '?')}, loss {progress['train_loss']:.4f}, "
         f"{progress.get('tokens_per_second', 0):,.0f} tokens/s, {duration(progress.get('seconds_left', 0))} left"

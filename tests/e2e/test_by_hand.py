@@ -96,6 +96,36 @@ def test_bad_rows_fail_the_training_unless_validation_is_skipped(tmp_path, tiny_
     assert done.returncode == 0, done.stderr
 
 
+def test_a_base_directory_as_output_folder_keeps_its_ledger(tmp_path, home):
+    """Its machinery has nothing to do with a training by hand."""
+    (home.machinery / "state.db").write_bytes(b"precious")
+    done = subprocess.run(
+        command(write_jsonl(tmp_path / "x.jsonl", [{"foo": 1}]), home.root, "--yes"), capture_output=True, check=False
+    )
+    assert done.returncode == 1
+    assert (home.machinery / "state.db").read_bytes() == b"precious"
+
+
+def test_an_output_folder_that_cannot_be_made_is_a_sentence(data):
+    done = subprocess.run(command(data, data / "sub"), capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert "Name another --output-dir" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_hub_out_of_reach_is_told_at_once(tmp_path, data):
+    done = subprocess.run(
+        command(data, tmp_path / "out", "--model", "nobody/nothing"),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "the hub cannot be reached" in done.stderr
+
+
 @pytest.mark.model
 def test_the_embedded_model_needs_no_network_and_adapters_name_its_hub_id(tmp_path, data):
     """Unpacked once, trained, and its adapter says where the weights come from."""

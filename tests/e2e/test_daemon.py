@@ -313,6 +313,34 @@ def test_status_shows_queue_results_and_reasons(home, daemon, drop):
     assert {job["outcome"] for job in facts["finished"]} == {"succeeded", "failed"}
 
 
+def test_what_lies_in_the_inbox_and_a_broken_config_are_in_the_status(home, drop):
+    (home.inbox / "link.jsonl").symlink_to("/etc/passwd")
+    (home.inbox / "notes.txt").write_text("hello")
+    drop("empty.jsonl", content=b"")
+    home.config_file.write_text("{broken")
+    command = [sys.executable, "-m", "finetuned", "status", "--base-dir", str(home.root)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "config.json is broken" in text
+    assert "link.jsonl is a symbolic link. Put the file itself there." in text
+    assert "notes.txt is not a training file" in text
+    assert "empty.jsonl is empty" in text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="an immutable file needs root to make")
+def test_a_file_that_cannot_be_moved_does_not_hold_up_the_others(home, daemon, drop):
+    stuck = drop("a-stuck.jsonl")
+    if subprocess.run(["chattr", "+i", stuck], check=False).returncode != 0:
+        pytest.skip("this file system has no immutable files")
+    try:
+        one = daemon()
+        drop("b-free.jsonl", chat_rows(4))
+        assert one.job("b-free.jsonl").outcome is Outcome.SUCCEEDED
+        one.says("cannot be taken")
+        assert stuck.exists()
+    finally:
+        subprocess.run(["chattr", "-i", stuck], check=True)
+
+
 def test_the_repository_root_is_a_base_directory(tmp_path, tiny_model):
     """Clone, drop, run."""
     repository = Path(__file__).parents[2]

@@ -143,7 +143,7 @@ def locked(folder: JobFolder) -> bool:
     """Whether a trainer of this job is alive: it holds the lock, whatever became of the daemon."""
     try:
         descriptor = os.open(folder.lock, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
