@@ -57,7 +57,7 @@ def _describe(home: Home, found: Found, config: Config) -> tuple[Job, int | None
         if os.path.lexists(found.override):
             override_inode = _regular(found.override).st_ino
             overrides = read_overrides(found.override)
-            if (home.root / str(overrides.get("model", "\0"))).exists():
+            if "model" in overrides and (home.root / str(overrides["model"])).exists():
                 raise ConfigError("an override may not name a folder as its model", where=str(found.override))
         training = resolve(
             config, found.profile, overrides, where=str(found.override if overrides else home.config_file)

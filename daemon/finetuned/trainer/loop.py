@@ -141,7 +141,7 @@ class Training:
             "learning_rate": {"choice": f"{self.peak_rate:g}", "reason": rate_reason},
         }
         self._saved_at, self._saved_step = time.monotonic(), 0
-        self._torn = False  # memory ran out in the middle of an optimizer step
+        self._torn = False  # in the middle of an optimizer step: nothing to save
         self._pace = _Pace()
 
     def announce(self) -> None:
@@ -216,7 +216,9 @@ class Training:
             group["lr"] = rate
         norm = float(self.accelerator.clip_grad_norm_(self.trained.values(), settings.max_grad_norm or float("inf")))
         health.check_step(self.done + 1, loss, norm, scaled=self.accelerator.scaler is not None)
-        self._optimize()
+        self._torn = True  # memory may run out in its middle, and what it changed by then cannot be told
+        self.optimizer.step()
+        self._torn = False
         self.optimizer.zero_grad(set_to_none=True)
 
         self.done += 1
@@ -314,17 +316,6 @@ class Training:
             self.save()
         except (RuntimeError, MemoryError, OSError) as error:
             self.task.say.warn(f"no checkpoint could be written: {error}")
-
-    def _optimize(self) -> None:
-        """Let the optimizer step. What it changed before memory ran out cannot be told, so it is not saved."""
-        try:
-            self.optimizer.step()
-        except (RuntimeError, MemoryError) as error:
-            detail = memory.out_of_memory(error)
-            if detail is None:
-                raise
-            self._torn = True
-            raise OutOfMeansError(self.rung, detail) from None
 
     def _largest(self) -> list[int]:
         return steps.largest_cut(self.plan, self.lengths, self.rung.batch_size, padded=not self.layout.flat)
