@@ -17,7 +17,7 @@ from finetuned.errors import DataError
 MAX_ROW = 64 * 2**20  # bytes of one line
 MAX_UNPACKED = 64 * 2**30  # bytes of a file after decompression: a bomb ends here and not on the disk
 _BOM = b"\xef\xbb\xbf"
-_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_UTF_16 = (b"\xff\xfe{\0", b"\xff\xfe[\0", b"\xfe\xff\0{", b"\xfe\xff\0[")  # a mark, and JSON behind it
 
 
 class BadLine(Exception):  # noqa: N818, it is no error of the program: the caller counts it
