@@ -17,7 +17,7 @@ from finetuned.errors import DataError
 MAX_ROW = 64 * 2**20  # bytes of one line
 MAX_UNPACKED = 64 * 2**30  # bytes of a file after decompression: a bomb ends here and not on the disk
 _BOM = b"\xef\xbb\xbf"
-_UTF_16 = (b"\xff\xfe{\0", b"\xff\xfe[\0", b"\xfe\xff\0{", b"\xfe\xff\0[")  # a mark, and JSON behind it
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 class BadLine(Exception):  # noqa: N818, it is no error of the program: the caller counts it
@@ -108,7 +108,7 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, Any | BadLine]]:
     while line := file.readline(MAX_ROW + 1):
         number += 1
         total += len(line)
-        if number == 1 and line.startswith(_UTF_16):
+        if number == 1 and _is_utf_16(line):
             raise DataError("is UTF-16", where=name, remedy="Save it as UTF-8.", code="not_utf8")
         if len(line) > MAX_ROW:
             yield number, BadLine("row_too_large", f"longer than {MAX_ROW // 2**20} MiB")
@@ -124,6 +124,17 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, Any | BadLine]]:
                 remedy="Split it.",
                 code="too_large",
             )
+
+
+def _is_utf_16(line: bytes) -> bool:
+    """Whether the first line is JSON in UTF-16, as far as the byte of its line end lets it through."""
+    if not line.startswith(_UTF_16):
+        return False
+    try:
+        orjson.loads(line[: len(line) // 2 * 2].decode("utf-16"))
+    except ValueError:
+        return False
+    return True
 
 
 def _value(text: bytes, *, ended: bool) -> Any | BadLine:
