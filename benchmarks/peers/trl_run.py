@@ -1,0 +1,78 @@
+"""trl's SFTTrainer on tokenised rows, in the order given. One argument: a JSON object; the last line printed is another.
+
+Runs in an environment of its own (requirements.txt beside this file).
+"""
+
+import json
+import sys
+import time
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+
+class Stations(TrainerCallback):
+    """When the training begins, when its first step is done, and every step's loss."""
+
+    def __init__(self) -> None:
+        self.said = {"losses": []}
+
+    def on_step_begin(self, *_, **__) -> None:
+        self.said.setdefault("training", time.time())
+
+    def on_step_end(self, *_, **__) -> None:
+        self.said.setdefault("first_step", time.time())
+        self.said["ended"] = time.time()
+
+    def on_log(self, *_, logs=None, **__) -> None:
+        if "loss" in logs:
+            self.said["losses"].append(float(logs["loss"]))
+
+
+def main(order: dict) -> None:
+    """Train and print the stations."""
+    pure = order.get("pure", False)
+    rows = [json.loads(line) for line in open(order["tokens"])]
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = order["model"]
+    if pure:
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        torch.manual_seed(order["seed"])
+        model, lora = get_peft_model(model, lora, autocast_adapter_dtype=False), None
+    chosen = {"bf16": False, "gradient_checkpointing": False} if pure else {}
+    if order.get("packed"):
+        chosen |= {"packing": True}
+    stations = Stations()
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir="/tmp/trl-bench",
+            per_device_train_batch_size=order.get("batch", 8),
+            gradient_accumulation_steps=order.get("accumulation", 1),
+            num_train_epochs=1,
+            learning_rate=2e-4,
+            lr_scheduler_type="cosine",
+            max_length=2048,
+            seed=order["seed"],
+            logging_steps=1,
+            save_strategy="no",
+            train_sampling_strategy="sequential",
+            disable_tqdm=True,
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+            **chosen,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        peft_config=lora,
+        callbacks=[stations],
+    )
+    trainer.train()
+    print()
+    print(json.dumps(stations.said))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
