@@ -24,7 +24,7 @@ def gradients(value: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("positions", [1, 15, 16, 17, 32, 50])
 def test_chunks_give_the_loss_and_gradient_of_the_whole(positions, frozen, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", 16)
+    monkeypatch.setitem(loss._CHUNK, "cpu", 16 * VOCABULARY * 4)
     hidden, head, targets = inputs(positions, frozen=frozen)
     found = summed_loss(hidden, head, targets)
     wanted = cross_entropy(head(hidden), targets, reduction="sum")
@@ -54,7 +54,7 @@ def test_no_positions_are_no_loss():
 
 def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_logits(monkeypatch):
     """Of several chunks none keeps its logits; the largest tensor that is kept is the hidden states or the head."""
-    monkeypatch.setattr(loss, "CHUNK", 16)
+    monkeypatch.setitem(loss._CHUNK, "cpu", 16 * VOCABULARY * 4)
     hidden, head, targets = inputs(160)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
@@ -79,7 +79,7 @@ def test_at_no_time_is_there_more_than_one_chunk_of_logits(monkeypatch):
                 Largest.numel = max(Largest.numel, result.numel())
             return result
 
-    monkeypatch.setattr(loss, "CHUNK", 16)
+    monkeypatch.setitem(loss._CHUNK, "cpu", 16 * VOCABULARY * 4)
     hidden, head, targets = inputs(800)
     with Largest():
         summed_loss(hidden, head, targets).backward()
@@ -87,7 +87,7 @@ def test_at_no_time_is_there_more_than_one_chunk_of_logits(monkeypatch):
 
 
 def test_without_gradients_nothing_is_kept(monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK", 16)
+    monkeypatch.setitem(loss._CHUNK, "cpu", 16 * VOCABULARY * 4)
     hidden, head, targets = inputs(50)
     with torch.no_grad():
         found = summed_loss(hidden, head, targets)

@@ -2,28 +2,72 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 2048  # positions; 2048 x a vocabulary of 152k in float32 is 1.2 GiB at the peak, and only one chunk lives
+# Bytes of one chunk's float32 logits, the only ones that live. A CPU's caches like them small, a GPU's products large.
+_CHUNK = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
 
 
 def summed_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
-    """Give the cross-entropy in nats, summed over positions; the caller divides once by the step's count.
+    """Give the cross-entropy in nats, summed over positions, as float32; the caller divides once by the step's count.
 
-    hidden: [positions, width], in the dtype that the head computes in; targets: [positions], token ids. Each chunk's
-    logits are computed again in the backward pass instead of kept.
+    hidden: [positions, width], in the dtype that the head computes in; targets: [positions], token ids.
     """
+    training = torch.is_grad_enabled() and targets.shape[0] > 0
+    if training and type(head) is torch.nn.Linear and not head.weight.requires_grad and head.bias is None:
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss: torch.Tensor = _FrozenHeadLoss.apply(hidden.to(head.weight.dtype), head.weight, targets)
+        return loss
     total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, targets.shape[0], CHUNK):
-        part, wanted = hidden[start : start + CHUNK], targets[start : start + CHUNK]
-        if torch.is_grad_enabled() and targets.shape[0] > CHUNK:
+    vocabulary = getattr(head, "out_features", hidden.shape[-1])
+    for part, wanted in _chunks(hidden, targets, vocabulary):
+        if training and part.shape[0] < targets.shape[0]:
             total = total + checkpoint(_chunk_loss, part, head, wanted, use_reentrant=False)
         else:
             total = total + _chunk_loss(part, head, wanted)
     return total
 
 
+def _chunks(hidden: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    size = max(1, _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) // (4 * vocabulary))
+    return list(zip(torch.split(hidden, size), torch.split(targets, size), strict=True))
+
+
 def _chunk_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
     return cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """The same for a head that is not trained: nothing needs its logits but the gradient of the hidden states, and that
+    is known as soon as they are, so they are computed once and not kept.
+
+    With p the softmax of a position's logits and e the target's unit vector, the gradient is (p - e) W; the idea is
+    that of Liger's fused linear cross-entropy, arXiv:2410.10989.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        gradient = torch.empty_like(hidden)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        chunks = _chunks(hidden, targets, weight.shape[0])
+        for (part, wanted), into in zip(chunks, torch.split(gradient, chunks[0][0].shape[0]), strict=True):
+            logits = torch.mm(part, weight.t())
+            log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+            where = wanted.unsqueeze(1)
+            total -= log_p.gather(1, where).sum()
+            p = log_p.exp_()
+            p.scatter_add_(1, where, p.new_full(where.shape, -1.0))
+            torch.mm(logits.copy_(p), weight, out=into)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc, untyped-decorator, unused-ignore]
+    def backward(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer, None, None
