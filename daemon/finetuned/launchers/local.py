@@ -15,8 +15,9 @@ from pathlib import Path
 from finetuned.home import JobFolder
 
 # glibc keeps freed memory in its own address space, so that after a failed allocation a smaller one fails too;
-# jemalloc told so gives it back, and trains faster besides (docs/training.md has the figures).
-_JEMALLOC = {"MALLOC_CONF": "retain:false,dirty_decay_ms:1000,muzzy_decay_ms:0"}
+# jemalloc gives it back when the trainer asks for that, and until then keeps it: pages given back after every step and
+# faulted in again at the next cost a third of the time (docs/log.md).
+_JEMALLOC = {"MALLOC_CONF": "retain:false,dirty_decay_ms:-1,muzzy_decay_ms:0"}
 
 
 @dataclass
@@ -87,7 +88,7 @@ def trainer_environment(gpu: str | None) -> tuple[dict[str, str], str]:
     if library is None:
         return quiet, "no GPU; glibc's allocator (with libjemalloc2 more memory would come back after an out-of-memory)"
     preload = " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
-    return {**quiet, **_JEMALLOC, "LD_PRELOAD": preload}, "no GPU; jemalloc, which gives freed memory back"
+    return {**quiet, **_JEMALLOC, "LD_PRELOAD": preload}, "no GPU; jemalloc, which can give freed memory back"
 
 
 @cache
