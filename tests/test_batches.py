@@ -1,5 +1,6 @@
 """From chat rows to tokens that are learned, and from tokens to micro-batches."""
 
+from dataclasses import replace
 from itertools import groupby, pairwise
 
 import pytest
@@ -253,16 +254,21 @@ def test_a_batch_points_at_the_token_before_each_target(collate, examples):
     assert batch.positions.dtype == batch.targets.dtype == torch.long
 
 
-@given(examples)
-def test_a_flat_batch_is_the_rows_end_to_end(examples):
+@given(examples, st.lists(st.integers(1, 96), max_size=20))
+def test_a_flat_batch_is_the_rows_end_to_end_and_once_what_they_begin_with(examples, start):
+    examples = [replace(e, ids=start + e.ids, supervised=[False] * len(start) + e.supervised) for e in examples]
     inputs = collate_flat(examples).inputs
-    bounds = inputs["row_bounds"]
     ids, places = inputs["input_ids"], inputs["position_ids"]
-    assert ids.shape == places.shape == (1, sum(len(e.ids) for e in examples))
-    assert (bounds[0], bounds[-1]) == (0, ids.shape[1])
-    for example, (start, end) in zip(examples, pairwise(bounds), strict=True):
-        assert ids[0, start:end].tolist() == example.ids
-        assert places[0, start:end].tolist() == list(range(len(example.ids)))
+    shared, bounds = inputs["flat_rows"]
+    assert ids.shape == places.shape == (1, bounds[-1])
+    assert bounds[0] == shared
+    assert shared == 0 or len(examples) > 1
+    if len(examples) > 1 and len(start) >= 8:
+        assert shared >= len(start)
+    for example, (begin, end) in zip(examples, pairwise(bounds), strict=True):
+        assert begin < end  # every row keeps a token of its own
+        assert [*ids[0, :shared].tolist(), *ids[0, begin:end].tolist()] == example.ids
+        assert [*places[0, :shared].tolist(), *places[0, begin:end].tolist()] == list(range(len(example.ids)))
 
 
 @given(examples)

@@ -276,7 +276,29 @@ def test_the_first_rung_is_what_the_settings_ask_for():
         "activation_checkpointing": False,
         "tuning": "lora",
         "max_length": 64,
+        "micro_batch_tokens": 0,
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "accumulation"),
+    [
+        ({"effective_batch": 12}, 6, 2),  # the largest divisor that batch_size 8 allows
+        ({"effective_batch": 4}, 4, 1),
+        ({"effective_batch": 7, "batch_size": 4}, 1, 7),
+        ({"batch_size": "auto"}, 8, 1),
+        ({"batch_size": "auto", "gradient_accumulation": 4}, 32, 1),
+        ({"batch_size": "auto", "effective_batch": 5}, 5, 1),
+    ],
+)
+def test_the_effective_batch_is_what_was_asked_for(changes, rows, accumulation):
+    rung = config_of(**changes).training().first_rung()
+    assert (rung.batch_size, rung.gradient_accumulation) == (rows, accumulation)
+
+
+def test_the_effective_batch_is_said_in_one_way():
+    with pytest.raises(ValueError, match="leave one of them out"):
+        config_of(effective_batch=8, gradient_accumulation=2)
 
 
 # -- what is committed

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetuned.dataset.checks import Row
+from finetuned.trainer import attention
 from finetuned.trainer.attention import FLAT
-from finetuned.trainer.batches import Batch, Example, collate_flat, collate_padded
+from finetuned.trainer.batches import Batch, Example, collate_padded
 from finetuned.trainer.layout import choose_layout
 from finetuned.trainer.recipes.sft import Objective
 
@@ -86,11 +87,13 @@ def build(family: str, extra: dict):
     return model.train()
 
 
-def rows(lengths: Sequence[int] = LENGTHS, seed: int = 3) -> list[Example]:
+def rows(lengths: Sequence[int] = LENGTHS, seed: int = 3, shared: int = 0) -> list[Example]:
+    """Random rows; the first `shared` tokens are the same in all."""
     chance = torch.Generator().manual_seed(seed)
+    start = torch.randint(3, SIZES["vocab_size"], (shared,), generator=chance).tolist()
     return [
         Example(
-            torch.randint(3, SIZES["vocab_size"], (length,), generator=chance).tolist(),
+            start + torch.randint(3, SIZES["vocab_size"], (length - shared,), generator=chance).tolist(),
             torch.rand(length, generator=chance).gt(0.4).tolist(),
             Row(0, ()),
         )
@@ -127,8 +130,8 @@ def assert_same(found, wanted) -> None:
         assert error <= 1e-5 * ceiling, f"{name}: {error}"
 
 
-def check_every_way(model, layout) -> None:
-    objective, examples = Objective(model, layout), rows()
+def check_every_way(model, layout, examples: list[Example] | None = None) -> None:
+    objective, examples = Objective(model, layout), examples or rows()
     chosen = run(model, lambda: objective(layout.collate(examples)))
     alone = run(model, lambda: sum(objective(layout.collate([example])) for example in examples))
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
@@ -143,9 +146,32 @@ def test_these_families_are_trained_flat_and_right(family, extra):
     model = build(family, extra)
     layout = choose_layout(model, torch.float32)
     assert layout.flat, layout.reason
-    assert layout.collate is collate_flat
     assert model.config._attn_implementation == FLAT
     check_every_way(model, layout)
+
+
+ALIKE = (20, 19, 18, 31, 30, 13, 12)  # tokens of rows that meet in groups
+
+
+@pytest.mark.parametrize("short", [0, 24, 128], ids="plain products up to {} keys".format)
+@pytest.mark.parametrize("shared", [0, 9, 11], ids="{} shared tokens".format)
+@pytest.mark.parametrize("name", FLAT_FAMILIES)
+def test_rows_in_groups_and_what_they_share_come_out_right(name, shared, short, monkeypatch):
+    """What rows begin with is computed once, and rows of like length together, by products or by torch's kernel."""
+    monkeypatch.setattr(attention, "_SHORT", short)
+    model = build(*FLAT_FAMILIES[name])
+    examples = rows(ALIKE, shared=shared)
+    layout = choose_layout(model, torch.float32)
+    flat = layout.collate(examples).inputs
+    assert flat["input_ids"].shape[1] == sum(ALIKE) - shared * (len(ALIKE) - 1)
+    assert flat["flat_rows"].shared == shared
+    check_every_way(model, layout, examples)
+
+
+def test_nothing_is_shared_where_the_layout_says_so():
+    model = build("llama", {})
+    layout = choose_layout(model, torch.float32, share=False)
+    assert layout.collate(rows(ALIKE, shared=11)).inputs["input_ids"].shape[1] == sum(ALIKE)
 
 
 @pytest.mark.parametrize(("family", "extra"), ANY_LAYOUT.values(), ids=ANY_LAYOUT)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetuned.trainer.steps import Plan, cut, largest_cut, learning_rate, plan_steps
+from finetuned.trainer.steps import Bound, Plan, cut, largest_cut, learning_rate, plan_steps
 
 sizes = st.integers(1, 60)
 batches = st.integers(1, 17)
@@ -58,24 +58,47 @@ def test_another_seed_and_another_epoch_give_another_order():
     assert len(orders) == 10
 
 
-@given(lengths, st.integers(1, 12))
-def test_cut_gives_every_row_once_longest_first(lengths, most_rows):
+bounds = st.builds(Bound, st.integers(1, 12), st.integers(0, 400), st.booleans())
+
+
+@given(lengths, bounds)
+def test_cut_gives_every_row_once_longest_first_within_the_bound(lengths, bound):
     rows = list(reversed(range(len(lengths))))
-    parts = cut(rows, lengths, most_rows)
+    parts = cut(rows, lengths, bound)
     flat = [row for part in parts for row in part]
     assert sorted(flat) == sorted(rows)
-    assert all(1 <= len(part) <= most_rows for part in parts)
-    assert len(parts) == math.ceil(len(rows) / most_rows)
     assert [lengths[row] for row in flat] == sorted(lengths, reverse=True)
+    for part in parts:
+        assert 1 <= len(part) <= bound.rows
+        assert len(part) == 1 or not bound.tokens or bound.size(part, lengths) <= bound.tokens
 
 
-@given(lengths, batches, st.integers(1, 12), epochs, seeds)
-def test_no_micro_batch_of_the_training_is_larger_than_the_largest_cut(lengths, batch, most_rows, rounds, seed):
+@given(lengths, st.integers(1, 12))
+def test_without_a_bound_on_tokens_there_are_as_few_parts_as_can_be(lengths, most_rows):
+    assert len(cut(list(range(len(lengths))), lengths, Bound(most_rows))) == math.ceil(len(lengths) / most_rows)
+
+
+@given(lengths, bounds)
+def test_half_the_bound_is_never_larger(lengths, bound):
+    rows = list(range(len(lengths)))
+    half = Bound(max(1, bound.rows // 2), bound.tokens and max(1, bound.tokens // 2), bound.padded)
+    whole, halved = (max(b.size(part, lengths) for part in cut(rows, lengths, b)) for b in (bound, half))
+    assert halved <= whole
+
+
+def test_padding_counts_where_there_is_any():
+    lengths = [10, 2, 2]
+    assert cut([0, 1, 2], lengths, Bound(8, tokens=14)) == [[0, 1, 2]]
+    assert cut([0, 1, 2], lengths, Bound(8, tokens=14, padded=True)) == [[0], [1, 2]]
+
+
+@given(lengths, batches, bounds, epochs, seeds)
+def test_no_micro_batch_of_the_training_is_larger_than_the_largest_cut(lengths, batch, bound, rounds, seed):
     plan = plan_of(len(lengths), batch, epochs=rounds, seed=seed)
-    every = [part for n in range(plan.total_steps) for part in cut(plan.step(n), lengths, most_rows)]
-    largest = largest_cut(plan, lengths, most_rows)
+    every = [part for n in range(plan.total_steps) for part in cut(plan.step(n), lengths, bound)]
+    largest = largest_cut(plan, lengths, bound)
     assert largest in every
-    assert sum(lengths[row] for row in largest) == max(sum(lengths[row] for row in part) for part in every)
+    assert bound.size(largest, lengths) == max(bound.size(part, lengths) for part in every)
 
 
 @given(sizes, batches, epochs, st.none() | st.integers(1, 200))

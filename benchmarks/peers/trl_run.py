@@ -1,4 +1,4 @@
-"""trl's SFTTrainer on tokenised rows, in the order given. One argument: a JSON object; the last line printed is another.
+"""trl's SFTTrainer on tokenised rows, in the order given. A JSON object as argument, another as the last line printed.
 
 Runs in an environment of its own (requirements.txt beside this file).
 """
@@ -6,6 +6,7 @@ Runs in an environment of its own (requirements.txt beside this file).
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -35,7 +36,7 @@ class Stations(TrainerCallback):
 def main(order: dict) -> None:
     """Train and print the stations."""
     pure = order.get("pure", False)
-    rows = [json.loads(line) for line in open(order["tokens"])]
+    rows = [json.loads(line) for line in Path(order["tokens"]).read_text().splitlines()]
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = order["model"]
     if pure:

@@ -12,7 +12,7 @@ import re
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -20,6 +20,8 @@ from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 
 NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file"})
+
+_AUTO_ROWS = 8  # in one optimizer step, where batch_size is auto and effective_batch does not say
 
 Tuning = Literal["qlora", "lora-8bit", "lora", "full"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -67,9 +69,17 @@ class TrainingSettings(_Strict):
     max_length: int = Field(2048, ge=16, description="Longest row in tokens; the rest is cut.")
     epochs: float = Field(3.0, gt=0, description="Times that every row is seen.")
     max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps.")
-    batch_size: PositiveInt = Field(8, description="Rows in one micro-batch. Halved by itself when memory runs out.")
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        8, description="Rows in one micro-batch; auto: as many as memory holds. Halved by itself when memory runs out."
+    )
     gradient_accumulation: PositiveInt = Field(
         1, description="Micro-batches in one optimizer step. Doubled by itself when batch_size is halved."
+    )
+    effective_batch: PositiveInt | None = Field(
+        None, description="Rows in one optimizer step; null: batch_size x gradient_accumulation, 8 where that is auto."
+    )
+    micro_batch_tokens: PositiveInt | Literal["auto"] = Field(
+        "auto", description="Most tokens in one micro-batch, a longer row stands alone; auto: what is fastest and fits."
     )
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto", description="Peak learning rate; auto: 2e-4 for adapters, 1e-5 for full."
@@ -114,17 +124,29 @@ class TrainingSettings(_Strict):
             raise ValueError(f"{str(use_qlora).lower()} contradicts tuning {given!r}; keep one of them")
         return use_qlora
 
+    @model_validator(mode="after")
+    def _one_way_to_say_the_effective_batch(self) -> Self:
+        if self.effective_batch is not None and self.gradient_accumulation != 1:
+            raise ValueError("effective_batch decides gradient_accumulation; leave one of them out")
+        return self
+
     def first_rung(self) -> Rung:
         """Give the top of the memory ladder, where the first attempt starts.
 
         A tuning of auto stays: the trainer knows the hardware and decides.
         """
+        effective = self.effective_batch or self.gradient_accumulation * (
+            _AUTO_ROWS if self.batch_size == "auto" else self.batch_size
+        )
+        most = effective if self.batch_size == "auto" else self.batch_size
+        rows = next(n for n in range(min(most, effective), 0, -1) if effective % n == 0)
         return Rung(
-            batch_size=self.batch_size,
-            gradient_accumulation=self.gradient_accumulation,
+            batch_size=rows,
+            gradient_accumulation=effective // rows,
             activation_checkpointing=self.activation_checkpointing,
             tuning=self.tuning,
             max_length=self.max_length,
+            micro_batch_tokens=0 if self.micro_batch_tokens == "auto" else self.micro_batch_tokens,
         )
 
 

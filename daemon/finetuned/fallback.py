@@ -21,6 +21,7 @@ class Rung:
     activation_checkpointing: bool
     tuning: str  # full, lora, lora-8bit or qlora
     max_length: int  # tokens in one row
+    micro_batch_tokens: int = 0  # in one micro-batch; 0: not bounded, or not settled yet
 
     @property
     def effective_batch(self) -> int:
@@ -33,8 +34,9 @@ class Rung:
 
     def __str__(self) -> str:
         """Name the rung in a log line."""
+        tokens = f" of at most {self.micro_batch_tokens} tokens" if self.micro_batch_tokens else ""
         checkpointing = ", activation checkpointing" if self.activation_checkpointing else ""
-        return f"{self.batch_size} x {self.gradient_accumulation}{checkpointing}, {self.tuning}"
+        return f"{self.batch_size} x {self.gradient_accumulation}{tokens}{checkpointing}, {self.tuning}"
 
 
 def next_rung(rung: Rung, *, allow_4bit: bool = False, allow_shorter: bool = False) -> tuple[Rung, str] | None:
@@ -43,7 +45,12 @@ def next_rung(rung: Rung, *, allow_4bit: bool = False, allow_shorter: bool = Fal
         effective = rung.effective_batch
         # The largest divisor that is at most half, so that the product stays for odd sizes too: 3 x 2 -> 1 x 6.
         rows = next(n for n in range(rung.batch_size // 2, 0, -1) if effective % n == 0)
-        smaller = replace(rung, batch_size=rows, gradient_accumulation=effective // rows)
+        smaller = replace(
+            rung,
+            batch_size=rows,
+            gradient_accumulation=effective // rows,
+            micro_batch_tokens=rung.micro_batch_tokens and max(1, rung.micro_batch_tokens // 2),
+        )
         return smaller, f"after {rung}: batch halved, accumulation raised to keep {effective} rows a step"
     if not rung.activation_checkpointing:
         return (

@@ -99,6 +99,7 @@ def _train(
         held_out=_examples(held_out, held_out_report, tokenizer, rung.max_length),
         device=device,
         checkpoints=folder.checkpoints,
+        bounds=Path(spec.models).parent / "micro-batches.json",
         say=say,
         asked_to_stop=lambda: _stop_asked,
     )

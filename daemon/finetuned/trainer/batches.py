@@ -7,7 +7,7 @@ marks in place of the answers: what stands between the marks is the template's o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,14 @@ import torch
 from jinja2.exceptions import TemplateError
 
 from finetuned.dataset.checks import Problem, Row
+from finetuned.trainer.attention import FlatRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARK = "\ue000{}\ue001"  # private-use characters: no template treats them in a special way
 _BATCH = 1024  # rows tokenised at once
+_WORTH_SHARING = 8  # tokens
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. Flat: one row of all tokens with `row_bounds`; padded: `attention_mask` instead.
+    """A micro-batch. Flat: one row of all tokens with `flat_rows`; padded: `attention_mask` instead.
 
     `positions` [n] index the flattened hidden states whose next token is to be predicted, `targets` [n] are these.
     """
@@ -124,15 +126,30 @@ def _supervised(
     return mask
 
 
-def collate_flat(examples: Sequence[Example]) -> Batch:
-    """Put rows end to end."""
-    bounds = tuple(accumulate((len(e.ids) for e in examples), initial=0))
+def collate_flat(examples: Sequence[Example], *, share: bool = True) -> Batch:
+    """Put rows end to end. What all of them begin with (a system prompt, say) is put there once if `share` says so."""
+    shared = _common_start([e.ids for e in examples]) if share and len(examples) > 1 else 0
+    bounds = tuple(accumulate((len(e.ids) - shared for e in examples), initial=shared))
+    tokens = [*examples[0].ids[:shared], *(token for e in examples for token in e.ids[shared:])]
+    places = [torch.arange(shared), *(torch.arange(shared, len(e.ids)) for e in examples)]
     inputs = {
-        "input_ids": torch.tensor([[token for e in examples for token in e.ids]]),
-        "position_ids": torch.cat([torch.arange(len(e.ids)) for e in examples]).unsqueeze(0),
-        "row_bounds": bounds,
+        "input_ids": torch.tensor([tokens]),
+        "position_ids": torch.cat(places).unsqueeze(0),
+        "flat_rows": FlatRows(shared, bounds),
     }
-    return _batch(inputs, examples, starts=bounds[:-1])
+
+    def place(row: int, index: int) -> int:
+        return index if index < shared else bounds[row] + index - shared
+
+    return _batch(inputs, examples, place)
+
+
+def _common_start(rows: Sequence[list[int]]) -> int:
+    """Give how many tokens all rows begin with. Each keeps one of its own, and a few are not worth their trouble."""
+    first, last = min(rows), max(rows)  # all others lie between them
+    most = min(len(row) for row in rows) - 1
+    common = next((i for i in range(most) if first[i] != last[i]), most)
+    return common if common >= _WORTH_SHARING else 0
 
 
 def collate_padded(examples: Sequence[Example]) -> Batch:
@@ -143,13 +160,14 @@ def collate_padded(examples: Sequence[Example]) -> Batch:
         "input_ids": torch.tensor([e.ids + [0] * (longest - len(e.ids)) for e in examples]),
         "attention_mask": (torch.arange(longest).unsqueeze(0) < lengths).long(),
     }
-    return _batch(inputs, examples, starts=range(0, longest * len(examples), longest))
+    return _batch(inputs, examples, lambda row, index: row * longest + index)
 
 
-def _batch(inputs: dict[str, Any], examples: Sequence[Example], starts: Sequence[int]) -> Batch:
+def _batch(inputs: dict[str, Any], examples: Sequence[Example], place: Callable[[int, int], int]) -> Batch:
+    """Say where the token before each supervised one is; `place` gives the position of a row's token."""
     pairs = [
-        (start + index - 1, e.ids[index])
-        for start, e in zip(starts, examples, strict=True)
+        (place(row, index - 1), e.ids[index])
+        for row, e in enumerate(examples)
         for index in range(1, len(e.ids))
         if e.supervised[index]
     ]

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from finetuned.config import TrainingSettings
 from finetuned.events import EventType
 from finetuned.fallback import Rung, next_rung
-from finetuned.trainer import checkpoint, health, memory, steps
+from finetuned.trainer import bounds, checkpoint, health, lora, memory, steps
 from finetuned.trainer.batches import Example
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.layout import Layout, choose_layout
@@ -47,6 +47,7 @@ class Task:
     held_out: list[Example]
     device: torch.device
     checkpoints: Path
+    bounds: Path  # what earlier trainings found out about micro-batches
     say: Reporter
     asked_to_stop: Callable[[], bool]
 
@@ -81,6 +82,7 @@ def train(task: Task) -> Trained:
             training.look_up()
         task.say.phase("evaluating", "training is done")
         training.evaluate()
+        training.remember_bound()
     except OutOfMeansError:
         training.save_what_is_done()
         raise
@@ -97,9 +99,12 @@ def _load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
     """Load the model in the number formats that the hardware likes, with an adapter or whole."""
     try:
         model = load_model(task.base, task.settings, tuning=task.rung.tuning, precision=precision, device=task.device)
-        layout = choose_layout(model, precision.compute, name=task.base.name)
+        # Dropout draws anew for every token, so tokens that rows share could not stand for all of them.
+        share = not task.settings.lora_dropout
+        layout = choose_layout(model, precision.compute, name=task.base.name, share=share)
         if task.rung.tuning != "full":
             model = add_adapter(model, task.base, task.settings, precision=precision)
+            lora.fuse(model)
     except (RuntimeError, MemoryError) as error:
         detail = memory.out_of_memory(error)
         if detail is None:
@@ -140,9 +145,17 @@ class Training:
             "layout": {"choice": str(layout), "reason": layout.reason},
             "learning_rate": {"choice": f"{self.peak_rate:g}", "reason": rate_reason},
         }
+        if not self.rung.micro_batch_tokens and settings.micro_batch_tokens == "auto" and task.device.type == "cpu":
+            self.rung = replace(self.rung, micro_batch_tokens=bounds.CPU_TOKENS)
+            self._bound_is(self.rung.micro_batch_tokens, "larger micro-batches are no faster on a CPU")
         self._saved_at, self._saved_step = time.monotonic(), 0
         self._torn = False  # in the middle of an optimizer step: nothing to save
         self._pace = _Pace()
+
+    @property
+    def bound(self) -> steps.Bound:
+        """How large a micro-batch may be now."""
+        return steps.Bound(self.rung.batch_size, self.rung.micro_batch_tokens, padded=not self.layout.flat)
 
     def announce(self) -> None:
         """Say what will be done, and what was decided."""
@@ -191,8 +204,9 @@ class Training:
         self.objective.train()
         if self.done == 0:
             self.evaluate()
+        self._find_bound()
         if self._largest_comes_late():
-            self._forgiving(lambda: self._backward(self._largest(), 1))
+            self._forgiving(lambda: self._backward(steps.largest_cut(self.plan, self.lengths, self.bound), 1))
             self.optimizer.zero_grad(set_to_none=True)
         self.task.say.phase("training", "training")
         self._pace.start()
@@ -317,26 +331,72 @@ class Training:
         except (RuntimeError, MemoryError, OSError) as error:
             self.task.say.warn(f"no checkpoint could be written: {error}")
 
-    def _largest(self) -> list[int]:
-        return steps.largest_cut(self.plan, self.lengths, self.rung.batch_size, padded=not self.layout.flat)
+    def _find_bound(self) -> None:
+        """Try on a GPU how many tokens fit at once, where batch_size is auto and no rung has settled it."""
+        task, key = self.task, self._bound_key()
+        if self.rung.micro_batch_tokens or task.settings.batch_size != "auto" or task.device.type != "cuda":
+            return
+        found = bounds.recall(task.bounds, key)
+        if found is not None:
+            tokens, reason = found.next_size, f"an earlier training took {found.share:.0%} with {found.tokens} tokens"
+        else:
+            enough = sum(sorted(self.lengths, reverse=True)[: self.plan.effective_batch])
+            tokens, reason = bounds.largest_fitting(bounds.FIRST, enough, self._try_bound)
+        self.rung = replace(self.rung, micro_batch_tokens=tokens)
+        self._bound_is(tokens, reason)
+        sentence = f"micro-batches of at most {tokens} tokens: {reason}"
+        task.say.say(EventType.RUNG, sentence, rung=self.rung.as_dict(), reason=reason)
+
+    def _try_bound(self, tokens: int) -> float | None:
+        """Give the share of memory that a micro-batch of so many tokens needs, or None if it does not fit."""
+        bound = replace(self.bound, tokens=tokens)
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            self._backward(steps.largest_cut(self.plan, self.lengths, bound), 1)
+            return memory.peak_bytes() / memory.total_bytes()
+        except (RuntimeError, MemoryError) as error:
+            if memory.out_of_memory(error) is None:
+                raise
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        memory.give_back()
+        return None
+
+    def remember_bound(self) -> None:
+        """Keep the bound that fitted, for the next training of this kind."""
+        if self.task.settings.batch_size == "auto" and self.rung.micro_batch_tokens:
+            share = memory.peak_bytes() / memory.total_bytes()
+            bounds.remember(self.task.bounds, self._bound_key(), bounds.Found(self.rung.micro_batch_tokens, share))
+
+    def _bound_key(self) -> str:
+        device = torch.cuda.get_device_name() if self.task.device.type == "cuda" else "cpu"
+        checkpointing = ", activation checkpointing" if self.rung.activation_checkpointing else ""
+        return (
+            f"{self.task.base.name}, {self.rung.tuning}{checkpointing}, {self.rung.max_length} tokens a row, {device}"
+        )
+
+    def _bound_is(self, tokens: int, reason: str) -> None:
+        self.choices["micro_batch_tokens"] = {"choice": str(tokens), "reason": reason}
 
     def _largest_comes_late(self) -> bool:
         """Whether a later micro-batch needs clearly more than those of the next step, which need no trial."""
         if self.done == self.plan.total_steps:
             return False
-        first = steps.cut(self.plan.step(self.done), self.lengths, self.rung.batch_size)[0]
-        largest, coming = (
-            steps.size(rows, self.lengths, padded=not self.layout.flat) for rows in (self._largest(), first)
-        )
-        return largest > 1.1 * coming
+        coming = steps.largest(self._cut(self.plan.step(self.done)), self.lengths, self.bound)
+        return self._largest_size() > 1.1 * self.bound.size(coming, self.lengths)
+
+    def _largest_size(self) -> int:
+        return self.bound.size(steps.largest_cut(self.plan, self.lengths, self.bound), self.lengths)
+
+    def _cut(self, rows: list[int]) -> list[list[int]]:
+        return steps.cut(rows, self.lengths, self.bound)
 
     def _gradient(self, rows: list[int]) -> float:
         """Gather a step's gradient over its micro-batches; give the mean loss over the step's targets."""
         count = sum(self.task.train[row].targets for row in rows)
         # Dropout follows from seed and step, so that a step done again or after a resume is the same step.
         torch.manual_seed(self.task.settings.seed * 1_000_003 + self.done)
-        parts = steps.cut(rows, self.lengths, self.rung.batch_size)
-        return sum(self._backward(part, count) for part in parts) / count
+        return sum(self._backward(part, count) for part in self._cut(rows)) / count
 
     def _backward(self, rows: list[int], count: int) -> float:
         """Add the gradient of one micro-batch to that of its step, which has `count` targets; give the summed loss."""
@@ -370,7 +430,13 @@ class Training:
         lower = next_rung(self.rung)
         if lower is None or (again and self.task.device.type == "cpu"):
             raise OutOfMeansError(self.rung, detail)
-        self.rung, reason = lower
+        size = self._largest_size()
+        while lower is not None:
+            self.rung, reason = lower
+            # Rows that are long already stand alone, so that a rung may change nothing: then it is passed by.
+            if self.rung.activation_checkpointing or self._largest_size() < size:
+                break
+            lower = next_rung(self.rung)
         set_checkpointing(self.model, on=self.rung.activation_checkpointing)
         rung = self.rung.as_dict()
         sentence = f"out of memory; {reason}"
@@ -381,21 +447,21 @@ class Training:
         """Give the mean loss in nats over the held-out supervised tokens. Its batches adapt on their own."""
         rows = self.task.held_out
         lengths = [len(example.ids) for example in rows]
-        most_rows = self.rung.batch_size
+        bound = self.bound
         while True:
             total = 0.0
             try:
                 with evaluating(self.objective):
-                    for part in steps.cut(list(range(len(rows))), lengths, most_rows):
+                    for part in steps.cut(list(range(len(rows))), lengths, bound):
                         total += float(
                             self.objective(self.layout.collate([rows[row] for row in part]).to(self.task.device))
                         )
                 return total / sum(example.targets for example in rows)
             except (RuntimeError, MemoryError) as error:
-                if memory.out_of_memory(error) is None or most_rows == 1:
+                if memory.out_of_memory(error) is None or bound.rows == 1:
                     raise
             memory.give_back()
-            most_rows //= 2
+            bound = replace(bound, rows=bound.rows // 2, tokens=bound.tokens // 2)
 
 
 def _learning_rate(settings: TrainingSettings, tuning: str) -> tuple[float, str]:

@@ -56,24 +56,47 @@ def plan_steps(examples: int, *, effective_batch: int, epochs: float, max_steps:
     return Plan(examples, effective_batch, min(total, max_steps or total), seed)
 
 
-def cut(rows: list[int], lengths: list[int], most_rows: int) -> list[list[int]]:
-    """Cut the rows of one step into micro-batches of at most `most_rows`, longest rows first.
+@dataclass(frozen=True)
+class Bound:
+    """How large a micro-batch may be. A row of more than `tokens` stands alone."""
 
-    Rows of like length meet, which saves padding where there is any, and the largest micro-batch comes first.
+    rows: int
+    tokens: int = 0  # 0: any number
+    padded: bool = False  # whether rows are padded to the longest, and the padding counts
+
+    def allows(self, rows: list[int], lengths: list[int]) -> bool:
+        """Say whether rows may be one micro-batch."""
+        small = not self.tokens or self.size(rows, lengths) <= self.tokens
+        return len(rows) == 1 or (len(rows) <= self.rows and small)
+
+    def size(self, rows: list[int], lengths: list[int]) -> int:
+        """Tokens of a micro-batch."""
+        return len(rows) * max(lengths[row] for row in rows) if self.padded else sum(lengths[row] for row in rows)
+
+
+def cut(rows: list[int], lengths: list[int], bound: Bound) -> list[list[int]]:
+    """Cut the rows of one step into micro-batches, longest rows first.
+
+    Rows of like length meet, which saves padding where there is any.
     """
-    ordered = sorted(rows, key=lambda row: (-lengths[row], row))
-    return [ordered[start : start + most_rows] for start in range(0, len(ordered), most_rows)]
+    parts: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        if parts and bound.allows([*parts[-1], row], lengths):
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
 
 
-def largest_cut(plan: Plan, lengths: list[int], most_rows: int, *, padded: bool = False) -> list[int]:
-    """Give the micro-batch with the most tokens of the whole training, padding counted in if there is any."""
-    cuts = (cut(plan.step(number), lengths, most_rows)[0] for number in range(plan.total_steps))
-    return max(cuts, key=lambda rows: size(rows, lengths, padded=padded))
+def largest(parts: list[list[int]], lengths: list[int], bound: Bound) -> list[int]:
+    """Give the micro-batch with the most tokens."""
+    return max(parts, key=lambda rows: bound.size(rows, lengths))
 
 
-def size(rows: list[int], lengths: list[int], *, padded: bool) -> int:
-    """Tokens in a micro-batch."""
-    return len(rows) * max(lengths[row] for row in rows) if padded else sum(lengths[row] for row in rows)
+def largest_cut(plan: Plan, lengths: list[int], bound: Bound) -> list[int]:
+    """Give the micro-batch with the most tokens of the whole training."""
+    cuts = (largest(cut(plan.step(number), lengths, bound), lengths, bound) for number in range(plan.total_steps))
+    return max(cuts, key=lambda rows: bound.size(rows, lengths))
 
 
 def learning_rate(step: int, *, total_steps: int, warmup_ratio: float, peak: float) -> float:
