@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo test lint gpu-test bench schema clean
+.PHONY: .venv demo test lint gpu-test bench bench-train schema clean
 
 .venv: .venv/ready
 
@@ -41,6 +41,10 @@ gpu-test: .venv
 
 bench: .venv
 	$(BIN)/python benchmarks/daemon.py
+
+# Beside trl, which is installed into an environment of its own the first time. About ten minutes a round.
+bench-train: .venv
+	$(BIN)/python benchmarks/train.py
 
 schema: .venv
 	$(BIN)/python -c 'from finetuned.config import json_schema; print(json_schema(), end="")' > config.schema.json

@@ -43,6 +43,7 @@ def training(tmp_path, tiny_model, monkeypatch):
                 held_out=examples[: settings.predictions.samples],
                 device=torch.device("cpu"),
                 checkpoints=tmp_path / "checkpoints",
+                bounds=tmp_path / "micro-batches.json",
                 say=Reporter(tmp_path / "events.jsonl"),
                 asked_to_stop=lambda: False,
             )

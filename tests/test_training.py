@@ -176,6 +176,7 @@ def runs(tmp_path_factory, tiny_model, wide_model, data, held_out) -> Iterator[d
         "max_length": 1024,
         "learning_rate": 5e-4,
         "epochs": WIDE_STEPS / 2,
+        "micro_batch_tokens": 10_000,  # rows alone decide
     }
     evaluated = {"eval_file": str(held_out), "eval_steps": 2, "predictions": {"samples": 2, "max_new_tokens": 8}}
     settings = {
@@ -284,7 +285,7 @@ def test_finetuned_json_tells_the_whole_story(runs):
     assert story["job_id"] == run.spec.id
     assert story["sha256"] == run.spec.sha256
     assert story["settings"] == run.spec.settings
-    assert story["rung"] == {**run.spec.rung, "tuning": "lora"}
+    assert story["rung"] == {**run.spec.rung, "tuning": "lora", "micro_batch_tokens": 1024}
     assert story["data"]["rows"] == ROWS
     assert story["metrics"]["step"] == 6
     assert {"torch", "transformers", "peft", "finetuned"} <= story["versions"].keys()
