@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 
 from finetuned.config import TrainingSettings
 from finetuned.events import EventType
@@ -24,7 +23,7 @@ from finetuned.trainer.batches import Example
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.layout import Layout, choose_layout
 from finetuned.trainer.model import Base, add_adapter, evaluating, load_model, set_checkpointing
-from finetuned.trainer.precision import Precision, choose
+from finetuned.trainer.precision import Precision, choose, in_force
 from finetuned.trainer.predictions import predict
 from finetuned.trainer.recipes import RECIPES
 from finetuned.trainer.reporter import Reporter
@@ -127,7 +126,7 @@ class Training:
             max_steps=settings.max_steps,
             seed=settings.seed,
         )
-        accelerator = Accelerator(mixed_precision=precision.mixed, cpu=task.device.type == "cpu")
+        accelerator = in_force(precision, task.device)
         objective = importlib.import_module(RECIPES["sft"]).Objective(model, layout)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         health.check_trainable(list(self.trained.values()))
@@ -136,7 +135,7 @@ class Training:
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         self.accelerator = accelerator
         self.choices = {
-            "dtype": {"choice": str(precision.compute).removeprefix("torch."), "reason": precision.reason},
+            **precision.choices(),
             "layout": {"choice": str(layout), "reason": layout.reason},
             "learning_rate": {"choice": f"{self.peak_rate:g}", "reason": rate_reason},
         }
