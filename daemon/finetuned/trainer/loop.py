@@ -27,6 +27,7 @@ from finetuned.trainer.precision import Precision, choose, in_force
 from finetuned.trainer.predictions import predict
 from finetuned.trainer.recipes import RECIPES
 from finetuned.trainer.reporter import Reporter
+from finetuned.trainer.start_line import start_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,6 +79,7 @@ def train(task: Task) -> Trained:
             training.stop_if_asked()
             training.step()
             training.look_up()
+        training.watch.check_end()
         task.say.phase("evaluating", "training is done")
         training.evaluate()
     except OutOfMeansError:
@@ -129,8 +131,11 @@ class Training:
         accelerator = in_force(precision, task.device)
         objective = importlib.import_module(RECIPES["sft"]).Objective(model, layout)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        health.check_trainable(list(self.trained.values()))
+        health.check_trainable(objective.named_parameters())
+        health.check_supervised(map(self.plan.step, range(self.plan.total_steps)), [row.targets for row in task.train])
         self.peak_rate, rate_reason = _learning_rate(settings, task.rung.tuning)
+        health.check_schedule(map(self._rate, range(self.plan.total_steps)))
+        self.watch = health.Watch(settings.skip_bad_steps, self._checkpoint_before)
         optimizer = torch.optim.AdamW(self.trained.values(), lr=self.peak_rate, weight_decay=settings.weight_decay)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         self.accelerator = accelerator
@@ -145,24 +150,8 @@ class Training:
 
     def announce(self) -> None:
         """Say what will be done, and what was decided."""
-        task, plan = self.task, self.plan
-        parameters, trainable = _count(self.model), sum(p.numel() for p in self.trained.values())
-        tokens, supervised = sum(self.lengths), sum(example.targets for example in task.train)
-        task.say.say(
-            EventType.PLAN,
-            f"plan: {plan.total_steps} steps of {plan.effective_batch} rows ({self.rung}), {plan.examples} rows, "
-            f"{tokens} tokens of which {supervised} supervised; {trainable:,} of {parameters:,} parameters; "
-            f"{task.device}, {self.choices['dtype']['choice']}, {self.choices['layout']['choice']}",
-            total_steps=plan.total_steps,
-            rows=plan.examples,
-            tokens=tokens,
-            supervised_tokens=supervised,
-            parameters=parameters,
-            trainable_parameters=trainable,
-            device=str(task.device),
-            rung=self.rung.as_dict(),
-            choices=self.choices,
-        )
+        sentence, figures = start_line(self)
+        self.task.say.say(EventType.PLAN, sentence, **figures)
 
     def resume(self) -> None:
         """Go on where an earlier attempt left off, from the newest checkpoint that is whole."""
@@ -180,6 +169,7 @@ class Training:
         if scaler is not None and "scaler" in state:
             scaler.load_state_dict(state["scaler"])
         self.done = self._saved_step = found.step
+        self.watch.load(found.extra.pop("health", {}))
         self.metrics = found.extra
         total = self.plan.total_steps
         task.say.say(EventType.MESSAGE, f"resumed after step {self.done} of {total}", step=self.done)
@@ -208,15 +198,18 @@ class Training:
         rows = self.plan.step(self.done)
         loss = self._forgiving(lambda: self._gradient(rows))
 
-        rate = steps.learning_rate(
-            self.done, total_steps=total, warmup_ratio=settings.warmup_ratio, peak=self.peak_rate
-        )
+        rate = self._rate(self.done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         norm = float(self.accelerator.clip_grad_norm_(self.trained.values(), settings.max_grad_norm or float("inf")))
-        health.check_step(self.done + 1, loss, norm, scaled=self.accelerator.scaler is not None)
+        scaler = self.accelerator.scaler
+        bad = self.watch.judge(self.done + 1, loss, norm, scale=scaler.get_scale() if scaler else None)
+        if bad:
+            self._skip(bad)
+            return
         self._torn = True  # memory may run out in its middle, and what it changed by then cannot be told
-        self.optimizer.step()
+        with self.watch.first_step(self.trained, rate=rate, grad_norm=norm):
+            self.optimizer.step()
         self._torn = False
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -237,6 +230,18 @@ class Training:
             peak_memory=memory.peak_bytes(),
         )
 
+    def _skip(self, why: str) -> None:
+        """Drop a bad step's gradient. The step counts as done, so that the plan goes on."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # it takes no new gradient before
+        self.optimizer.zero_grad(set_to_none=True)
+        lines = ", ".join(str(self.task.train[row].row.line) for row in sorted(self.plan.step(self.done)))
+        self.done += 1
+        self.metrics |= {"step": self.done, "skipped_steps": self.watch.skipped}
+        times = f"{self.watch.skipped} of at most {self.task.settings.skip_bad_steps}"
+        self.task.say.warn(f"step {self.done} is skipped, {times}: {why}; its rows are lines {lines}")
+        self._pace.start()
+
     def look_up(self) -> None:
         """Between two steps: evaluate and write a checkpoint when they are due."""
         settings = self.task.settings
@@ -245,7 +250,8 @@ class Training:
         if settings.eval_steps and self.done % settings.eval_steps == 0:
             self.evaluate()
         late = time.monotonic() - self._saved_at > settings.checkpoint_minutes * 60
-        if late or self.done % settings.checkpoint_steps == 0:
+        due = late or self.done % settings.checkpoint_steps == 0
+        if due and not self.watch.in_a_row:  # one of broken weights would push out a good one
             self.save()
 
     def evaluate(self) -> None:
@@ -297,7 +303,7 @@ class Training:
             trained=self.trained,
             optimizer=state,
             keep=settings.keep_checkpoints,
-            extra=self.metrics,
+            extra=self.metrics | {"health": self.watch.state()},
         )
         self._saved_at, self._saved_step = time.monotonic(), self.done
         sentence = f"checkpoint after step {self.done}"
@@ -315,6 +321,14 @@ class Training:
             self.save()
         except (RuntimeError, MemoryError, OSError) as error:
             self.task.say.warn(f"no checkpoint could be written: {error}")
+
+    def _rate(self, step: int) -> float:
+        total, warmup = self.plan.total_steps, self.task.settings.warmup_ratio
+        return steps.learning_rate(step, total_steps=total, warmup_ratio=warmup, peak=self.peak_rate)
+
+    def _checkpoint_before(self, step: int) -> int | None:
+        found, _ = checkpoint.newest(self.task.checkpoints, plan=self.plan.fingerprint(), before=step)
+        return found.step if found else None
 
     def _largest(self) -> list[int]:
         return steps.largest_cut(self.plan, self.lengths, self.rung.batch_size, padded=not self.layout.flat)
@@ -404,11 +418,6 @@ def _learning_rate(settings: TrainingSettings, tuning: str) -> tuple[float, str]
     if tuning == "full":
         return _FULL_RATE, "all weights move, so each a little"
     return _ADAPTER_RATE, "usual for adapters"
-
-
-def _count(model: PreTrainedModel) -> int:
-    """Count parameters; a 4-bit one holds two in each byte."""
-    return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
 
 
 class _Pace:
