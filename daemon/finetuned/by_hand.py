@@ -15,7 +15,7 @@ import click
 from finetuned.config import settings_from
 from finetuned.durable import sync_tree
 from finetuned.errors import FinetunedError, HomeError
-from finetuned.events import EventType, describe_end, judge
+from finetuned.events import describe_end, judge
 from finetuned.gpu import Sampler
 from finetuned.home import Home, JobFolder, find_home, safe_name
 from finetuned.jobs import FileIdentity, Job, JobSpec, State
@@ -24,7 +24,7 @@ from finetuned.live import LiveLine
 from finetuned.spool.manifest import MANIFEST
 from finetuned.spool.publish import check_output
 from finetuned.spool.recover import locked
-from finetuned.supervisor import EventTail, decide, progress_after, progress_for_next
+from finetuned.supervisor import SETTLE_RUNG, EventTail, decide, progress_after, progress_for_next
 
 _WORK = ".finetuned-train"  # in the output folder while it trains
 _LOG = "train.log"
@@ -176,7 +176,7 @@ def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
             events = tail.read()
             job = replace(job, progress=progress_after(job.progress, events))
             for event in events:
-                if event.type is EventType.RUNG:
+                if event.type in SETTLE_RUNG:
                     job = replace(job, rung=dict(event.data["rung"]))
             line.show(job.progress)
             if status is not None:

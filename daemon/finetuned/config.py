@@ -87,6 +87,11 @@ class TrainingSettings(_Strict):
     warmup_ratio: Fraction = Field(0.05, description="Share of the steps in which the learning rate rises from 0.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 switches it off.")
+    skip_bad_steps: int = Field(
+        3,
+        ge=0,
+        description="Steps that may be skipped because loss or gradient exploded or is not finite; then the job ends.",
+    )
     seed: int = Field(42, ge=0, le=2**31 - 1, description="Decides the order of rows and the adapter's first weights.")
     dtype: Literal["auto", "bf16", "fp16", "float32"] = Field(
         "auto", description="Number format of the computation; auto takes bf16 where the hardware is fast at it."

@@ -31,6 +31,7 @@ _ORPHAN_PAUSE = 0.1  # seconds between two looks at its lock
 MOST_TRANSIENT = 5
 FIRST_DELAY = 30.0  # seconds before a transient end is tried again; doubled each time
 LONGEST_DELAY = 1800.0
+SETTLE_RUNG = frozenset({EventType.RUNG, EventType.PLAN})  # events that tell the rung a trainer is on
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ class Attempt:
         offset = self._tail.offset
         events = self._tail.read()
         if events:
-            rungs = [event.data["rung"] for event in events if event.type is EventType.RUNG]
+            rungs = [event.data["rung"] for event in events if event.type in SETTLE_RUNG]
             changes: dict[str, Any] = {"progress": progress_after(self.job.progress, events)}
             if rungs:
                 changes["rung"] = rungs[-1]

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conftest import chat_rows, write_jsonl
 from finetuned.events import EventType, ExitCode
+from precision_facts import SETTINGS
+from test_precision import TUNINGS, assert_as_the_table_says, facts_of
 from test_training import Run, assert_same_weights, long_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -74,6 +76,19 @@ def test_every_tuning_learns_and_answers(job, tuning, dtype):
     assert all(norm > 0 for norm in norms)
     assert all(math.isfinite(norm) for norm in norms[3 if dtype == "fp16" else 0 :])
     assert {tensor.dtype for tensor in run.weights().values()} == {torch.float32}
+
+
+@pytest.fixture(scope="module", params=TUNINGS)
+def of_a_tuning(request, tiny_model, tmp_path_factory) -> tuple[str, dict]:
+    return request.param, facts_of(tiny_model, request.param, "cuda", tmp_path_factory.mktemp("facts"))
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_tensors_are_what_the_table_says_on_a_gpu(of_a_tuning, setting):
+    tuning, facts = of_a_tuning
+    automatic = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    computed = {"auto": automatic, "bf16": "bfloat16", "fp16": "float16", "float32": "float32"}[setting]
+    assert_as_the_table_says(facts[setting], tuning, computed)
 
 
 def test_auto_is_qlora_on_a_gpu_and_its_adapter_fits_the_whole_base(job, tiny_model):

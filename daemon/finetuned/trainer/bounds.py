@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetuned.durable import write_file
+from finetuned.fallback import Rung
+from finetuned.trainer import memory
+
+if TYPE_CHECKING:
+    from finetuned.trainer.loop import Training
 
 CPU_TOKENS = 1024  # larger micro-batches fall out of its caches and are no faster (docs/log.md)
 FIRST = 2048  # tokens of the first trial on a GPU
@@ -48,8 +54,48 @@ def largest_fitting(first: int, enough: int, attempt: Callable[[int], float | No
         tokens *= 2
 
 
-def recall(file: Path, key: str) -> Found | None:
-    """Give what an earlier training found, if any."""
+def settle(training: Training) -> tuple[Rung, dict[str, str]]:
+    """Settle the bound of a training whose model is loaded: its rung with the bound, and the choice with its reason."""
+    task, rung = training.task, training.rung
+    if task.settings.micro_batch_tokens != "auto":
+        tokens, reason = rung.micro_batch_tokens, "as set"
+    elif rung.micro_batch_tokens:
+        tokens, reason = rung.micro_batch_tokens, "as settled before"
+    elif task.device.type == "cpu":
+        tokens, reason = CPU_TOKENS, "larger micro-batches are no faster on a CPU"
+    elif task.settings.batch_size != "auto":
+        tokens, reason = 0, "batch_size decides"
+    elif (found := _recall(task.bounds, _key(training))) is not None:
+        tokens, reason = found.next_size, f"an earlier training took {found.share:.0%} of memory with {found.tokens}"
+    else:
+        enough = sum(sorted(training.lengths, reverse=True)[: training.plan.effective_batch])
+        tokens, reason = largest_fitting(FIRST, enough, lambda tokens: _attempt(training, tokens))
+    return replace(rung, micro_batch_tokens=tokens), {"choice": str(tokens or "no bound"), "reason": reason}
+
+
+def _attempt(training: Training, tokens: int) -> float | None:
+    memory.reset_peak()
+    return memory.peak_bytes() / memory.total_bytes() if training.try_backward(tokens) else None
+
+
+def remember(training: Training) -> None:
+    """Keep the bound that fitted, for the next training of this kind.
+
+    A file that cannot be read is begun anew: all in it can be found again.
+    """
+    if training.task.settings.batch_size != "auto" or not training.rung.micro_batch_tokens:
+        return
+    file = training.task.bounds
+    try:
+        entries = dict(json.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        entries = {}
+    share = memory.peak_bytes() / memory.total_bytes()
+    entries[_key(training)] = asdict(Found(training.rung.micro_batch_tokens, share))
+    write_file(file, json.dumps(entries, indent=2).encode() + b"\n")
+
+
+def _recall(file: Path, key: str) -> Found | None:
     try:
         entry = json.loads(file.read_bytes())[key]
         return Found(int(entry["tokens"]), float(entry["share"]))
@@ -57,11 +103,10 @@ def recall(file: Path, key: str) -> Found | None:
         return None
 
 
-def remember(file: Path, key: str, found: Found) -> None:
-    """Keep what a training found. A file that cannot be read is begun anew: all in it can be found again."""
-    try:
-        entries = dict(json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        entries = {}
-    entries[key] = asdict(found)
-    write_file(file, json.dumps(entries, indent=2).encode() + b"\n")
+def _key(training: Training) -> str:
+    rung = training.rung
+    checkpointing = ", activation checkpointing" if rung.activation_checkpointing else ""
+    return (
+        f"{training.task.base.name}, {rung.tuning}{checkpointing}, {rung.max_length} tokens a row, "
+        f"{memory.device_name()}"
+    )

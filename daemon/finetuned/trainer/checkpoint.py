@@ -81,8 +81,11 @@ def _full_disk_as_oserror(folder: Path) -> Iterator[None]:
         raise
 
 
-def newest(folder: Path, *, plan: str) -> tuple[Checkpoint | None, list[str]]:
-    """Give the newest whole checkpoint of this plan, and a sentence for each newer one that was passed over."""
+def newest(folder: Path, *, plan: str, before: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """Give the newest whole checkpoint of this plan, and a sentence for each newer one that was passed over.
+
+    With `before` only those with fewer steps done count.
+    """
     passed: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else ():
         try:
@@ -91,6 +94,8 @@ def newest(folder: Path, *, plan: str) -> tuple[Checkpoint | None, list[str]]:
             found = Checkpoint(path, int(manifest["step"]), str(manifest["plan"]), dict(manifest["extra"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             passed.append(f"{path.name} is not whole ({error})")
+            continue
+        if before is not None and found.step >= before:
             continue
         if damaged:
             passed.append(f"{path.name} is damaged ({', '.join(damaged)})")

@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 
 from finetuned.config import TrainingSettings
 from finetuned.events import EventType
 from finetuned.fallback import Rung, next_rung
-from finetuned.trainer import bounds, checkpoint, health, lora, memory, steps
+from finetuned.trainer import bounds, checkpoint, fused, health, memory, steps
 from finetuned.trainer.batches import Example
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.layout import Layout, choose_layout
 from finetuned.trainer.model import Base, add_adapter, evaluating, load_model, set_checkpointing
-from finetuned.trainer.precision import Precision, choose
+from finetuned.trainer.precision import Precision, choose, in_force
 from finetuned.trainer.predictions import predict
 from finetuned.trainer.recipes import RECIPES
 from finetuned.trainer.reporter import Reporter
+from finetuned.trainer.start_line import start_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,17 +72,19 @@ def train(task: Task) -> Trained:
     task.say.phase("loading_model", f"loading {task.base.name}")
     model, layout = _load(task, precision)
     training = Training(task, model, layout, precision)
-    training.announce()
     try:
+        training.settle()
+        training.announce()
         training.resume()
         training.prepare()
         while training.done < training.plan.total_steps:
             training.stop_if_asked()
             training.step()
             training.look_up()
+        training.watch.check_end()
         task.say.phase("evaluating", "training is done")
         training.evaluate()
-        training.remember_bound()
+        bounds.remember(training)
     except OutOfMeansError:
         training.save_what_is_done()
         raise
@@ -104,7 +106,7 @@ def _load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
         layout = choose_layout(model, precision.compute, name=task.base.name, share=share)
         if task.rung.tuning != "full":
             model = add_adapter(model, task.base, task.settings, precision=precision)
-            lora.fuse(model)
+            fused.fuse(model)
     except (RuntimeError, MemoryError) as error:
         detail = memory.out_of_memory(error)
         if detail is None:
@@ -132,22 +134,22 @@ class Training:
             max_steps=settings.max_steps,
             seed=settings.seed,
         )
-        accelerator = Accelerator(mixed_precision=precision.mixed, cpu=task.device.type == "cpu")
+        accelerator = in_force(precision, task.device)
         objective = importlib.import_module(RECIPES["sft"]).Objective(model, layout)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        health.check_trainable(list(self.trained.values()))
+        health.check_trainable(objective.named_parameters())
+        health.check_supervised(map(self.plan.step, range(self.plan.total_steps)), [row.targets for row in task.train])
         self.peak_rate, rate_reason = _learning_rate(settings, task.rung.tuning)
+        health.check_schedule(map(self._rate, range(self.plan.total_steps)))
+        self.watch = health.Watch(settings.skip_bad_steps, self._checkpoint_before)
         optimizer = torch.optim.AdamW(self.trained.values(), lr=self.peak_rate, weight_decay=settings.weight_decay)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         self.accelerator = accelerator
         self.choices = {
-            "dtype": {"choice": str(precision.compute).removeprefix("torch."), "reason": precision.reason},
+            **precision.choices(),
             "layout": {"choice": str(layout), "reason": layout.reason},
             "learning_rate": {"choice": f"{self.peak_rate:g}", "reason": rate_reason},
         }
-        if not self.rung.micro_batch_tokens and settings.micro_batch_tokens == "auto" and task.device.type == "cpu":
-            self.rung = replace(self.rung, micro_batch_tokens=bounds.CPU_TOKENS)
-            self._bound_is(self.rung.micro_batch_tokens, "larger micro-batches are no faster on a CPU")
         self._saved_at, self._saved_step = time.monotonic(), 0
         self._torn = False  # in the middle of an optimizer step: nothing to save
         self._pace = _Pace()
@@ -157,26 +159,16 @@ class Training:
         """How large a micro-batch may be now."""
         return steps.Bound(self.rung.batch_size, self.rung.micro_batch_tokens, padded=not self.layout.flat)
 
+    def settle(self) -> None:
+        """Find out how large a micro-batch may be, where that is left to us."""
+        set_checkpointing(self.model, on=self.rung.activation_checkpointing)
+        self.objective.train()
+        self.rung, self.choices["micro_batch_tokens"] = bounds.settle(self)
+
     def announce(self) -> None:
         """Say what will be done, and what was decided."""
-        task, plan = self.task, self.plan
-        parameters, trainable = _count(self.model), sum(p.numel() for p in self.trained.values())
-        tokens, supervised = sum(self.lengths), sum(example.targets for example in task.train)
-        task.say.say(
-            EventType.PLAN,
-            f"plan: {plan.total_steps} steps of {plan.effective_batch} rows ({self.rung}), {plan.examples} rows, "
-            f"{tokens} tokens of which {supervised} supervised; {trainable:,} of {parameters:,} parameters; "
-            f"{task.device}, {self.choices['dtype']['choice']}, {self.choices['layout']['choice']}",
-            total_steps=plan.total_steps,
-            rows=plan.examples,
-            tokens=tokens,
-            supervised_tokens=supervised,
-            parameters=parameters,
-            trainable_parameters=trainable,
-            device=str(task.device),
-            rung=self.rung.as_dict(),
-            choices=self.choices,
-        )
+        sentence, figures = start_line(self)
+        self.task.say.say(EventType.PLAN, sentence, **figures)
 
     def resume(self) -> None:
         """Go on where an earlier attempt left off, from the newest checkpoint that is whole."""
@@ -194,17 +186,15 @@ class Training:
         if scaler is not None and "scaler" in state:
             scaler.load_state_dict(state["scaler"])
         self.done = self._saved_step = found.step
+        self.watch.load(found.extra.pop("health", {}))
         self.metrics = found.extra
         total = self.plan.total_steps
         task.say.say(EventType.MESSAGE, f"resumed after step {self.done} of {total}", step=self.done)
 
     def prepare(self) -> None:
         """Evaluate once to have a "before", and find out what does not fit before hours have gone into it."""
-        set_checkpointing(self.model, on=self.rung.activation_checkpointing)
-        self.objective.train()
         if self.done == 0:
             self.evaluate()
-        self._find_bound()
         if self._largest_comes_late():
             self._forgiving(lambda: self._backward(steps.largest_cut(self.plan, self.lengths, self.bound), 1))
             self.optimizer.zero_grad(set_to_none=True)
@@ -223,15 +213,18 @@ class Training:
         rows = self.plan.step(self.done)
         loss = self._forgiving(lambda: self._gradient(rows))
 
-        rate = steps.learning_rate(
-            self.done, total_steps=total, warmup_ratio=settings.warmup_ratio, peak=self.peak_rate
-        )
+        rate = self._rate(self.done)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         norm = float(self.accelerator.clip_grad_norm_(self.trained.values(), settings.max_grad_norm or float("inf")))
-        health.check_step(self.done + 1, loss, norm, scaled=self.accelerator.scaler is not None)
+        scaler = self.accelerator.scaler
+        bad = self.watch.judge(self.done + 1, loss, norm, scale=scaler.get_scale() if scaler else None)
+        if bad:
+            self._skip(bad)
+            return
         self._torn = True  # memory may run out in its middle, and what it changed by then cannot be told
-        self.optimizer.step()
+        with self.watch.first_step(self.trained, rate=rate, grad_norm=norm):
+            self.optimizer.step()
         self._torn = False
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -252,6 +245,18 @@ class Training:
             peak_memory=memory.peak_bytes(),
         )
 
+    def _skip(self, why: str) -> None:
+        """Drop a bad step's gradient. The step counts as done, so that the plan goes on."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # it takes no new gradient before
+        self.optimizer.zero_grad(set_to_none=True)
+        lines = ", ".join(str(self.task.train[row].row.line) for row in sorted(self.plan.step(self.done)))
+        self.done += 1
+        self.metrics |= {"step": self.done, "skipped_steps": self.watch.skipped}
+        times = f"{self.watch.skipped} of at most {self.task.settings.skip_bad_steps}"
+        self.task.say.warn(f"step {self.done} is skipped, {times}: {why}; its rows are lines {lines}")
+        self._pace.start()
+
     def look_up(self) -> None:
         """Between two steps: evaluate and write a checkpoint when they are due."""
         settings = self.task.settings
@@ -260,7 +265,8 @@ class Training:
         if settings.eval_steps and self.done % settings.eval_steps == 0:
             self.evaluate()
         late = time.monotonic() - self._saved_at > settings.checkpoint_minutes * 60
-        if late or self.done % settings.checkpoint_steps == 0:
+        due = late or self.done % settings.checkpoint_steps == 0
+        if due and not self.watch.in_a_row:  # one of broken weights would push out a good one
             self.save()
 
     def evaluate(self) -> None:
@@ -312,7 +318,7 @@ class Training:
             trained=self.trained,
             optimizer=state,
             keep=settings.keep_checkpoints,
-            extra=self.metrics,
+            extra=self.metrics | {"health": self.watch.state()},
         )
         self._saved_at, self._saved_step = time.monotonic(), self.done
         sentence = f"checkpoint after step {self.done}"
@@ -331,52 +337,28 @@ class Training:
         except (RuntimeError, MemoryError, OSError) as error:
             self.task.say.warn(f"no checkpoint could be written: {error}")
 
-    def _find_bound(self) -> None:
-        """Try on a GPU how many tokens fit at once, where batch_size is auto and no rung has settled it."""
-        task, key = self.task, self._bound_key()
-        if self.rung.micro_batch_tokens or task.settings.batch_size != "auto" or task.device.type != "cuda":
-            return
-        found = bounds.recall(task.bounds, key)
-        if found is not None:
-            tokens, reason = found.next_size, f"an earlier training took {found.share:.0%} with {found.tokens} tokens"
-        else:
-            enough = sum(sorted(self.lengths, reverse=True)[: self.plan.effective_batch])
-            tokens, reason = bounds.largest_fitting(bounds.FIRST, enough, self._try_bound)
-        self.rung = replace(self.rung, micro_batch_tokens=tokens)
-        self._bound_is(tokens, reason)
-        sentence = f"micro-batches of at most {tokens} tokens: {reason}"
-        task.say.say(EventType.RUNG, sentence, rung=self.rung.as_dict(), reason=reason)
-
-    def _try_bound(self, tokens: int) -> float | None:
-        """Give the share of memory that a micro-batch of so many tokens needs, or None if it does not fit."""
+    def try_backward(self, tokens: int) -> bool:
+        """Try the largest micro-batch of at most so many tokens; say whether memory did."""
         bound = replace(self.bound, tokens=tokens)
-        torch.cuda.reset_peak_memory_stats()
         try:
             self._backward(steps.largest_cut(self.plan, self.lengths, bound), 1)
-            return memory.peak_bytes() / memory.total_bytes()
         except (RuntimeError, MemoryError) as error:
             if memory.out_of_memory(error) is None:
                 raise
+        else:
+            return True
         finally:
             self.optimizer.zero_grad(set_to_none=True)
         memory.give_back()
-        return None
+        return False
 
-    def remember_bound(self) -> None:
-        """Keep the bound that fitted, for the next training of this kind."""
-        if self.task.settings.batch_size == "auto" and self.rung.micro_batch_tokens:
-            share = memory.peak_bytes() / memory.total_bytes()
-            bounds.remember(self.task.bounds, self._bound_key(), bounds.Found(self.rung.micro_batch_tokens, share))
+    def _rate(self, step: int) -> float:
+        total, warmup = self.plan.total_steps, self.task.settings.warmup_ratio
+        return steps.learning_rate(step, total_steps=total, warmup_ratio=warmup, peak=self.peak_rate)
 
-    def _bound_key(self) -> str:
-        device = torch.cuda.get_device_name() if self.task.device.type == "cuda" else "cpu"
-        checkpointing = ", activation checkpointing" if self.rung.activation_checkpointing else ""
-        return (
-            f"{self.task.base.name}, {self.rung.tuning}{checkpointing}, {self.rung.max_length} tokens a row, {device}"
-        )
-
-    def _bound_is(self, tokens: int, reason: str) -> None:
-        self.choices["micro_batch_tokens"] = {"choice": str(tokens), "reason": reason}
+    def _checkpoint_before(self, step: int) -> int | None:
+        found, _ = checkpoint.newest(self.task.checkpoints, plan=self.plan.fingerprint(), before=step)
+        return found.step if found else None
 
     def _largest_comes_late(self) -> bool:
         """Whether a later micro-batch needs clearly more than those of the next step, which need no trial."""
@@ -471,11 +453,6 @@ def _learning_rate(settings: TrainingSettings, tuning: str) -> tuple[float, str]
     if tuning == "full":
         return _FULL_RATE, "all weights move, so each a little"
     return _ADAPTER_RATE, "usual for adapters"
-
-
-def _count(model: PreTrainedModel) -> int:
-    """Count parameters; a 4-bit one holds two in each byte."""
-    return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
 
 
 class _Pace:

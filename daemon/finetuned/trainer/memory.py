@@ -62,3 +62,14 @@ def total_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def reset_peak() -> None:
+    """Begin the GPU's peak anew; a process's own cannot be."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def device_name() -> str:
+    """Name the device: a GPU's model, or the CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

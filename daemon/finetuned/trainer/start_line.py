@@ -1,0 +1,60 @@
+"""The line in which a training says, before its first step, what it will do; and the same as figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetuned.trainer import steps
+
+if TYPE_CHECKING:
+    from finetuned.trainer.loop import Training
+
+_VISION = ("vision", "visual", "image")  # how parts of a model's names begin that see
+
+
+def start_line(training: Training) -> tuple[str, dict[str, Any]]:
+    """Give the sentence and its figures."""
+    task, plan, layout, rung = training.task, training.plan, training.layout, training.rung
+    named = list(training.model.named_parameters())
+    parameters, trainable = _count(p for _, p in named), sum(p.numel() for p in training.trained.values())
+    vision = _count(p for name, p in named if not p.requires_grad and _sees(name))
+    tokens, supervised = sum(training.lengths), sum(example.targets for example in task.train)
+    bound = training.bound
+    most_tokens = bound.size(steps.largest_cut(plan, training.lengths, bound), training.lengths)
+    attention = training.model.config._attn_implementation  # noqa: SLF001, there is no public way to ask
+    formats = {name: training.choices[name]["choice"] for name in ("weights", "trained", "dtype")}
+    sentence = (
+        f"plan: {plan.total_steps} steps of {plan.effective_batch} rows ({rung}), "
+        f"micro-batches of at most {rung.batch_size} rows and {most_tokens} tokens; "
+        f"{plan.examples} rows, {tokens} tokens of which {supervised} supervised; "
+        f"{rung.tuning}: {trainable:,} of {parameters:,} parameters trainable, {vision:,} vision parameters frozen; "
+        f"{task.device}, base in {formats['weights']}, trained in {formats['trained']}, "
+        f"computed in {formats['dtype']}; {layout} rows, attention {attention}: {layout.reason}"
+    )
+    return sentence, {
+        "total_steps": plan.total_steps,
+        "rows": plan.examples,
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "parameters": parameters,
+        "trainable_parameters": trainable,
+        "frozen_vision_parameters": vision,
+        "method": rung.tuning,
+        "micro_batch": {"rows": rung.batch_size, "tokens": most_tokens},
+        "attention": attention,
+        "device": str(task.device),
+        "rung": rung.as_dict(),
+        "choices": training.choices,
+    }
+
+
+def _sees(name: str) -> bool:
+    return any(part.startswith(_VISION) for part in name.split("."))
+
+
+def _count(parameters: Iterable[torch.Tensor]) -> int:
+    """Count parameters; a 4-bit one holds two in each byte."""
+    return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in parameters)
