@@ -159,6 +159,13 @@ def test_the_alias_beside_the_same_or_auto_is_fine(tmp_path, given):
     assert load_config(written(tmp_path, given)).tuning in {"qlora", "lora"}
 
 
+@pytest.mark.parametrize("key", ["use_dora", "use_rslora"])
+def test_a_full_tuning_takes_no_adapter_settings(tmp_path, key):
+    assert key in refused(tmp_path, {"tuning": "full", key: True})
+    assert key in refused(tmp_path, {key: True, "profiles": {"whole": {"tuning": "full"}}})
+    assert load_config(written(tmp_path, {"tuning": "full", key: False})).tuning == "full"
+
+
 @pytest.mark.parametrize("given", [{"use_qlora": True, "tuning": "lora"}, {"use_qlora": False, "tuning": "lora-8bit"}])
 def test_the_alias_may_not_contradict_tuning(tmp_path, given):
     assert "contradicts" in refused(tmp_path, given)

@@ -12,7 +12,7 @@ import re
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -59,6 +59,12 @@ class TrainingSettings(_Strict):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapter.")
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear", description="Layers that get an adapter: all-linear, or a list of module names."
+    )
+    use_rslora: bool = Field(
+        False, description="Scale the adapter by lora_alpha / sqrt(lora_r): steadier at high ranks (rsLoRA)."
+    )
+    use_dora: bool = Field(
+        False, description="Learn a magnitude beside the adapter's direction (DoRA): often better, slower."
     )
     system_prompt: str | None = Field(
         "You are a helpful assistant.",
@@ -113,6 +119,13 @@ class TrainingSettings(_Strict):
             given = info.data.get("tuning")
             raise ValueError(f"{str(use_qlora).lower()} contradicts tuning {given!r}; keep one of them")
         return use_qlora
+
+    @model_validator(mode="after")
+    def _adapter_settings_have_an_adapter(self) -> Self:
+        named = [name for name in ("use_rslora", "use_dora") if getattr(self, name)]
+        if self.tuning == "full" and named:
+            raise ValueError(f"tuning full trains no adapter, so {' and '.join(named)} cannot be met; drop one of them")
+        return self
 
     def first_rung(self) -> Rung:
         """Give the top of the memory ladder, where the first attempt starts.

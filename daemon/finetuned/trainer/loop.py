@@ -23,7 +23,8 @@ from finetuned.trainer import checkpoint, health, memory, steps
 from finetuned.trainer.batches import Example
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.layout import Layout, choose_layout
-from finetuned.trainer.model import Base, add_adapter, evaluating, load_model, set_checkpointing
+from finetuned.trainer.lora import add_adapter
+from finetuned.trainer.model import Base, evaluating, load_model, set_checkpointing
 from finetuned.trainer.precision import Precision, choose
 from finetuned.trainer.predictions import predict
 from finetuned.trainer.recipes import RECIPES

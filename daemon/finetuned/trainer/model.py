@@ -1,8 +1,7 @@
-"""The base model, its quantisation and its adapter."""
+"""The base model and its quantisation."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,43 +157,6 @@ def _unreachable(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def add_adapter(
-    model: PreTrainedModel, base: Base, settings: TrainingSettings, *, precision: Precision
-) -> PreTrainedModel:
-    """Wrap the model's layers in LoRA; its first weights follow from the seed. Raises ConfigError for unknown layers.
-
-    peft's own preparation for quantised training is not used: it raises embeddings and head to float32.
-    """
-    if "bitsandbytes" not in sys.modules:
-        # None hides it: peft imports it wherever it is installed, a second of start-up for nothing on a dense base.
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
-    from peft import LoraConfig, get_peft_model
-
-    targets = settings.target_modules
-    torch.manual_seed(settings.seed)
-    config = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type, unused-ignore]
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base.name,
-    )
-    try:
-        wrapped = get_peft_model(model, config)  # type: ignore[arg-type, unused-ignore]
-    except ValueError as error:
-        raise ConfigError(
-            f"no adapter can be put on this model: {error}",
-            where="target_modules",
-            remedy='Name its layers in "target_modules"; "all-linear" fits most models.',
-        ) from error
-    wrapped.peft_config["default"].base_model_name_or_path = base.name
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(precision.trained)
-    return wrapped  # type: ignore[return-value, unused-ignore]
 
 
 def set_checkpointing(model: PreTrainedModel, *, on: bool) -> None:

@@ -1,0 +1,59 @@
+"""The adapter on the base model: LoRA, rank-stabilised or DoRA as the settings say."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from finetuned.config import TrainingSettings
+from finetuned.errors import ConfigError
+from finetuned.trainer.model import Base
+from finetuned.trainer.precision import Precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def add_adapter(
+    model: PreTrainedModel, base: Base, settings: TrainingSettings, *, precision: Precision
+) -> PreTrainedModel:
+    """Wrap the model's layers in LoRA; its first weights follow from the seed. Raises ConfigError for unknown layers.
+
+    peft's own preparation for quantised training is not used: it raises embeddings and head to float32.
+    """
+    if "bitsandbytes" not in sys.modules:
+        # None hides it: peft imports it wherever it is installed, a second of start-up for nothing on a dense base.
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+    from peft import LoraConfig, get_peft_model
+
+    if settings.use_dora and getattr(model, "is_loaded_in_8bit", False) and model.device.type == "cpu":
+        raise ConfigError(  # each pass of peft 0.21 loses the scales of bitsandbytes' 8-bit weights there
+            "DoRA on 8-bit weights needs a GPU", where="use_dora", remedy='Set "tuning" to "lora" or "qlora".'
+        )
+    targets = settings.target_modules
+    torch.manual_seed(settings.seed)
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type, unused-ignore]
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        use_dora=settings.use_dora,
+        use_rslora=settings.use_rslora,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.name,
+    )
+    try:
+        wrapped = get_peft_model(model, config)  # type: ignore[arg-type, unused-ignore]
+    except ValueError as error:
+        raise ConfigError(
+            f"no adapter can be put on this model: {error}",
+            where="target_modules",
+            remedy='Name its layers in "target_modules"; "all-linear" fits most models.',
+        ) from error
+    wrapped.peft_config["default"].base_model_name_or_path = base.name
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(precision.trained)
+    return wrapped  # type: ignore[return-value, unused-ignore]
