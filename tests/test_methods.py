@@ -62,6 +62,30 @@ def test_an_adapter_loads_in_plain_peft_with_the_loss_that_was_measured(tmp_path
         assert not torch.allclose(magnitude, layer.base_layer.weight.norm(dim=1), atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{}, METHODS["dora and rslora"], {"tuning": "qlora"}], ids=str)
+def test_a_training_goes_on_from_an_adapter(tmp_path, tiny_model, data, held_out, settings):
+    """It begins where the earlier one ended, learns further, and both are told of in the chain."""
+    settings = {"model": str(tiny_model), "eval_file": str(held_out), "epochs": 1, **settings}
+    first = Run(tmp_path / "first", data, **settings).done()
+    second = Run(tmp_path / "second", data, resume_adapter=str(first.adapter), **settings).done()
+    (one,), (two,) = first.events(EventType.RESULT), second.events(EventType.RESULT)
+    assert two.data["valid_loss_before"] == pytest.approx(one.data["valid_loss"], rel=1e-5)
+    assert two.data["valid_loss"] < two.data["valid_loss_before"] - 0.01
+    story = json.loads((second.adapter / "finetuned.json").read_text())
+    assert story["chain"] == [{"adapter": "adapter", "job_id": first.spec.id, "sha256": first.spec.sha256}]
+    assert story["choices"]["resume_adapter"]["choice"] == "adapter"
+    assert f"1. `adapter`, on data with sha256 {first.spec.sha256}" in (second.adapter / "README.md").read_text()
+
+
+def test_an_adapter_on_other_layers_is_not_continued(tmp_path, tiny_model, data):
+    settings = {"model": str(tiny_model), "max_steps": 1}
+    first = Run(tmp_path / "first", data, target_modules=["q_proj"], **settings).done()
+    second = Run(tmp_path / "second", data, resume_adapter=str(first.adapter), **settings)
+    assert second.attempt() == ExitCode.BAD_SETTINGS, second.log
+    assert "other layers" in second.error()["what"]
+    assert "target_modules" in second.error()["remedy"]
+
+
 @pytest.mark.parametrize("settings", [{"dtype": "bf16"}, {"tuning": "qlora"}], ids=str)
 def test_dora_learns_and_answers_on_every_base(tmp_path, tiny_model, data, held_out, settings):
     """Its magnitudes come from base weights, whatever these are stored as."""

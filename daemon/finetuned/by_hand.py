@@ -44,8 +44,8 @@ def train_by_hand(
 ) -> int:
     """Train and give the exit code. Raises FinetunedError for settings or folders that cannot be used."""
     values = {name: value for name, value in options.items() if value is not None}
-    if "eval_file" in values:
-        values["eval_file"] = str(Path(values["eval_file"]).resolve())
+    for name in {"eval_file", "resume_adapter"} & values.keys():
+        values[name] = str(values[name].resolve())
     if system_prompt is not None:
         values["system_prompt"] = system_prompt or None
     if skip_validation:
@@ -122,6 +122,8 @@ def _keep_or_clear(folder: JobFolder, job: Job) -> None:
         if locked(folder):
             raise _busy(folder)
         shutil.rmtree(folder.path, ignore_errors=True)
+    elif not folder.checkpoints.is_dir():
+        shutil.rmtree(folder.earlier, ignore_errors=True)  # nothing stands on it yet, and it may have been mended
 
 
 def _busy(folder: JobFolder) -> HomeError:

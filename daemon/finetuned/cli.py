@@ -131,6 +131,9 @@ def logs(base_dir: Path | None, job: str | None, follow: bool, lines: int) -> No
 @click.option("--max-length", type=int)
 @click.option("--lora-r", type=int)
 @click.option("--lora-alpha", type=float)
+@click.option(
+    "--resume-adapter", type=click.Path(path_type=Path, exists=True, file_okay=False), help="An adapter to train on."
+)
 @click.option("--system-prompt", help="For rows that have none; an empty text for none at all.")
 @click.option("--seed", type=int)
 @click.option("--job-id", help="A name for this training.")

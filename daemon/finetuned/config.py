@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 
-NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file"})
+NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter"})
+LATEST = "latest"  # as resume_adapter
 
 Tuning = Literal["qlora", "lora-8bit", "lora", "full"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -65,6 +66,11 @@ class TrainingSettings(_Strict):
     )
     use_dora: bool = Field(
         False, description="Learn a magnitude beside the adapter's direction (DoRA): often better, slower."
+    )
+    resume_adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="Adapter to train on: a path, from the base directory if not absolute, or latest of the profile.",
     )
     system_prompt: str | None = Field(
         "You are a helpful assistant.",
@@ -122,7 +128,7 @@ class TrainingSettings(_Strict):
 
     @model_validator(mode="after")
     def _adapter_settings_have_an_adapter(self) -> Self:
-        named = [name for name in ("use_rslora", "use_dora") if getattr(self, name)]
+        named = [name for name in ("use_rslora", "use_dora", "resume_adapter") if getattr(self, name)]
         if self.tuning == "full" and named:
             raise ValueError(f"tuning full trains no adapter, so {' and '.join(named)} cannot be met; drop one of them")
         return self

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +40,14 @@ def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, rep
         "job_id": spec.id,
         "file": spec.name.encode("utf-8", "backslashreplace").decode(),
         "sha256": spec.sha256,
+        "profile": spec.profile,
+        "finished_at": time.time(),
+        "chain": task.earlier.chain if task.earlier else [],
         "base_model": task.base.name,
         "base_model_note": task.base.note,
         "settings": task.settings.model_dump(),
         "rung": trained.rung.as_dict(),
-        "choices": trained.choices,
+        "choices": {**trained.choices, **_earlier(task)},
         "metrics": trained.metrics,
         "data": report,
         "versions": _versions(),
@@ -57,6 +61,10 @@ def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, rep
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
     model.set_attn_implementation(without_flat(model))  # ours is not known where the model is loaded next
     return model
+
+
+def _earlier(task: Task) -> dict[str, dict[str, str]]:
+    return {"resume_adapter": {"choice": str(task.earlier), "reason": task.earlier.reason}} if task.earlier else {}
 
 
 def _versions() -> dict[str, str]:
@@ -93,6 +101,7 @@ def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
         "",
         f"{weights} of {task.base.name}, trained by finetuned {__version__} on `{name}`:",
         f"{len(task.train)} rows, {metrics.get('step', 0)} steps of {trained.rung.effective_batch} rows.",
+        *_builds_on(task),
         *(["", task.base.note] if task.base.note else []),
         "",
         "| | |",
@@ -106,6 +115,14 @@ def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _builds_on(task: Task) -> list[str]:
+    chain = task.earlier.chain if task.earlier else []
+    if not chain:
+        return []
+    lines = [f"{n}. `{link['adapter']}`, on data with sha256 {link['sha256']}" for n, link in enumerate(chain, start=1)]
+    return ["", "It goes on from these, the last of which gave its first weights:", "", *lines]
 
 
 _FIGURES = (

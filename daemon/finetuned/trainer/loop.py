@@ -21,6 +21,7 @@ from finetuned.events import EventType
 from finetuned.fallback import Rung, next_rung
 from finetuned.trainer import checkpoint, health, memory, steps
 from finetuned.trainer.batches import Example
+from finetuned.trainer.chain import Earlier
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.layout import Layout, choose_layout
 from finetuned.trainer.lora import add_adapter
@@ -50,6 +51,7 @@ class Task:
     checkpoints: Path
     say: Reporter
     asked_to_stop: Callable[[], bool]
+    earlier: Earlier | None = None  # what the adapter builds on
 
 
 @dataclass
@@ -100,7 +102,7 @@ def _load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
         model = load_model(task.base, task.settings, tuning=task.rung.tuning, precision=precision, device=task.device)
         layout = choose_layout(model, precision.compute, name=task.base.name)
         if task.rung.tuning != "full":
-            model = add_adapter(model, task.base, task.settings, precision=precision)
+            model = add_adapter(model, task.base, task.settings, precision=precision, earlier=task.earlier)
     except (RuntimeError, MemoryError) as error:
         detail = memory.out_of_memory(error)
         if detail is None:

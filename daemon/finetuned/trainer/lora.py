@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetuned.config import TrainingSettings
 from finetuned.errors import ConfigError
+from finetuned.trainer.chain import WEIGHTS, Earlier
 from finetuned.trainer.model import Base
 from finetuned.trainer.precision import Precision
 
@@ -17,9 +19,16 @@ if TYPE_CHECKING:
 
 
 def add_adapter(
-    model: PreTrainedModel, base: Base, settings: TrainingSettings, *, precision: Precision
+    model: PreTrainedModel,
+    base: Base,
+    settings: TrainingSettings,
+    *,
+    precision: Precision,
+    earlier: Earlier | None = None,
 ) -> PreTrainedModel:
-    """Wrap the model's layers in LoRA; its first weights follow from the seed. Raises ConfigError for unknown layers.
+    """Wrap the model's layers in LoRA; its first weights are those of an earlier adapter, or follow from the seed.
+
+    Raises ConfigError for unknown layers, or where the earlier adapter has others.
 
     peft's own preparation for quantised training is not used: it raises embeddings and head to float32.
     """
@@ -56,4 +65,23 @@ def add_adapter(
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(precision.trained)
+    if earlier is not None and earlier.folder is not None:
+        _load(wrapped, earlier.folder, str(earlier))
     return wrapped  # type: ignore[return-value, unused-ignore]
+
+
+def _load(wrapped: Any, folder: Path, name: str) -> None:
+    """Put an earlier adapter's weights in place, in the number formats of those that are there."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / WEIGHTS)
+    has = {name: tensor.shape for name, tensor in weights.items()}
+    wants = {n: t.shape for n, t in get_peft_model_state_dict(wrapped, save_embedding_layers=False).items()}
+    if other := sorted(name for name, _ in has.items() ^ wants.items()):
+        raise ConfigError(
+            f"is on other layers: {len(other)} weights are not in both, or of another size, the first {other[0]}",
+            where=f"resume_adapter {name}",
+            remedy="Set target_modules as they were, or set resume_adapter to null to start fresh.",
+        )
+    set_peft_model_state_dict(wrapped, weights)
