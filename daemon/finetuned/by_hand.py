@@ -144,12 +144,12 @@ def _write_spec(folder: JobFolder, job: Job, data: Path) -> None:
         sha256=job.sha256,
         attempt=job.attempt,
         base_dir=str(Path.cwd()),
-        models=str(_models()),
+        models=str(models_folder()),
     )
     folder.spec.write_bytes(spec.encode())
 
 
-def _models() -> Path:
+def models_folder() -> Path:
     """Give the unpacked models' folder: the base directory's if there is one, else the user's cache."""
     try:
         folder = find_home(None).models

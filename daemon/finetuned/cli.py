@@ -147,6 +147,21 @@ def train(**options: Any) -> None:
 
 
 @cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option(
+    "--output-dir", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the model goes."
+)
+@click.option("--model", help="The base model, where it is not where the adapter says.")
+@click.option("--dtype", type=click.Choice(["bf16", "float32"]), default="bf16", show_default=True)
+@click.option("--yes", is_flag=True, help="Do not ask before replacing a merged model.")
+def merge(adapter: Path, output_dir: Path, model: str | None, dtype: str, yes: bool) -> None:  # noqa: FBT001
+    """Merge ADAPTER into its base model: a folder that needs no PEFT."""
+    from finetuned.export import merge_adapter
+
+    sys.exit(merge_adapter(adapter, output_dir, model=model, dtype=dtype, yes=yes))
+
+
+@cli.command()
 @click.option(
     "--base-dir",
     type=click.Path(path_type=Path, file_okay=False),

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetuned.adapters import WEIGHTS
 from finetuned.config import TrainingSettings
 from finetuned.errors import ConfigError
-from finetuned.trainer.chain import WEIGHTS, Earlier
+from finetuned.trainer.chain import Earlier
 from finetuned.trainer.model import Base
 from finetuned.trainer.precision import Precision
 
