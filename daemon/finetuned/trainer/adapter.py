@@ -18,6 +18,7 @@ from finetuned.durable import write_file
 from finetuned.jobs import JobSpec
 from finetuned.trainer.attention import without_flat
 from finetuned.trainer.loop import Task, Trained
+from finetuned.trainer.vision import auto_class, copy_processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +36,7 @@ def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, rep
         model.save_pretrained(folder, save_embedding_layers=False)
     else:
         _plain(model).save_pretrained(folder)
+        copy_processor(task.base.source, task.settings.revision, folder)
     task.tokenizer.save_pretrained(folder)
     story = {
         "job_id": spec.id,
@@ -108,7 +110,7 @@ def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
         "| --- | --- |",
         *figures,
         "",
-        *_loading(task.base.name, whole=whole),
+        *_loading(task.base.name, auto_class(trained.model.config).__name__, whole=whole),
         "",
         f"System prompt in training: {prompt}. Use the same one with the model; another can cost much of what was",
         "learned. The chat template is saved beside the weights, and `finetuned.json` has every setting.",
@@ -132,20 +134,20 @@ _FIGURES = (
 )
 
 
-def _loading(base: str, *, whole: bool) -> list[str]:
+def _loading(base: str, auto: str, *, whole: bool) -> list[str]:
     """Give lines that run as they are, in the adapter's folder."""
     model = (
-        ["model = AutoModelForCausalLM.from_pretrained(folder)"]
+        [f"model = {auto}.from_pretrained(folder)"]
         if whole
         else [
-            f'model = AutoModelForCausalLM.from_pretrained("{base}")  # or the folder where you have it',
+            f'model = {auto}.from_pretrained("{base}")  # or the folder where you have it',
             "model = PeftModel.from_pretrained(model, folder)",
         ]
     )
     return [
         "```python",
         *([] if whole else ["from peft import PeftModel"]),
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto}, AutoTokenizer",
         "",
         'folder = "."  # this one',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from finetuned.trainer.precision import Precision, choose
 from finetuned.trainer.predictions import predict
 from finetuned.trainer.recipes import RECIPES
 from finetuned.trainer.reporter import Reporter
+from finetuned.trainer.vision import tower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -150,12 +151,14 @@ class Training:
     def announce(self) -> None:
         """Say what will be done, and what was decided."""
         task, plan = self.task, self.plan
-        parameters, trainable = _count(self.model), sum(p.numel() for p in self.trained.values())
+        frozen = _count(tower(self.model.get_base_model() if task.rung.tuning != "full" else self.model))
+        parameters, trainable = _count(self.model.parameters()), sum(p.numel() for p in self.trained.values())
         tokens, supervised = sum(self.lengths), sum(example.targets for example in task.train)
         task.say.say(
             EventType.PLAN,
             f"plan: {plan.total_steps} steps of {plan.effective_batch} rows ({self.rung}), {plan.examples} rows, "
-            f"{tokens} tokens of which {supervised} supervised; {trainable:,} of {parameters:,} parameters; "
+            f"{tokens} tokens of which {supervised} supervised; {trainable:,} of {parameters:,} parameters"
+            f"{f', the {frozen:,} of vision frozen' if frozen else ''}; "
             f"{task.device}, {self.choices['dtype']['choice']}, {self.choices['layout']['choice']}",
             total_steps=plan.total_steps,
             rows=plan.examples,
@@ -163,6 +166,7 @@ class Training:
             supervised_tokens=supervised,
             parameters=parameters,
             trainable_parameters=trainable,
+            frozen_vision_parameters=frozen,
             device=str(task.device),
             rung=self.rung.as_dict(),
             choices=self.choices,
@@ -410,9 +414,9 @@ def _learning_rate(settings: TrainingSettings, tuning: str) -> tuple[float, str]
     return _ADAPTER_RATE, "usual for adapters"
 
 
-def _count(model: PreTrainedModel) -> int:
+def _count(parameters: Iterable[torch.nn.Parameter]) -> int:
     """Count parameters; a 4-bit one holds two in each byte."""
-    return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
+    return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in parameters)
 
 
 class _Pace:

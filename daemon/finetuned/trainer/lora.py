@@ -14,6 +14,7 @@ from finetuned.errors import ConfigError
 from finetuned.trainer.chain import Earlier
 from finetuned.trainer.model import Base
 from finetuned.trainer.precision import Precision
+from finetuned.trainer.vision import text_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,19 +43,19 @@ def add_adapter(
         raise ConfigError(  # each pass of peft 0.21 loses the scales of bitsandbytes' 8-bit weights there
             "DoRA on 8-bit weights needs a GPU", where="use_dora", remedy='Set "tuning" to "lora" or "qlora".'
         )
-    targets = settings.target_modules
     torch.manual_seed(settings.seed)
-    config = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type, unused-ignore]
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        use_dora=settings.use_dora,
-        use_rslora=settings.use_rslora,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base.name,
-    )
     try:
+        targets = text_layers(model, settings.target_modules)
+        config = LoraConfig(
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha,  # type: ignore[arg-type, unused-ignore]
+            lora_dropout=settings.lora_dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            use_dora=settings.use_dora,
+            use_rslora=settings.use_rslora,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base.name,
+        )
         wrapped = get_peft_model(model, config)  # type: ignore[arg-type, unused-ignore]
     except ValueError as error:
         raise ConfigError(

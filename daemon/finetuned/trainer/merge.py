@@ -88,6 +88,7 @@ def _merge(
     from finetuned.trainer import embedded
     from finetuned.trainer.model import find_base, load_model
     from finetuned.trainer.precision import Precision
+    from finetuned.trainer.vision import copy_processor
 
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|bitsandbytes)\b")
     transformers.logging.set_verbosity_error()
@@ -121,6 +122,7 @@ def _merge(
         adapter if (adapter / "tokenizer_config.json").is_file() else base.source
     )
     tokenizer.save_pretrained(staged)
+    copy_processor(base.source, settings.revision, staged)
     return base.name
 
 

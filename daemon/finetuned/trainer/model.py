@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from finetuned.config import TrainingSettings
 from finetuned.errors import ConfigError, ModelError
 from finetuned.trainer import embedded
 from finetuned.trainer.precision import Precision
+from finetuned.trainer.vision import auto_class, tower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,12 +85,15 @@ def load_tokenizer(base: Base, settings: TrainingSettings) -> PreTrainedTokenize
 def load_model(
     base: Base, settings: TrainingSettings, *, tuning: str, precision: Precision, device: torch.device
 ) -> PreTrainedModel:
-    """Load the base weights onto the device, quantised where the tuning says so. Raises ModelError."""
+    """Load the base weights onto the device, quantised where the tuning says so, a vision tower frozen.
+
+    Raises ModelError.
+    """
     quantised = {"quantization_config": _quantisation(tuning, precision)} if tuning in {"qlora", "lora-8bit"} else {}
     with _loading(base):
         config = AutoConfig.from_pretrained(base.source, **_hub(settings))
         config.use_cache = False
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = auto_class(config).from_pretrained(
             base.source,
             config=config,
             dtype=precision.weights,
@@ -97,6 +101,8 @@ def load_model(
             **quantised,
             **_hub(settings),
         )
+    for parameter in tower(model):
+        parameter.requires_grad = False
     return model
 
 
