@@ -162,6 +162,17 @@ def merge(adapter: Path, output_dir: Path, model: str | None, dtype: str, yes: b
 
 
 @cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write.")
+@click.option("--model", help="The base model, where it is not where the adapter says.")
+def gguf(adapter: Path, output: Path, model: str | None) -> None:
+    """Write ADAPTER as a GGUF file, with llama.cpp's converter."""
+    from finetuned.export import convert_adapter
+
+    sys.exit(convert_adapter(adapter, output, model=model))
+
+
+@cli.command()
 @click.option(
     "--base-dir",
     type=click.Path(path_type=Path, file_okay=False),
