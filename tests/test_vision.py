@@ -124,6 +124,8 @@ def test_a_full_tuning_leaves_the_vision_tower_as_it_was(tmp_path, settings):
     run = Run(tmp_path / "job", tuning="full", **settings).done()
     before = load_file(Path(settings["model"]) / "model.safetensors")
     same = {name for name, weight in run.weights().items() if torch.equal(weight, before[name])}
+    (plan,) = run.events(EventType.PLAN)
+    assert plan.data["trainable_parameters"] == plan.data["parameters"] - plan.data["frozen_vision_parameters"]
     assert same == {name for name in before if ".visual." in name}
     assert (run.adapter / "preprocessor_config.json").read_text() == '{"patch_size": 16}'
     check_loss(run, AutoModelForImageTextToText.from_pretrained(run.adapter, dtype=torch.float32), settings)
