@@ -159,6 +159,13 @@ def test_the_alias_beside_the_same_or_auto_is_fine(tmp_path, given):
     assert load_config(written(tmp_path, given)).tuning in {"qlora", "lora"}
 
 
+@pytest.mark.parametrize(("key", "value"), [("use_dora", True), ("use_rslora", True), ("resume_adapter", "latest")])
+def test_a_full_tuning_takes_no_adapter_settings(tmp_path, key, value):
+    assert key in refused(tmp_path, {"tuning": "full", key: value})
+    assert key in refused(tmp_path, {key: value, "profiles": {"whole": {"tuning": "full"}}})
+    assert load_config(written(tmp_path, {"tuning": "full", "use_dora": False})).tuning == "full"
+
+
 @pytest.mark.parametrize("given", [{"use_qlora": True, "tuning": "lora"}, {"use_qlora": False, "tuning": "lora-8bit"}])
 def test_the_alias_may_not_contradict_tuning(tmp_path, given):
     assert "contradicts" in refused(tmp_path, given)
@@ -234,13 +241,13 @@ def test_an_override_is_read_as_it_is(tmp_path):
     assert read_overrides(written(tmp_path, {"epochs": 2}, "x.config.json")) == {"epochs": 2}
 
 
-@pytest.mark.parametrize("key", ["trust_remote_code", "eval_file"])
+@pytest.mark.parametrize("key", ["trust_remote_code", "eval_file", "resume_adapter"])
 def test_an_override_may_not_allow_code_or_name_paths(tmp_path, key):
     with pytest.raises(ConfigError, match=f"may not set {key}"):
         read_overrides(written(tmp_path, {key: False, "epochs": 2}, "x.config.json"))
 
 
-@pytest.mark.parametrize("key", ["trust_remote_code", "eval_file"])
+@pytest.mark.parametrize("key", ["trust_remote_code", "eval_file", "resume_adapter"])
 def test_a_profile_may_set_what_an_override_may_not(tmp_path, key):
     value = True if key == "trust_remote_code" else "held-out.jsonl"
     config = load_config(written(tmp_path, {"profiles": {"p": {key: value}}}))

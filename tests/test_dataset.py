@@ -88,7 +88,9 @@ def test_utf_16_is_told_for_what_it_is(tmp_path):
 def test_good_rows_are_read_in_order_with_their_lines(tmp_path):
     rows, report = read(write_jsonl(tmp_path / "x.jsonl", chat_rows(20)))
     assert [row.line for row in rows] == list(range(1, 21))
-    assert [row.chat() for row in rows] == [row["messages"] for row in chat_rows(20)]
+    assert [list(row.messages) for row in rows] == [
+        [(m["role"], m["content"]) for m in r["messages"]] for r in chat_rows(20)
+    ]
     assert (report.rows, report.bad_rows, report.faults) == (20, 0, {})
 
 

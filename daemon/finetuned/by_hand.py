@@ -44,8 +44,8 @@ def train_by_hand(
 ) -> int:
     """Train and give the exit code. Raises FinetunedError for settings or folders that cannot be used."""
     values = {name: value for name, value in options.items() if value is not None}
-    if "eval_file" in values:
-        values["eval_file"] = str(Path(values["eval_file"]).resolve())
+    for name in {"eval_file", "resume_adapter"} & values.keys():
+        values[name] = str(values[name].resolve())
     if system_prompt is not None:
         values["system_prompt"] = system_prompt or None
     if skip_validation:
@@ -122,6 +122,8 @@ def _keep_or_clear(folder: JobFolder, job: Job) -> None:
         if locked(folder):
             raise _busy(folder)
         shutil.rmtree(folder.path, ignore_errors=True)
+    elif not folder.checkpoints.is_dir():
+        shutil.rmtree(folder.earlier, ignore_errors=True)  # nothing stands on it yet, and it may have been mended
 
 
 def _busy(folder: JobFolder) -> HomeError:
@@ -142,12 +144,12 @@ def _write_spec(folder: JobFolder, job: Job, data: Path) -> None:
         sha256=job.sha256,
         attempt=job.attempt,
         base_dir=str(Path.cwd()),
-        models=str(_models()),
+        models=str(models_folder()),
     )
     folder.spec.write_bytes(spec.encode())
 
 
-def _models() -> Path:
+def models_folder() -> Path:
     """Give the unpacked models' folder: the base directory's if there is one, else the user's cache."""
     try:
         folder = find_home(None).models

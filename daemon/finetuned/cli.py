@@ -131,6 +131,9 @@ def logs(base_dir: Path | None, job: str | None, follow: bool, lines: int) -> No
 @click.option("--max-length", type=int)
 @click.option("--lora-r", type=int)
 @click.option("--lora-alpha", type=float)
+@click.option(
+    "--resume-adapter", type=click.Path(path_type=Path, exists=True, file_okay=False), help="An adapter to train on."
+)
 @click.option("--system-prompt", help="For rows that have none; an empty text for none at all.")
 @click.option("--seed", type=int)
 @click.option("--job-id", help="A name for this training.")
@@ -141,6 +144,32 @@ def train(**options: Any) -> None:
     from finetuned.by_hand import train_by_hand
 
     sys.exit(train_by_hand(**options))
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option(
+    "--output-dir", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the model goes."
+)
+@click.option("--model", help="The base model, where it is not where the adapter says.")
+@click.option("--dtype", type=click.Choice(["bf16", "float32"]), default="bf16", show_default=True)
+@click.option("--yes", is_flag=True, help="Do not ask before replacing a merged model.")
+def merge(adapter: Path, output_dir: Path, model: str | None, dtype: str, yes: bool) -> None:  # noqa: FBT001
+    """Merge ADAPTER into its base model: a folder that needs no PEFT."""
+    from finetuned.export import merge_adapter
+
+    sys.exit(merge_adapter(adapter, output_dir, model=model, dtype=dtype, yes=yes))
+
+
+@cli.command()
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.option("--output", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write.")
+@click.option("--model", help="The base model, where it is not where the adapter says.")
+def gguf(adapter: Path, output: Path, model: str | None) -> None:
+    """Write ADAPTER as a GGUF file, with llama.cpp's converter."""
+    from finetuned.export import convert_adapter
+
+    sys.exit(convert_adapter(adapter, output, model=model))
 
 
 @cli.command()

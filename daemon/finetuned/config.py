@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 
-NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file"})
+NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter"})
+LATEST = "latest"  # as resume_adapter
 
 _AUTO_ROWS = 8  # in one optimizer step, where batch_size is auto and effective_batch does not say
 
@@ -61,6 +62,17 @@ class TrainingSettings(_Strict):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in front of the adapter.")
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear", description="Layers that get an adapter: all-linear, or a list of module names."
+    )
+    use_rslora: bool = Field(
+        False, description="Scale the adapter by lora_alpha / sqrt(lora_r): steadier at high ranks (rsLoRA)."
+    )
+    use_dora: bool = Field(
+        False, description="Learn a magnitude beside the adapter's direction (DoRA): often better, slower."
+    )
+    resume_adapter: str | None = Field(
+        None,
+        min_length=1,
+        description="Adapter to train on: a path, from the base directory if not absolute, or latest of the profile.",
     )
     system_prompt: str | None = Field(
         "You are a helpful assistant.",
@@ -133,6 +145,13 @@ class TrainingSettings(_Strict):
     def _one_way_to_say_the_effective_batch(self) -> Self:
         if self.effective_batch is not None and self.gradient_accumulation != 1:
             raise ValueError("effective_batch decides gradient_accumulation; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_settings_have_an_adapter(self) -> Self:
+        named = [name for name in ("use_rslora", "use_dora", "resume_adapter") if getattr(self, name)]
+        if self.tuning == "full" and named:
+            raise ValueError(f"tuning full trains no adapter, so {' and '.join(named)} cannot be met; drop one of them")
         return self
 
     def first_rung(self) -> Rung:

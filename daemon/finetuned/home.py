@@ -41,6 +41,11 @@ class JobFolder:
         """The folder of this job's checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def earlier(self) -> Path:
+        """The adapter that this job builds on, as it was at the first attempt."""
+        return self.path / "earlier"
+
     def output(self, attempt: int) -> Path:
         """Where attempt number `attempt` (from 1) leaves its result."""
         return self.path / f"out.{attempt}"

@@ -53,6 +53,18 @@ def test_training_by_hand_leaves_an_adapter_and_its_log(tmp_path, data, tiny_mod
     assert not (output / ".finetuned-train").exists()
 
 
+def test_a_training_by_hand_goes_on_from_an_adapter(tmp_path, data, tiny_model):
+    options = ("--model", tiny_model, "--max-steps", 2)
+    for output, more in (("first", ()), ("second", ("--resume-adapter", "first"))):
+        done = subprocess.run(
+            command(data, output, *options, *more), capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    story = json.loads((tmp_path / "second" / "finetuned.json").read_bytes())
+    assert [link["adapter"] for link in story["chain"]] == ["first"]
+    assert "resume_adapter: first" in (tmp_path / "second" / "train.log").read_text()
+
+
 def test_a_folder_with_something_in_it_is_not_replaced_without_asking(tmp_path, data, tiny_model):
     output = tmp_path / "out"
     output.mkdir()

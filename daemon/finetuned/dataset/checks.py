@@ -22,7 +22,7 @@ REMEDIES = {
     "missing_content": 'Give the message a "content"; null cannot be learned.',
     "example_missing_assistant_message": "Without an assistant turn there is nothing to learn from the row.",
     "template_refuses_row": "The model's chat template takes no such row; mend it, or take another model.",
-    "template_drops_text": "The model's chat template changes or leaves out the answer; another model may keep it.",
+    "template_drops_text": "The model's chat template changes or leaves out a text; another model may keep it.",
     "no_supervised_tokens": "The answer lies behind max_length; raise it or shorten the question.",
 }
 
@@ -49,10 +49,6 @@ class Row:
 
     line: int
     messages: tuple[tuple[str, str], ...]
-
-    def chat(self) -> list[dict[str, str]]:
-        """Give the messages as a chat template takes them."""
-        return [{"role": role, "content": content} for role, content in self.messages]
 
 
 def check_row(line: int, value: Any) -> Row | list[Problem]:

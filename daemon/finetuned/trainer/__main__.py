@@ -70,6 +70,7 @@ def _train(
     import transformers
 
     from finetuned.trainer.adapter import write_adapter
+    from finetuned.trainer.chain import settle
     from finetuned.trainer.loop import Task, train
     from finetuned.trainer.model import choose_tuning, find_base, load_tokenizer
 
@@ -83,6 +84,9 @@ def _train(
     if tuning != spec.rung["tuning"]:
         say.say(EventType.RUNG, f"tuning {tuning}: {why}", rung=rung.as_dict(), reason=why)
     base = find_base(settings, models=Path(spec.models), base_dir=Path(spec.base_dir))
+    earlier = settle(folder, spec, settings, base.name)
+    if earlier is not None:
+        say.say(EventType.MESSAGE, f"resume_adapter: {earlier} ({earlier.reason})", chain=earlier.chain)
     tokenizer = load_tokenizer(base, settings)
     examples = _examples(rows, report, tokenizer, rung.max_length)
     say.say(EventType.DATA_REPORT, f"data: {report.summary()}", **report.as_dict())
@@ -102,6 +106,7 @@ def _train(
         bounds=Path(spec.models).parent / "micro-batches.json",
         say=say,
         asked_to_stop=lambda: _stop_asked,
+        earlier=earlier,
     )
     judge(held_out_report, name=str(settings.eval_file), max_bad_rows=settings.max_bad_rows)
     trained = train(task)

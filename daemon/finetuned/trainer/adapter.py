@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from finetuned.durable import write_file
 from finetuned.jobs import JobSpec
 from finetuned.trainer.attention import without_flat
 from finetuned.trainer.loop import Task, Trained
+from finetuned.trainer.vision import auto_class, copy_processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,16 +36,20 @@ def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, rep
         model.save_pretrained(folder, save_embedding_layers=False)
     else:
         _plain(model).save_pretrained(folder)
+        copy_processor(task.base.source, task.settings.revision, folder)
     task.tokenizer.save_pretrained(folder)
     story = {
         "job_id": spec.id,
         "file": spec.name.encode("utf-8", "backslashreplace").decode(),
         "sha256": spec.sha256,
+        "profile": spec.profile,
+        "finished_at": time.time(),
+        "chain": task.earlier.chain if task.earlier else [],
         "base_model": task.base.name,
         "base_model_note": task.base.note,
         "settings": task.settings.model_dump(),
         "rung": trained.rung.as_dict(),
-        "choices": trained.choices,
+        "choices": {**trained.choices, **_earlier(task)},
         "metrics": trained.metrics,
         "data": report,
         "versions": _versions(),
@@ -57,6 +63,10 @@ def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, rep
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
     model.set_attn_implementation(without_flat(model))  # ours is not known where the model is loaded next
     return model
+
+
+def _earlier(task: Task) -> dict[str, dict[str, str]]:
+    return {"resume_adapter": {"choice": str(task.earlier), "reason": task.earlier.reason}} if task.earlier else {}
 
 
 def _versions() -> dict[str, str]:
@@ -93,19 +103,28 @@ def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
         "",
         f"{weights} of {task.base.name}, trained by finetuned {__version__} on `{name}`:",
         f"{len(task.train)} rows, {metrics.get('step', 0)} steps of {trained.rung.effective_batch} rows.",
+        *_builds_on(task),
         *(["", task.base.note] if task.base.note else []),
         "",
         "| | |",
         "| --- | --- |",
         *figures,
         "",
-        *_loading(task.base.name, whole=whole),
+        *_loading(task.base.name, auto_class(trained.model.config).__name__, whole=whole),
         "",
         f"System prompt in training: {prompt}. Use the same one with the model; another can cost much of what was",
         "learned. The chat template is saved beside the weights, and `finetuned.json` has every setting.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _builds_on(task: Task) -> list[str]:
+    chain = task.earlier.chain if task.earlier else []
+    if not chain:
+        return []
+    lines = [f"{n}. `{link['adapter']}`, on data with sha256 {link['sha256']}" for n, link in enumerate(chain, start=1)]
+    return ["", "It goes on from these, the last of which gave its first weights:", "", *lines]
 
 
 _FIGURES = (
@@ -115,20 +134,20 @@ _FIGURES = (
 )
 
 
-def _loading(base: str, *, whole: bool) -> list[str]:
+def _loading(base: str, auto: str, *, whole: bool) -> list[str]:
     """Give lines that run as they are, in the adapter's folder."""
     model = (
-        ["model = AutoModelForCausalLM.from_pretrained(folder)"]
+        [f"model = {auto}.from_pretrained(folder)"]
         if whole
         else [
-            f'model = AutoModelForCausalLM.from_pretrained("{base}")  # or the folder where you have it',
+            f'model = {auto}.from_pretrained("{base}")  # or the folder where you have it',
             "model = PeftModel.from_pretrained(model, folder)",
         ]
     )
     return [
         "```python",
         *([] if whole else ["from peft import PeftModel"]),
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto}, AutoTokenizer",
         "",
         'folder = "."  # this one',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",

@@ -1,27 +1,24 @@
 """From chat rows to tokens, and from tokens to micro-batches.
 
-A chat is rendered and tokenised as a whole. Where its assistant turns are is found by rendering it once more with
-marks in place of the answers: what stands between the marks is the template's own text.
+A chat is rendered (`chat.py`) and tokenised as a whole.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2.exceptions import TemplateError
 
 from finetuned.dataset.checks import Problem, Row
 from finetuned.trainer.attention import FlatRows
+from finetuned.trainer.chat import render_row, takes_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARK = "\ue000{}\ue001"  # private-use characters: no template treats them in a special way
 _BATCH = 1024  # rows tokenised at once
 _WORTH_SHARING = 8  # tokens
 
@@ -66,8 +63,9 @@ def tokenise(
     """Render and tokenise rows in order; a row that cannot be learned from comes back with its problem."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = added | set(tokenizer.all_special_ids)
+    parts = takes_parts(tokenizer)
     for start in range(0, len(rows), _BATCH):
-        rendered = [_render(row, tokenizer) for row in rows[start : start + _BATCH]]
+        rendered = [render_row(row, tokenizer, parts=parts) for row in rows[start : start + _BATCH]]
         encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
         for index, (text, spans) in enumerate(rendered):
             row = rows[start + index]
@@ -78,31 +76,6 @@ def tokenise(
             mask = _supervised(text, ids, encoded["offset_mapping"][index], spans, special)
             example = Example(ids[:max_length], mask[:max_length], row)
             yield example if example.targets else (row, Problem("no_supervised_tokens"))
-
-
-def _render(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]] | Problem]:
-    """Give the rendered chat and the span of each assistant text in it, or why the template does not do."""
-    chat = row.chat()
-    try:
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except TemplateError as error:  # templates raise for roles that they do not know, or in an order they do not like
-        return "", Problem("template_refuses_row", str(error))
-    answers = [message["content"] for message in chat if message["role"] == "assistant"]
-    marks = iter(_MARK.format(number) for number in range(len(answers)))
-    marked = [{**m, "content": next(marks)} if m["role"] == "assistant" else m for m in chat]
-    skeleton = str(tokenizer.apply_chat_template(marked, tokenize=False))
-    pieces = re.split("\ue000\\d+\ue001", skeleton)
-    if len(pieces) != len(answers) + 1:
-        return text, Problem("template_drops_text")
-    for trimmed in (str, str.strip):  # many templates trim the content
-        spans, end = [], 0
-        for piece, answer in zip(pieces, answers, strict=False):
-            start = end + len(piece)
-            end = start + len(trimmed(answer))
-            spans.append((start, end))
-        if "".join(p + trimmed(a) for p, a in zip(pieces, [*answers, ""], strict=True)) == text:
-            return text, spans
-    return text, Problem("template_drops_text")
 
 
 def _supervised(

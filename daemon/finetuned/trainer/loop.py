@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,11 @@ from finetuned.events import EventType
 from finetuned.fallback import Rung, next_rung
 from finetuned.trainer import bounds, checkpoint, fused, health, memory, steps
 from finetuned.trainer.batches import Example
+from finetuned.trainer.chain import Earlier
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.layout import Layout, choose_layout
-from finetuned.trainer.model import Base, add_adapter, evaluating, load_model, set_checkpointing
+from finetuned.trainer.lora import add_adapter
+from finetuned.trainer.model import Base, evaluating, load_model, set_checkpointing
 from finetuned.trainer.precision import Precision, choose, in_force
 from finetuned.trainer.predictions import predict
 from finetuned.trainer.recipes import RECIPES
@@ -50,6 +52,7 @@ class Task:
     bounds: Path  # what earlier trainings found out about micro-batches
     say: Reporter
     asked_to_stop: Callable[[], bool]
+    earlier: Earlier | None = None  # what the adapter builds on
 
 
 @dataclass
@@ -105,7 +108,7 @@ def _load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
         share = not task.settings.lora_dropout
         layout = choose_layout(model, precision.compute, name=task.base.name, share=share)
         if task.rung.tuning != "full":
-            model = add_adapter(model, task.base, task.settings, precision=precision)
+            model = add_adapter(model, task.base, task.settings, precision=precision, earlier=task.earlier)
             fused.fuse(model)
     except (RuntimeError, MemoryError) as error:
         detail = memory.out_of_memory(error)

@@ -1,8 +1,7 @@
-"""The base model, its quantisation and its adapter."""
+"""The base model and its quantisation."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from finetuned.config import TrainingSettings
 from finetuned.errors import ConfigError, ModelError
 from finetuned.trainer import embedded
 from finetuned.trainer.precision import Precision
+from finetuned.trainer.vision import auto_class, tower
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,12 +85,15 @@ def load_tokenizer(base: Base, settings: TrainingSettings) -> PreTrainedTokenize
 def load_model(
     base: Base, settings: TrainingSettings, *, tuning: str, precision: Precision, device: torch.device
 ) -> PreTrainedModel:
-    """Load the base weights onto the device, quantised where the tuning says so. Raises ModelError."""
+    """Load the base weights onto the device, quantised where the tuning says so, a vision tower frozen.
+
+    Raises ModelError.
+    """
     quantised = {"quantization_config": _quantisation(tuning, precision)} if tuning in {"qlora", "lora-8bit"} else {}
     with _loading(base):
         config = AutoConfig.from_pretrained(base.source, **_hub(settings))
         config.use_cache = False
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = auto_class(config).from_pretrained(
             base.source,
             config=config,
             dtype=precision.weights,
@@ -98,6 +101,8 @@ def load_model(
             **quantised,
             **_hub(settings),
         )
+    for parameter in tower(model):
+        parameter.requires_grad = False
     return model
 
 
@@ -158,43 +163,6 @@ def _unreachable(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def add_adapter(
-    model: PreTrainedModel, base: Base, settings: TrainingSettings, *, precision: Precision
-) -> PreTrainedModel:
-    """Wrap the model's layers in LoRA; its first weights follow from the seed. Raises ConfigError for unknown layers.
-
-    peft's own preparation for quantised training is not used: it raises embeddings and head to float32.
-    """
-    if "bitsandbytes" not in sys.modules:
-        # None hides it: peft imports it wherever it is installed, a second of start-up for nothing on a dense base.
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
-    from peft import LoraConfig, get_peft_model
-
-    targets = settings.target_modules
-    torch.manual_seed(settings.seed)
-    config = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type, unused-ignore]
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base.name,
-    )
-    try:
-        wrapped = get_peft_model(model, config)  # type: ignore[arg-type, unused-ignore]
-    except ValueError as error:
-        raise ConfigError(
-            f"no adapter can be put on this model: {error}",
-            where="target_modules",
-            remedy='Name its layers in "target_modules"; "all-linear" fits most models.',
-        ) from error
-    wrapped.peft_config["default"].base_model_name_or_path = base.name
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(precision.trained)
-    return wrapped  # type: ignore[return-value, unused-ignore]
 
 
 def set_checkpointing(model: PreTrainedModel, *, on: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from finetuned.dataset.checks import Row
 from finetuned.trainer.attention import without_flat
+from finetuned.trainer.chat import render, takes_parts
 from finetuned.trainer.model import evaluating
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def predict(
     Autocast is off: generation runs in the model's own number formats. Attention is transformers' own, as flat rows
     know no cache.
     """
-    asked = [(row.chat()[:turn], row.messages[turn][1]) for row in rows if (turn := _last_answer(row)) > 0]
+    asked = [(row.messages[:turn], row.messages[turn][1]) for row in rows if (turn := _last_answer(row)) > 0]
     if not asked:
         return []
     device = next(model.parameters()).device
@@ -50,7 +51,8 @@ def predict(
         tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
         model.set_attn_implementation(without_flat(model))
         model.config.use_cache = True
-        prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat, _ in asked]
+        parts = takes_parts(tokenizer)
+        prompts = [render(chat, tokenizer, parts=parts, add_generation_prompt=True) for chat, _ in asked]
         encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
         with evaluating(model), torch.autocast(device.type, enabled=False):
             generated = model.generate(
@@ -71,7 +73,7 @@ def predict(
         model.config.use_cache = cache
     answers = tokenizer.batch_decode(generated[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
     return [
-        Prediction(chat[-1]["content"], expected, answer.strip())
+        Prediction(chat[-1][1], expected, answer.strip())
         for (chat, expected), answer in zip(asked, answers, strict=True)
     ]
 

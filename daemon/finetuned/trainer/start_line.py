@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuned.trainer import steps
+from finetuned.trainer.vision import tower
 
 if TYPE_CHECKING:
     from finetuned.trainer.loop import Training
-
-_VISION = ("vision", "visual", "image")  # how parts of a model's names begin that see
 
 
 def start_line(training: Training) -> tuple[str, dict[str, Any]]:
     """Give the sentence and its figures."""
     task, plan, layout, rung = training.task, training.plan, training.layout, training.rung
-    named = list(training.model.named_parameters())
-    parameters, trainable = _count(p for _, p in named), sum(p.numel() for p in training.trained.values())
-    vision = _count(p for name, p in named if not p.requires_grad and _sees(name))
+    parameters, trainable = _count(training.model.parameters()), sum(p.numel() for p in training.trained.values())
+    vision = _count(
+        tower(training.model.get_base_model() if hasattr(training.model, "peft_config") else training.model)
+    )
     tokens, supervised = sum(training.lengths), sum(example.targets for example in task.train)
     bound = training.bound
     most_tokens = bound.size(steps.largest_cut(plan, training.lengths, bound), training.lengths)
@@ -30,7 +30,8 @@ def start_line(training: Training) -> tuple[str, dict[str, Any]]:
         f"plan: {plan.total_steps} steps of {plan.effective_batch} rows ({rung}), "
         f"micro-batches of at most {rung.batch_size} rows and {most_tokens} tokens; "
         f"{plan.examples} rows, {tokens} tokens of which {supervised} supervised; "
-        f"{rung.tuning}: {trainable:,} of {parameters:,} parameters trainable, {vision:,} vision parameters frozen; "
+        f"{rung.tuning}: {trainable:,} of {parameters:,} parameters trainable"
+        f"{f', {vision:,} vision parameters frozen' if vision else ''}; "
         f"{task.device}, base in {formats['weights']}, trained in {formats['trained']}, "
         f"computed in {formats['dtype']}; {layout} rows, attention {attention}: {layout.reason}"
     )
@@ -49,10 +50,6 @@ def start_line(training: Training) -> tuple[str, dict[str, Any]]:
         "rung": rung.as_dict(),
         "choices": training.choices,
     }
-
-
-def _sees(name: str) -> bool:
-    return any(part.startswith(_VISION) for part in name.split("."))
 
 
 def _count(parameters: Iterable[torch.Tensor]) -> int:
