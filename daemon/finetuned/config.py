@@ -193,6 +193,11 @@ class Config(TrainingSettings):
     )
     gpu_sample_seconds: float = Field(10.0, ge=1, description="How often the GPUs are sampled while a job runs.")
     stop_seconds: float = Field(120.0, ge=1, description="How long a trainer may take to write its last checkpoint.")
+    warm_trainer: bool = Field(
+        False,
+        description="Keep torch loaded in a process that trainers are forked from: each starts about 3 s sooner, "
+        "for 400 MB of memory kept.",
+    )
 
     def training(self) -> TrainingSettings:
         """Give the training settings without profile or override."""

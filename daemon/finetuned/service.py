@@ -21,7 +21,8 @@ from finetuned.events import Ending, Event, EventType
 from finetuned.guard import check_one_mount, check_place, only_daemon
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, State
-from finetuned.launchers.local import trainer_environment
+from finetuned.launchers.local import start, trainer_environment
+from finetuned.launchers.warm import WarmParent
 from finetuned.ledger import Ledger
 from finetuned.notify import notify, watchdog_seconds
 from finetuned.spool.claim import claim, enqueue, input_path, write_spec
@@ -55,6 +56,7 @@ class Service:
         self._watch = Watch(home.inbox, self._hints)
         self._settler = Settler(home.inbox)
         self._hasher = Hasher(self._wake.set)
+        self._warm = WarmParent()
         self._attempt: Attempt | None = None
         self._stop = self._hurry = self._reload = False
         self._config_state: tuple[int, ...] = ()
@@ -93,6 +95,7 @@ class Service:
                     self._wake.rest(self._pause())
                 return self._end()
             finally:
+                self._warm.close()
                 self._watch.stop()
                 self._hasher.close()
                 self._gpus.close()
@@ -109,6 +112,7 @@ class Service:
         except OSError as error:
             self._hold(error, doing="putting right what a crash left")
         self._watch.renew()
+        self._warm_up()
         notify(ready=1, status="waiting for files")
 
     def _done(self) -> bool:
@@ -151,6 +155,7 @@ class Service:
             self._finish_held,
             self._look_into_inbox,
             self._queue_hashed,
+            self._warm.listen,
             self._start_next,
             self._tend_attempt,
             self._sample_gpus,
@@ -175,6 +180,7 @@ class Service:
         else:
             _log.info("config.json read again", then="the next job uses it")
             self._next_look = 0.0
+            self._warm_up()
 
     def _finish_held(self) -> None:
         """Go on with what a full disk stopped, as recovery would after a crash."""
@@ -258,8 +264,9 @@ class Service:
             )
             check_place(self._home.adapters)
             write_spec(self._home, job)
-            environment, why = trainer_environment(self._gpus.gpus[0].uuid if self._gpus.gpus else None)
-            self._attempt = Attempt.launch(self._ledger, self._home, job, environment)
+            environment, why = self._trainer_environment()
+            how = self._warm.start if self._config.warm_trainer else start
+            self._attempt = Attempt.launch(self._ledger, self._home, job, start=how, environment=environment)
         except FinetunedError as error:
             self._fail(job, error.as_dict())
         except OSError as error:
@@ -332,6 +339,16 @@ class Service:
         return max(0.01, min(pauses))
 
     # -- what steps share
+
+    def _trainer_environment(self) -> tuple[dict[str, str], str]:
+        return trainer_environment(self._gpus.gpus[0].uuid if self._gpus.gpus else None)
+
+    def _warm_up(self) -> None:
+        """Have a parent for trainers to be forked from, or none, as config.json says."""
+        if self._config.warm_trainer:
+            self._warm.open(self._trainer_environment()[0])
+        else:
+            self._warm.close()
 
     def _stop_attempt(self) -> None:
         if self._attempt is not None:

@@ -21,7 +21,7 @@ from finetuned.events import Ending, Event, EventType, describe_end, judge, pars
 from finetuned.fallback import Rung, next_rung
 from finetuned.home import Home, JobFolder, printable
 from finetuned.jobs import Job, State
-from finetuned.launchers.local import LocalTrainer, start
+from finetuned.launchers import Start, Trainer
 from finetuned.ledger import Ledger
 from finetuned.spool.recover import locked
 
@@ -150,7 +150,7 @@ def progress_after(progress: dict[str, Any], events: list[Event]) -> dict[str, A
 class Attempt:
     """One trainer at work on one job of the ledger."""
 
-    def __init__(self, ledger: Ledger, home: Home, job: Job, trainer: LocalTrainer) -> None:
+    def __init__(self, ledger: Ledger, home: Home, job: Job, trainer: Trainer) -> None:
         self.job = job
         self.trainer = trainer
         self._ledger = ledger
@@ -158,7 +158,7 @@ class Attempt:
         self._stop_by: float | None = None
 
     @classmethod
-    def launch(cls, ledger: Ledger, home: Home, job: Job, environment: dict[str, str]) -> Attempt:
+    def launch(cls, ledger: Ledger, home: Home, job: Job, *, start: Start, environment: dict[str, str]) -> Attempt:
         """Start the trainer of a job that is in state running (D7). Raises OSError."""
         trainer = start(home.job(job.id), log=home.job_log(job.id), environment=environment)
         job = ledger.update(job.id, trainer_pid=trainer.pid)
@@ -240,5 +240,14 @@ def _signal_trainer(folder: JobFolder, number: signal.Signals) -> None:
     """Signal the process that wrote its pid into the lock, if it is still that trainer."""
     with suppress(OSError, ValueError):
         pid = int(folder.lock.read_text(encoding="ascii"))
-        if os.fsencode(folder.path.name) in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if _has_open(pid, folder.lock):
             os.kill(pid, number)
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    """Whether a process has a file open. Its command line would not do: a forked trainer has that of its parent."""
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed in the meantime
+            if descriptor.samefile(path):
+                return True
+    return False

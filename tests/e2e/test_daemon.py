@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -128,6 +129,69 @@ def test_a_daemon_that_ends_in_the_middle_goes_on_when_it_is_back(home, daemon, 
     assert job.progress["step"] == 360
     assert "resumed after step" in home.job_log(job.id).read_text()
     assert (job.interruptions == 1) == (number == signal.SIGKILL)
+
+
+def warm_parents(one) -> list[int]:
+    """The parents that were ready to be forked, oldest first."""
+    return [int(pid) for pid in re.findall(r'"warm parent ready".* pid=(\d+)', one.log())]
+
+
+def is_forked(pid: int) -> bool:
+    return b"finetuned.trainer.warm" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_forked_trainers_train_and_whoever_is_killed_the_next_file_trains_too(home, daemon, drop, tiny_model):
+    write_config(home, model=str(tiny_model), warm_trainer=True, profiles={"long": LONG})
+    (home.inbox / "long").mkdir()
+    one = daemon()
+    eventually(lambda: warm_parents(one), seconds=120)
+    for name in ("first.jsonl", "second.jsonl"):
+        drop(name, chat_rows(8, start=len(name)))
+        assert one.job(name).outcome is Outcome.SUCCEEDED
+    assert "trainer starts cold" not in one.log()
+
+    os.kill(warm_parents(one)[0], signal.SIGKILL)
+    drop("third.jsonl")
+    assert one.job("third.jsonl").outcome is Outcome.SUCCEEDED
+    assert one.log().count("trainer starts cold") == one.log().count("it ended: killed by SIGKILL") == 1
+
+    eventually(lambda: len(warm_parents(one)) == 2, seconds=120)
+    drop("long/fourth.jsonl", chat_rows(24, start=100))
+    trainer = eventually(lambda: one.job("fourth.jsonl", state=State.RUNNING).trainer_pid)
+    assert is_forked(trainer)
+    os.kill(warm_parents(one)[1], signal.SIGKILL)
+    eventually(lambda: one.job("fourth.jsonl", state=State.RUNNING).progress.get("checkpoint_step"))
+    os.kill(trainer, signal.SIGKILL)
+    job = one.job("fourth.jsonl")
+    assert (job.outcome, job.attempt, job.progress["step"]) == (Outcome.SUCCEEDED, 2, 360)
+    assert (job.rung["batch_size"], job.rung["gradient_accumulation"]) == (2, 2)  # judged as a subprocess's end is
+    assert "resumed after step" in home.job_log(job.id).read_text()
+
+    write_config(home, model=str(tiny_model))
+    eventually(lambda: one.log().count("config.json read again") == 1)
+    drop("fifth.jsonl", chat_rows(4))
+    assert one.job("fifth.jsonl").outcome is Outcome.SUCCEEDED
+    assert one.log().count("trainer starts cold") == 2
+    assert one.stop() == 0
+
+
+def test_a_forked_trainer_that_outlives_its_daemon_is_stopped_and_resumed_by_the_next(home, daemon, drop, tiny_model):
+    write_config(home, model=str(tiny_model), warm_trainer=True, **LONG)
+    one = daemon()
+    eventually(lambda: warm_parents(one), seconds=120)
+    drop("long.jsonl")
+    eventually(lambda: one.jobs() and one.jobs()[0].progress.get("step", 0) > 5, why="some steps")
+    trainer = one.jobs()[0].trainer_pid
+    assert is_forked(trainer)
+    one.stop(signal.SIGKILL)
+    eventually(lambda: not Path(f"/proc/{warm_parents(one)[0]}").exists(), why="the parent ends with its daemon")
+    assert is_forked(trainer)
+    two = daemon("--once")
+    assert two.process.wait(120) == 0
+    job = two.job("long.jsonl")
+    assert (job.outcome, job.interruptions, job.progress["step"]) == (Outcome.SUCCEEDED, 1, 360)
+    assert "a trainer outlived its daemon" in two.log()
+    assert "resumed after step" in home.job_log(job.id).read_text()
 
 
 BAD = {

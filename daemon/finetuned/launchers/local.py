@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -47,27 +48,70 @@ class LocalTrainer:
             self.process.wait()
 
 
+@dataclass
+class ForkedTrainer:
+    """A running trainer that another process forked and the kernel gave to this one as its child (`warm.py`)."""
+
+    pid: int
+    _status: int | None = None
+
+    def poll(self) -> int | None:
+        """Give its exit status as subprocess does, or None while it runs."""
+        return self._wait(os.WNOHANG)
+
+    def ask_to_stop(self) -> None:
+        """Ask for a checkpoint and an end."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it and its children at once."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            self._wait(0)
+
+    def _wait(self, options: int) -> int | None:
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, options)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+
 def start(folder: JobFolder, *, log: Path, environment: Mapping[str, str]) -> LocalTrainer:
     """Start a trainer on a job's folder, its output appended to `log`. Raises OSError, BlockingIOError if one runs
     already.
+    """
+    with lock_for_trainer(folder) as lock, log.open("ab") as output:
+        return spawn(folder, lock=lock, output=output.fileno(), environment=environment)
 
-    The lock is taken here and inherited: it is held exactly as long as the trainer lives, even if the daemon dies.
+
+@contextmanager
+def lock_for_trainer(folder: JobFolder) -> Iterator[int]:
+    """Take the job's lock for a trainer to inherit: it is held exactly as long as that lives, even if the daemon dies.
+
+    Raises BlockingIOError if a trainer has it.
     """
     lock = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "finetuned.trainer", str(folder.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,  # a file: a pipe that nobody drains would stop the training
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                pass_fds=(lock,),
-                start_new_session=True,
-            )
+        yield lock
     finally:
         os.close(lock)
+
+
+def spawn(folder: JobFolder, *, lock: int, output: int, environment: Mapping[str, str]) -> LocalTrainer:
+    """Start the process. It keeps `lock` and writes to `output`, a file: a pipe that nobody drains would stop the
+    training.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetuned.trainer", str(folder.path)],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
+        pass_fds=(lock,),
+        start_new_session=True,
+    )
     return LocalTrainer(process)
 
 

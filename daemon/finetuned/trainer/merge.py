@@ -87,7 +87,7 @@ def _merge(
 
     from finetuned.trainer import embedded
     from finetuned.trainer.model import find_base, load_model
-    from finetuned.trainer.precision import Precision
+    from finetuned.trainer.precision import choose
     from finetuned.trainer.vision import copy_processor
 
     warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|bitsandbytes)\b")
@@ -100,11 +100,10 @@ def _merge(
         click.echo(f"Trained on a {tuning} base; merged into {dtype} weights, never into rounded ones.")
     # What runs foreign code is asked of the user, not read from an adapter: that may come from anyone.
     settings = TrainingSettings(model=model or named, revision=None if model else trained.get("revision"))
-    number_format = {"bf16": torch.bfloat16, "float32": torch.float32}[dtype]
     try:
         base = find_base(settings, models=models, base_dir=Path.cwd())
-        precision = Precision(number_format, torch.float32, number_format, "asked for")
-        whole = load_model(base, settings, tuning="lora", precision=precision, device=torch.device("cpu"))
+        cpu = torch.device("cpu")
+        whole = load_model(base, settings, tuning="lora", precision=choose(cpu, "lora", dtype), device=cpu)
     except ModelError as error:
         raise ModelError(f"the base model: {error.what}", where=error.where, remedy="Name it with --model.") from error
     try:
