@@ -169,7 +169,8 @@ def set_checkpointing(model: PreTrainedModel, *, on: bool) -> None:
     """Switch activation checkpointing."""
     # transformers renamed it on the way to version 6.
     name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
-    if on:
+    if getattr(model, f"is_{name}", None) == on:
+        return
         getattr(model, f"{name}_enable")({"use_reentrant": False})
     else:
         getattr(model, f"{name}_disable")()
