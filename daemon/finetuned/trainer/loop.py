@@ -21,7 +21,7 @@ from finetuned.events import EventType
 from finetuned.fallback import Rung, next_rung
 from finetuned.trainer import bounds, checkpoint, health, lora, memory, steps
 from finetuned.trainer.batches import Example
-from finetuned.trainer.ends import OutOfMeansError, StopAskedError
+from finetuned.trainer.ends import Means, OutOfMeansError, StopAskedError
 from finetuned.trainer.layout import Layout, choose_layout
 from finetuned.trainer.model import Base, add_adapter, evaluating, load_model, set_checkpointing
 from finetuned.trainer.precision import Precision, choose
@@ -91,7 +91,7 @@ def train(task: Task) -> Trained:
         if detail is None:
             raise
         training.save_what_is_done()
-        raise OutOfMeansError(training.rung, detail) from None
+        raise OutOfMeansError(training.rung, detail, training.means()) from None
     return Trained(model, training.rung, training.metrics, training.choices)
 
 
@@ -111,8 +111,19 @@ def _load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
             raise
         # No smaller batch helps a model that does not fit: only the rungs below them may.
         foot = replace(task.rung, batch_size=1, gradient_accumulation=task.rung.effective_batch)
-        raise OutOfMeansError(replace(foot, activation_checkpointing=True), detail) from None
+        raise OutOfMeansError(replace(foot, activation_checkpointing=True), detail, _means(task)) from None
     return model, layout
+
+
+def _means(task: Task) -> Means:
+    settings = task.settings
+    return Means(
+        device="the GPU" if task.device.type == "cuda" else "the machine",
+        total=memory.total_bytes(),
+        others=memory.others_bytes(),
+        allow_4bit=settings.fallback_4bit,
+        allow_shorter=settings.fallback_max_length,
+    )
 
 
 class Training:
@@ -156,6 +167,10 @@ class Training:
     def bound(self) -> steps.Bound:
         """How large a micro-batch may be now."""
         return steps.Bound(self.rung.batch_size, self.rung.micro_batch_tokens, padded=not self.layout.flat)
+
+    def means(self) -> Means:
+        """Tell what there was, for a user whose memory has run out."""
+        return replace(_means(self.task), parameters=_count(self.model), longest=max(self.lengths))
 
     def announce(self) -> None:
         """Say what will be done, and what was decided."""
@@ -429,7 +444,7 @@ class Training:
         """
         lower = next_rung(self.rung)
         if lower is None or (again and self.task.device.type == "cpu"):
-            raise OutOfMeansError(self.rung, detail)
+            raise OutOfMeansError(self.rung, detail, self.means())
         size = self._largest_size()
         while lower is not None:
             self.rung, reason = lower
