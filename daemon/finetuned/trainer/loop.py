@@ -72,17 +72,15 @@ def train(task: Task) -> Trained:
     task.say.phase("loading_model", f"loading {task.base.name}")
     model, layout = _load(task, precision)
     training = Training(task, model, layout, precision)
-    training.announce()
     try:
+        training.announce()
         training.resume()
         training.prepare()
         while training.done < training.plan.total_steps:
             training.stop_if_asked()
             training.step()
             training.look_up()
-        task.say.phase("evaluating", "training is done")
-        training.evaluate()
-        training.remember_bound()
+        training.conclude()
     except OutOfMeansError:
         training.save_what_is_done()
         raise
@@ -202,9 +200,7 @@ class Training:
         if found is None:
             return
         weights, state = checkpoint.load(found, device=task.device)
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(weights[name])
+        self._put_weights(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         if scaler is not None and "scaler" in state:
             scaler.load_state_dict(state["scaler"])
@@ -212,6 +208,11 @@ class Training:
         self.metrics = found.extra
         total = self.plan.total_steps
         task.say.say(EventType.MESSAGE, f"resumed after step {self.done} of {total}", step=self.done)
+
+    @torch.no_grad()
+    def _put_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(weights[name])
 
     def prepare(self) -> None:
         """Evaluate once to have a "before", and find out what does not fit before hours have gone into it."""
@@ -268,15 +269,39 @@ class Training:
         )
 
     def look_up(self) -> None:
-        """Between two steps: evaluate and write a checkpoint when they are due."""
+        """After a step: evaluate and write a checkpoint when they are due.
+
+        The best step so far is written at once, and the last one before the evaluation that follows it.
+        """
         settings = self.task.settings
-        if self.done == self.plan.total_steps:
-            return
-        if settings.eval_steps and self.done % settings.eval_steps == 0:
+        last = self.done == self.plan.total_steps
+        if settings.eval_steps and self.done % settings.eval_steps == 0 and not last:
             self.evaluate()
         late = time.monotonic() - self._saved_at > settings.checkpoint_minutes * 60
-        if late or self.done % settings.checkpoint_steps == 0:
+        if last or late or self.done % settings.checkpoint_steps == 0 or self.metrics.get("best_step") == self.done:
             self.save()
+
+    def conclude(self) -> None:
+        """Evaluate a last time, and settle whether the last step or the best is published."""
+        self.task.say.phase("evaluating", "training is done")
+        self.evaluate()
+        self.metrics["published_step"] = self.done
+        if self.task.settings.publish == "best":
+            self._go_back(self.metrics.get("best_step", self.done))
+        self.remember_bound()
+
+    def _go_back(self, step: int) -> None:
+        """Put the weights of an earlier step into the model."""
+        task = self.task
+        if step == self.done:
+            return
+        found = checkpoint.of_step(task.checkpoints, step, plan=self.plan.fingerprint())
+        if isinstance(found, str):
+            task.say.warn(f"the last step is published and not the best: checkpoint {found}")
+            return
+        self._put_weights(checkpoint.load(found, device=task.device)[0])
+        self.metrics |= {"published_step": step, "valid_loss": self.metrics["best_valid_loss"]}
+        task.say.say(EventType.MESSAGE, f"step {step} is published, whose held-out loss was the lowest", step=step)
 
     def evaluate(self) -> None:
         """Measure the held-out loss and ask some held-out questions. Memory that runs out here ends no training."""
@@ -301,6 +326,8 @@ class Training:
         loss = self.metrics["valid_loss"] = self._held_out_loss()
         if self.done == 0:
             self.metrics["valid_loss_before"] = loss
+        elif loss < self.metrics.get("best_valid_loss", float("inf")):
+            self.metrics |= {"best_valid_loss": loss, "best_step": self.done}
         sentence = f"held-out loss {loss:.4f} after step {self.done} ({time.monotonic() - began:.1f} s)"
         self.task.say.say(EventType.METRICS, sentence, step=self.done, valid_loss=loss)
 
@@ -315,9 +342,23 @@ class Training:
             self.task.say.say(EventType.PREDICTIONS, sentence, step=self.done, samples=samples)
 
     def save(self) -> None:
-        """Write a checkpoint of the steps that are done, if there are any since the last."""
+        """Write a checkpoint of the steps that are done, if there are any since the last.
+
+        Memory that runs out here may be back the next moment, so it is tried twice: no smaller batch would help.
+        """
         if self.done == self._saved_step:
             return
+        try:
+            self._write_checkpoint()
+        except (RuntimeError, MemoryError) as error:
+            if memory.out_of_memory(error) is None:
+                raise
+        else:
+            return
+        memory.give_back()
+        self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         scaler, settings = self.accelerator.scaler, self.task.settings
         state = {"optimizer": self.optimizer.state_dict(), **({"scaler": scaler.state_dict()} if scaler else {})}
         checkpoint.save(
@@ -328,6 +369,7 @@ class Training:
             optimizer=state,
             keep=settings.keep_checkpoints,
             extra=self.metrics,
+            best=self.metrics.get("best_step"),
         )
         self._saved_at, self._saved_step = time.monotonic(), self.done
         sentence = f"checkpoint after step {self.done}"
@@ -476,7 +518,7 @@ class Training:
                 if memory.out_of_memory(error) is None or bound.rows == 1:
                     raise
             memory.give_back()
-            bound = replace(bound, rows=bound.rows // 2, tokens=bound.tokens // 2)
+            bound = replace(bound, rows=bound.rows // 2, tokens=bound.tokens and max(1, bound.tokens // 2))
 
 
 def _learning_rate(settings: TrainingSettings, tuning: str) -> tuple[float, str]:
