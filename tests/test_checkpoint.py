@@ -19,7 +19,7 @@ def state(step: int) -> tuple[dict, dict]:
     }
 
 
-def save(folder, step: int, *, plan: str = PLAN, keep: int = 5, **extra):
+def save(folder, step: int, *, plan: str = PLAN, keep: int = 5, best: int | None = None, **extra):
     weights, optimizer = state(step)
     return checkpoint.save(
         folder,
@@ -28,6 +28,7 @@ def save(folder, step: int, *, plan: str = PLAN, keep: int = 5, **extra):
         trained=weights,
         optimizer=optimizer,
         keep=keep,
+        best=best,
         extra={"train_loss": 1.5, **extra},
     )
 
@@ -80,6 +81,31 @@ def test_only_the_newest_are_kept(tmp_path):
     assert newest_step(tmp_path) == 5
     shutil.rmtree(tmp_path / "step-00000005")
     assert newest_step(tmp_path) == 4
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    for step in range(1, 7):
+        save(tmp_path, step, keep=2, best=2 if step > 1 else None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000005", "step-00000006"]
+    save(tmp_path, 7, keep=2, best=6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
+
+
+def test_one_step_is_found_or_the_reason_why_not(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    flip_a_byte(tmp_path / "step-00000002" / "optimizer.pt", -1)
+    assert checkpoint.of_step(tmp_path, 1, plan=PLAN).step == 1
+    assert "damaged" in checkpoint.of_step(tmp_path, 2, plan=PLAN)
+    assert "another plan" in checkpoint.of_step(tmp_path, 3, plan="another")
+    assert "not whole" in checkpoint.of_step(tmp_path, 4, plan=PLAN)
+
+
+def test_what_a_crash_left_half_written_is_cleared_at_any_later_step(tmp_path):
+    """A resumed training may save at other steps."""
+    save(tmp_path, 5).rename(tmp_path / ".step-00000005")
+    save(tmp_path, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
 
 
 def test_a_staged_folder_is_never_picked_nor_in_the_way(tmp_path):

@@ -303,6 +303,13 @@ def test_the_effective_batch_is_what_was_asked_for(changes, rows, accumulation):
     assert (rung.batch_size, rung.gradient_accumulation) == (rows, accumulation)
 
 
+@pytest.mark.parametrize("given", [{}, {"eval_file": "x.jsonl"}, {"eval_steps": 10}])
+def test_the_best_step_is_not_published_unmeasured(tmp_path, given):
+    assert "eval_file and eval_steps" in refused(tmp_path, {"publish": "best", **given})
+    settings = {"publish": "best", "eval_file": "x.jsonl", "eval_steps": 10}
+    assert load_config(written(tmp_path, settings)).publish == "best"
+
+
 def test_the_effective_batch_is_said_in_one_way():
     with pytest.raises(ValueError, match="leave one of them out"):
         config_of(effective_batch=8, gradient_accumulation=2)

@@ -2,13 +2,16 @@
 
 import ctypes
 import gc
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from finetuned.trainer.memory import give_back, out_of_memory, peak_bytes
+from finetuned.trainer.memory import give_back, out_of_memory, peak_bytes, total_bytes
 
 SAID = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.05 GiB. GPU 0 has a total capacity of 23.57 GiB"),
@@ -94,3 +97,18 @@ def test_the_peak_is_at_least_what_is_resident():
     block = torch.ones(10 * 2**20)
     assert block.any()
     assert peak_bytes() >= 40 * 2**20
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has its own memory")
+def test_a_limit_is_what_there_is():
+    """A user who is told of 64 GiB where a unit file allows 8 looks in the wrong place."""
+    whole = total_bytes()
+    limit = whole // 2 // 4096 * 4096
+    code = "from finetuned.trainer.memory import total_bytes; print(total_bytes())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        capture_output=True,
+        check=True,
+    )
+    assert int(done.stdout) == limit

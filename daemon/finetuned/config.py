@@ -121,7 +121,12 @@ class TrainingSettings(_Strict):
     checkpoint_minutes: float = Field(
         10.0, gt=0, description="Write one at least this often; so much work can be lost."
     )
-    keep_checkpoints: int = Field(2, ge=1, description="Newest checkpoints kept while the job lives.")
+    keep_checkpoints: int = Field(
+        2, ge=1, description="Newest checkpoints kept while the job lives; the one with the best held-out loss besides."
+    )
+    publish: Literal["last", "best"] = Field(
+        "last", description="Which step becomes the adapter: the last, or the one with the best held-out loss."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -152,6 +157,12 @@ class TrainingSettings(_Strict):
         named = [name for name in ("use_rslora", "use_dora", "resume_adapter") if getattr(self, name)]
         if self.tuning == "full" and named:
             raise ValueError(f"tuning full trains no adapter, so {' and '.join(named)} cannot be met; drop one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_what_is_measured(self) -> Self:
+        if self.publish == "best" and not (self.eval_file and self.eval_steps):
+            raise ValueError("publish best needs eval_file and eval_steps, which tell what is best")
         return self
 
     def first_rung(self) -> Rung:

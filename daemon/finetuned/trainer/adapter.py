@@ -84,6 +84,7 @@ def _versions() -> dict[str, str]:
 def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
     """Give the model card, with the front matter that hubs read."""
     metrics = trained.metrics
+    last, published = metrics.get("step", 0), metrics.get("published_step", 0)
     figures = [f"| {name} | {metrics[key]:.4f} |" for name, key in _FIGURES if key in metrics]
     whole = task.rung.tuning == "full"
     name = Path(os.fsencode(spec.name).decode("utf-8", "replace")).stem
@@ -102,8 +103,9 @@ def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
         f"# {name}",
         "",
         f"{weights} of {task.base.name}, trained by finetuned {__version__} on `{name}`:",
-        f"{len(task.train)} rows, {metrics.get('step', 0)} steps of {trained.rung.effective_batch} rows.",
+        f"{len(task.train)} rows, {last} steps of {trained.rung.effective_batch} rows.",
         *_builds_on(task),
+        *([f"This is step {published}, whose held-out loss was the lowest."] if published < last else []),
         *(["", task.base.note] if task.base.note else []),
         "",
         "| | |",

@@ -45,14 +45,16 @@ def save(
     optimizer: dict[str, Any],
     keep: int,
     extra: dict[str, Any],
+    best: int | None = None,
 ) -> Path:
-    """Write a checkpoint into `folder` and remove all but the newest `keep`. `extra` is small and goes into the
-    manifest.
+    """Write a checkpoint into `folder` and remove all but the newest `keep` and that of step `best`. `extra` is small
+    and goes into the manifest.
     """
     make_folder(folder)
-    target = folder / f"step-{step:08d}"
-    staged = folder / f".step-{step:08d}"
-    shutil.rmtree(staged, ignore_errors=True)
+    target = _of(folder, step)
+    staged = folder / f".{target.name}"
+    for abandoned in folder.glob(".step-*"):  # by a crash, at whatever step
+        shutil.rmtree(abandoned, ignore_errors=True)
     staged.mkdir()
     with _full_disk_as_oserror(folder):
         save_file({name: tensor.detach().contiguous() for name, tensor in trained.items()}, staged / _WEIGHTS)
@@ -66,8 +68,13 @@ def save(
     earlier = sorted(path for path in folder.glob("step-*") if path < target)
     later = [path for path in folder.glob("step-*") if path > target]
     for old in [*earlier[: max(0, len(earlier) + 1 - keep)], *later]:
-        shutil.rmtree(old, ignore_errors=True)
+        if best is None or old != _of(folder, best):
+            shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 @contextmanager
@@ -88,22 +95,33 @@ def newest(folder: Path, *, plan: str, before: int | None = None) -> tuple[Check
     """
     passed: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else ():
-        try:
-            manifest = json.loads((path / _MANIFEST).read_bytes())
-            damaged = [name for name, digest in manifest["files"].items() if _digest(path / name) != digest]
-            found = Checkpoint(path, int(manifest["step"]), str(manifest["plan"]), dict(manifest["extra"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            passed.append(f"{path.name} is not whole ({error})")
+        found = _read(path, plan)
+        if isinstance(found, Checkpoint) and before is not None and found.step >= before:
             continue
-        if before is not None and found.step >= before:
-            continue
-        if damaged:
-            passed.append(f"{path.name} is damaged ({', '.join(damaged)})")
-        elif found.plan != plan:
-            passed.append(f"{path.name} belongs to another plan ({found.plan})")
-        else:
+        if isinstance(found, Checkpoint):
             return found, passed
+        passed.append(found)
     return None, passed
+
+
+def of_step(folder: Path, step: int, *, plan: str) -> Checkpoint | str:
+    """Give the checkpoint of a step, or a sentence that says why there is none."""
+    return _read(_of(folder, step), plan)
+
+
+def _read(path: Path, plan: str) -> Checkpoint | str:
+    """Give a checkpoint if it is whole and of this plan, else a sentence."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        damaged = [name for name, digest in manifest["files"].items() if _digest(path / name) != digest]
+        found = Checkpoint(path, int(manifest["step"]), str(manifest["plan"]), dict(manifest["extra"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{path.name} is not whole ({error})"
+    if damaged:
+        return f"{path.name} is damaged ({', '.join(damaged)})"
+    if found.plan != plan:
+        return f"{path.name} belongs to another plan ({found.plan})"
+    return found
 
 
 def load(checkpoint: Checkpoint, *, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

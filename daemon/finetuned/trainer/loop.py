@@ -21,7 +21,7 @@ from finetuned.fallback import Rung, next_rung
 from finetuned.trainer import bounds, checkpoint, fused, health, memory, steps
 from finetuned.trainer.batches import Example
 from finetuned.trainer.chain import Earlier
-from finetuned.trainer.ends import OutOfMeansError, StopAskedError
+from finetuned.trainer.ends import Means, OutOfMeansError, StopAskedError
 from finetuned.trainer.layout import Layout, choose_layout
 from finetuned.trainer.lora import add_adapter
 from finetuned.trainer.model import Base, evaluating, load_model, set_checkpointing
@@ -29,7 +29,7 @@ from finetuned.trainer.precision import Precision, choose, in_force
 from finetuned.trainer.predictions import predict
 from finetuned.trainer.recipes import RECIPES
 from finetuned.trainer.reporter import Reporter
-from finetuned.trainer.start_line import start_line
+from finetuned.trainer.start_line import count, start_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,10 +84,7 @@ def train(task: Task) -> Trained:
             training.stop_if_asked()
             training.step()
             training.look_up()
-        training.watch.check_end()
-        task.say.phase("evaluating", "training is done")
-        training.evaluate()
-        bounds.remember(training)
+        training.conclude()
     except OutOfMeansError:
         training.save_what_is_done()
         raise
@@ -96,7 +93,7 @@ def train(task: Task) -> Trained:
         if detail is None:
             raise
         training.save_what_is_done()
-        raise OutOfMeansError(training.rung, detail) from None
+        raise OutOfMeansError(training.rung, detail, training.means()) from None
     return Trained(model, training.rung, training.metrics, training.choices)
 
 
@@ -116,8 +113,19 @@ def _load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
             raise
         # No smaller batch helps a model that does not fit: only the rungs below them may.
         foot = replace(task.rung, batch_size=1, gradient_accumulation=task.rung.effective_batch)
-        raise OutOfMeansError(replace(foot, activation_checkpointing=True), detail) from None
+        raise OutOfMeansError(replace(foot, activation_checkpointing=True), detail, _means(task)) from None
     return model, layout
+
+
+def _means(task: Task) -> Means:
+    settings = task.settings
+    return Means(
+        device="the GPU" if task.device.type == "cuda" else "the machine",
+        total=memory.total_bytes(),
+        others=memory.others_bytes(),
+        allow_4bit=settings.fallback_4bit,
+        allow_shorter=settings.fallback_max_length,
+    )
 
 
 class Training:
@@ -168,6 +176,10 @@ class Training:
         self.objective.train()
         self.rung, self.choices["micro_batch_tokens"] = bounds.settle(self)
 
+    def means(self) -> Means:
+        """Tell what there was, for a user whose memory has run out."""
+        return replace(_means(self.task), parameters=count(self.model.parameters()), longest=max(self.lengths))
+
     def announce(self) -> None:
         """Say what will be done, and what was decided."""
         sentence, figures = start_line(self)
@@ -182,9 +194,7 @@ class Training:
         if found is None:
             return
         weights, state = checkpoint.load(found, device=task.device)
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(weights[name])
+        self._put_weights(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         if scaler is not None and "scaler" in state:
             scaler.load_state_dict(state["scaler"])
@@ -193,6 +203,11 @@ class Training:
         self.metrics = found.extra
         total = self.plan.total_steps
         task.say.say(EventType.MESSAGE, f"resumed after step {self.done} of {total}", step=self.done)
+
+    @torch.no_grad()
+    def _put_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.trained.items():
+            parameter.copy_(weights[name])
 
     def prepare(self) -> None:
         """Evaluate once to have a "before", and find out what does not fit before hours have gone into it."""
@@ -261,16 +276,42 @@ class Training:
         self._pace.start()
 
     def look_up(self) -> None:
-        """Between two steps: evaluate and write a checkpoint when they are due."""
+        """After a step: evaluate and write a checkpoint when they are due.
+
+        The best step so far is written at once, and the last one before the evaluation that follows it.
+        """
         settings = self.task.settings
-        if self.done == self.plan.total_steps:
-            return
-        if settings.eval_steps and self.done % settings.eval_steps == 0:
+        last = self.done == self.plan.total_steps
+        if settings.eval_steps and self.done % settings.eval_steps == 0 and not last:
             self.evaluate()
         late = time.monotonic() - self._saved_at > settings.checkpoint_minutes * 60
-        due = late or self.done % settings.checkpoint_steps == 0
+        best = self.metrics.get("best_step") == self.done
+        due = last or late or best or self.done % settings.checkpoint_steps == 0
         if due and not self.watch.in_a_row:  # one of broken weights would push out a good one
             self.save()
+
+    def conclude(self) -> None:
+        """Evaluate a last time, and settle whether the last step or the best is published."""
+        self.watch.check_end()
+        self.task.say.phase("evaluating", "training is done")
+        self.evaluate()
+        self.metrics["published_step"] = self.done
+        if self.task.settings.publish == "best":
+            self._go_back(self.metrics.get("best_step", self.done))
+        bounds.remember(self)
+
+    def _go_back(self, step: int) -> None:
+        """Put the weights of an earlier step into the model."""
+        task = self.task
+        if step == self.done:
+            return
+        found = checkpoint.of_step(task.checkpoints, step, plan=self.plan.fingerprint())
+        if isinstance(found, str):
+            task.say.warn(f"the last step is published and not the best: checkpoint {found}")
+            return
+        self._put_weights(checkpoint.load(found, device=task.device)[0])
+        self.metrics |= {"published_step": step, "valid_loss": self.metrics["best_valid_loss"]}
+        task.say.say(EventType.MESSAGE, f"step {step} is published, whose held-out loss was the lowest", step=step)
 
     def evaluate(self) -> None:
         """Measure the held-out loss and ask some held-out questions. Memory that runs out here ends no training."""
@@ -295,6 +336,8 @@ class Training:
         loss = self.metrics["valid_loss"] = self._held_out_loss()
         if self.done == 0:
             self.metrics["valid_loss_before"] = loss
+        elif loss < self.metrics.get("best_valid_loss", float("inf")):
+            self.metrics |= {"best_valid_loss": loss, "best_step": self.done}
         sentence = f"held-out loss {loss:.4f} after step {self.done} ({time.monotonic() - began:.1f} s)"
         self.task.say.say(EventType.METRICS, sentence, step=self.done, valid_loss=loss)
 
@@ -309,9 +352,23 @@ class Training:
             self.task.say.say(EventType.PREDICTIONS, sentence, step=self.done, samples=samples)
 
     def save(self) -> None:
-        """Write a checkpoint of the steps that are done, if there are any since the last."""
+        """Write a checkpoint of the steps that are done, if there are any since the last.
+
+        Memory that runs out here may be back the next moment, so it is tried twice: no smaller batch would help.
+        """
         if self.done == self._saved_step:
             return
+        try:
+            self._write_checkpoint()
+        except (RuntimeError, MemoryError) as error:
+            if memory.out_of_memory(error) is None:
+                raise
+        else:
+            return
+        memory.give_back()
+        self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         scaler, settings = self.accelerator.scaler, self.task.settings
         state = {"optimizer": self.optimizer.state_dict(), **({"scaler": scaler.state_dict()} if scaler else {})}
         checkpoint.save(
@@ -322,6 +379,7 @@ class Training:
             optimizer=state,
             keep=settings.keep_checkpoints,
             extra=self.metrics | {"health": self.watch.state()},
+            best=self.metrics.get("best_step"),
         )
         self._saved_at, self._saved_step = time.monotonic(), self.done
         sentence = f"checkpoint after step {self.done}"
@@ -414,7 +472,7 @@ class Training:
         """
         lower = next_rung(self.rung)
         if lower is None or (again and self.task.device.type == "cpu"):
-            raise OutOfMeansError(self.rung, detail)
+            raise OutOfMeansError(self.rung, detail, self.means())
         size = self._largest_size()
         while lower is not None:
             self.rung, reason = lower
@@ -446,7 +504,7 @@ class Training:
                 if memory.out_of_memory(error) is None or bound.rows == 1:
                     raise
             memory.give_back()
-            bound = replace(bound, rows=bound.rows // 2, tokens=bound.tokens // 2)
+            bound = replace(bound, rows=bound.rows // 2, tokens=bound.tokens and max(1, bound.tokens // 2))
 
 
 def _learning_rate(settings: TrainingSettings, tuning: str) -> tuple[float, str]:

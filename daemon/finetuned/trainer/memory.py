@@ -7,6 +7,7 @@ import gc
 import os
 import resource
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -58,10 +59,30 @@ def peak_bytes() -> int:
 
 
 def total_bytes() -> int:
-    """Give the memory that this process could use at most: the GPU's where there is one, else the machine's."""
+    """Give the memory that this process could use at most: the GPU's where there is one, else the machine's or what a
+    limit leaves of it.
+    """
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [resource.getrlimit(resource.RLIMIT_AS)[0], _group_limit()]
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(limit for limit in limits if limit > 0)])
+
+
+def _group_limit() -> int:
+    """Give what the control group allows (systemd's MemoryMax, a container's limit), or 0."""
+    with suppress(OSError, ValueError, IndexError):
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()[-1].partition("::")[2]
+        return int(Path(f"/sys/fs/cgroup{group}/memory.max").read_text(encoding="ascii"))
+    return 0
+
+
+def others_bytes() -> int:
+    """Give the memory that other programs hold on the GPU; 0 on a CPU, where the kernel takes it back as it can."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return max(0, total - free - torch.cuda.memory_reserved())
 
 
 def reset_peak() -> None:

@@ -172,8 +172,7 @@ def set_checkpointing(model: PreTrainedModel, *, on: bool) -> None:
     if getattr(model, f"is_{name}", None) == on:
         return
         getattr(model, f"{name}_enable")({"use_reentrant": False})
-    else:
-        getattr(model, f"{name}_disable")()
+    getattr(model, f"{name}_disable")()
 
 
 @contextmanager

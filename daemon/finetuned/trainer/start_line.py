@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 def start_line(training: Training) -> tuple[str, dict[str, Any]]:
     """Give the sentence and its figures."""
     task, plan, layout, rung = training.task, training.plan, training.layout, training.rung
-    parameters, trainable = _count(training.model.parameters()), sum(p.numel() for p in training.trained.values())
-    vision = _count(
-        tower(training.model.get_base_model() if hasattr(training.model, "peft_config") else training.model)
-    )
+    parameters, trainable = count(training.model.parameters()), sum(p.numel() for p in training.trained.values())
+    vision = count(tower(training.model.get_base_model() if hasattr(training.model, "peft_config") else training.model))
     tokens, supervised = sum(training.lengths), sum(example.targets for example in task.train)
     bound = training.bound
     most_tokens = bound.size(steps.largest_cut(plan, training.lengths, bound), training.lengths)
@@ -52,6 +50,6 @@ def start_line(training: Training) -> tuple[str, dict[str, Any]]:
     }
 
 
-def _count(parameters: Iterable[torch.Tensor]) -> int:
+def count(parameters: Iterable[torch.Tensor]) -> int:
     """Count parameters; a 4-bit one holds two in each byte."""
     return sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in parameters)
