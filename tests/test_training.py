@@ -285,7 +285,7 @@ def test_finetuned_json_tells_the_whole_story(runs):
     assert story["job_id"] == run.spec.id
     assert story["sha256"] == run.spec.sha256
     assert story["settings"] == run.spec.settings
-    assert story["rung"] == {**run.spec.rung, "tuning": "lora"}
+    assert story["rung"] == {**run.spec.rung, "tuning": "lora", "micro_batch_tokens": 1024}
     assert story["data"]["rows"] == ROWS
     assert story["metrics"]["step"] == 6
     assert {"torch", "transformers", "peft", "finetuned"} <= story["versions"].keys()
