@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo test lint gpu-test bench schema clean
+.PHONY: .venv demo test lint gpu-test bench bench-plan schema clean
 
 .venv: .venv/ready
 
@@ -41,6 +41,10 @@ gpu-test: .venv
 
 bench: .venv
 	$(BIN)/python benchmarks/daemon.py
+
+# Predicted beside measured memory; a quarter of an hour on two cores.
+bench-plan: .venv
+	$(BIN)/python benchmarks/plan.py
 
 schema: .venv
 	$(BIN)/python -c 'from finetuned.config import json_schema; print(json_schema(), end="")' > config.schema.json

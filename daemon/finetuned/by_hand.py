@@ -142,12 +142,12 @@ def _write_spec(folder: JobFolder, job: Job, data: Path) -> None:
         sha256=job.sha256,
         attempt=job.attempt,
         base_dir=str(Path.cwd()),
-        models=str(_models()),
+        models=str(models_folder()),
     )
     folder.spec.write_bytes(spec.encode())
 
 
-def _models() -> Path:
+def models_folder() -> Path:
     """Give the unpacked models' folder: the base directory's if there is one, else the user's cache."""
     try:
         folder = find_home(None).models
@@ -161,7 +161,7 @@ def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
     """Run one trainer to its end: the job with its newest figures, the exit status, and whether it was stopped by the
     user.
     """
-    environment, _ = trainer_environment(_first_gpu())
+    environment, _ = trainer_environment(first_gpu())
     tail = EventTail(folder.events, folder.events.stat().st_size if folder.events.exists() else 0)
     try:
         trainer = start(folder, log=folder.path / _LOG, environment=environment)
@@ -188,7 +188,7 @@ def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
         signal.signal(signal.SIGINT, before)
 
 
-def _first_gpu() -> str | None:
+def first_gpu() -> str | None:
     """Give the first GPU's UUID, or None."""
     sampler = Sampler.open()
     try:
