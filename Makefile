@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo test lint gpu-test bench bench-train schema clean
+.PHONY: .venv demo test lint gpu-test bench bench-train bench-plan schema clean
 
 .venv: .venv/ready
 
@@ -45,6 +45,10 @@ bench: .venv
 # Beside trl, which is installed into an environment of its own the first time. About ten minutes a round.
 bench-train: .venv
 	$(BIN)/python benchmarks/train.py
+
+# Predicted beside measured memory; a quarter of an hour on two cores.
+bench-plan: .venv
+	$(BIN)/python benchmarks/plan.py
 
 schema: .venv
 	$(BIN)/python -c 'from finetuned.config import json_schema; print(json_schema(), end="")' > config.schema.json

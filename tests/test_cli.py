@@ -22,7 +22,7 @@ from finetuned.cli import cli
 from finetuned.config import Config, load_config
 from finetuned.home import Home
 
-VERBS = {"init", "run", "status", "logs", "train", "demo"}
+VERBS = {"plan", "init", "run", "status", "logs", "train", "demo"}
 UNUSABLE = 78
 
 

@@ -163,7 +163,7 @@ def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
     """Run one trainer to its end: the job with its newest figures, the exit status, and whether it was stopped by the
     user.
     """
-    environment, _ = trainer_environment(_first_gpu())
+    environment, _ = trainer_environment(first_gpu())
     tail = EventTail(folder.events, folder.events.stat().st_size if folder.events.exists() else 0)
     try:
         trainer = start(folder, log=folder.path / _LOG, environment=environment)
@@ -190,7 +190,7 @@ def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
         signal.signal(signal.SIGINT, before)
 
 
-def _first_gpu() -> str | None:
+def first_gpu() -> str | None:
     """Give the first GPU's UUID, or None."""
     sampler = Sampler.open()
     try:

@@ -111,6 +111,25 @@ def logs(base_dir: Path | None, job: str | None, follow: bool, lines: int) -> No
 
 
 @cli.command()
+@_base_dir
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
+@click.option("--model", help="A hub id, a folder, or smollm2-135m, in place of the configured one.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def plan(base_dir: Path | None, file: Path, profile: str, model: str | None, as_json: bool) -> None:  # noqa: FBT001
+    """Predict memory and time of a training on FILE, and the rung of the ladder it would start on."""
+    from finetuned.errors import DataError, ModelError
+    from finetuned.plan import plan_file, render
+
+    try:
+        facts = plan_file(file, base_dir=base_dir, profile=profile, model=model)
+    except (DataError, ModelError) as error:
+        click.echo(f"finetuned: {error}", err=True)
+        sys.exit(1)
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(facts))
+
+
+@cli.command()
 @click.option(
     "--dataset", required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A JSONL file."
 )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetuned.trainer.batches import Example
+    from finetuned.trainer.loop import Task, Trained
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 _stop_asked = False
@@ -69,6 +70,7 @@ def _train(
     import torch
     import transformers
 
+    from finetuned.trainer import memory
     from finetuned.trainer.adapter import write_adapter
     from finetuned.trainer.chain import settle
     from finetuned.trainer.loop import Task, train
@@ -94,6 +96,7 @@ def _train(
         say.warn(f"left out: {sentence}")
     judge(report, name=spec.name, max_bad_rows=settings.max_bad_rows)
     held_out_report = Report(rows=len(held_out))
+    libraries = memory.resident_bytes()
     task = Task(
         settings=settings,
         rung=rung,
@@ -115,7 +118,34 @@ def _train(
     figures = ", ".join(
         f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(("loss", "before"))
     )
+    _remember(task, trained, libraries=libraries, models=Path(spec.models))
     say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
+
+
+def _remember(task: Task, trained: Trained, *, libraries: int, models: Path) -> None:
+    """Keep what the training took beside what is predicted for such a one, so that `finetuned plan` gets better."""
+    from finetuned.trainer import footprint, history, memory, precision
+
+    rung, seen = trained.rung, trained.seen
+    try:
+        formats = precision.choose(task.device, rung.tuning, task.settings.dtype)
+        work = footprint.Work(
+            task.base, task.settings, rung.tuning, formats, task.device, rung.activation_checkpointing
+        )
+        counted = footprint.count(
+            work, [task.train[row] for row in seen.largest], accumulated=seen.accumulated, libraries=libraries
+        )
+        record = history.Record(
+            model=task.base.name,
+            method=rung.tuning,
+            device=memory.device_name(),
+            predicted=counted.footprint.peak,
+            peak=seen.peak,
+            tokens_per_second=round(seen.tokens_per_second, 1),
+        )
+        history.remember(history.file_beside(models), record)
+    except Exception as error:  # noqa: BLE001, the adapter is done: no record is worth losing it
+        task.say.warn(f"nothing was kept for the predictions of `finetuned plan`: {error}")
 
 
 def _examples(rows: list[Row], report: Report, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:

@@ -207,6 +207,12 @@ def _varlen_bounds(rows: FlatRows, device: torch.device) -> tuple[torch.Tensor, 
     return bounds[0], bounds[1], max(queries), max(keys)
 
 
+def forget() -> None:
+    """Drop what is kept from call to call: tensors without content must not meet those that have some."""
+    _bias.cache_clear()
+    _varlen_bounds.cache_clear()
+
+
 def functions(device: torch.device, compute: torch.dtype) -> list[tuple[str, str]]:
     """Name the flat attention functions for a device and number format, best first, each with its reason."""
     everywhere = (FLAT, "torch's attention, a call for rows of like length")

@@ -63,6 +63,17 @@ class Trained:
     rung: Rung
     metrics: dict[str, Any]
     choices: dict[str, dict[str, str]]  # every automatic decision with its reason
+    seen: Seen
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a training took, for predictions of the next (`plan.py`)."""
+
+    largest: list[int]  # rows of the largest micro-batch
+    accumulated: bool  # whether some step had more than one
+    peak: int  # bytes
+    tokens_per_second: float
 
 
 def train(task: Task) -> Trained:
@@ -94,7 +105,7 @@ def train(task: Task) -> Trained:
             raise
         training.save_what_is_done()
         raise OutOfMeansError(training.rung, detail, training.means()) from None
-    return Trained(model, training.rung, training.metrics, training.choices)
+    return Trained(model, training.rung, training.metrics, training.choices, training.seen())
 
 
 def _load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
@@ -421,6 +432,12 @@ class Training:
         found, _ = checkpoint.newest(self.task.checkpoints, plan=self.plan.fingerprint(), before=step)
         return found.step if found else None
 
+    def seen(self) -> Seen:
+        """Give what this training took."""
+        largest = steps.largest_cut(self.plan, self.lengths, self.bound)
+        accumulated = any(len(self._cut(self.plan.step(number))) > 1 for number in range(self.plan.total_steps))
+        return Seen(largest, accumulated, memory.peak_bytes(), self._pace.overall)
+
     def _largest_comes_late(self) -> bool:
         """Whether a later micro-batch needs clearly more than those of the next step, which need no trial."""
         if self.done == self.plan.total_steps:
@@ -522,6 +539,12 @@ class _Pace:
     def __init__(self) -> None:
         self._last = time.monotonic()
         self._seconds: float | None = None  # per step
+        self._sum_tokens, self._sum_seconds = 0, 0.0
+
+    @property
+    def overall(self) -> float:
+        """Tokens per second of all steps so far."""
+        return self._sum_tokens / self._sum_seconds if self._sum_seconds else 0.0
 
     def start(self) -> None:
         """Leave out what was done between two steps."""
@@ -531,5 +554,6 @@ class _Pace:
         """Give the step's tokens per second and the seconds left."""
         now = time.monotonic()
         seconds, self._last = now - self._last, now
+        self._sum_tokens, self._sum_seconds = self._sum_tokens + tokens, self._sum_seconds + seconds
         self._seconds = seconds if self._seconds is None else 0.8 * self._seconds + 0.2 * seconds
         return tokens / max(seconds, 1e-9), self._seconds * steps_left

@@ -58,6 +58,27 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def resident_bytes() -> int:
+    """Give the memory that this process has now, as its own peak cannot: one that was forked inherits its parent's."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_bytes() -> int:
+    """Give the memory that a training may take now: what the GPU has free, else what the kernel can make free."""
+    if torch.cuda.is_available():
+        free: int = torch.cuda.mem_get_info()[0]
+        return free
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def device_name() -> str:
+    """Name the device as records of earlier trainings do."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def total_bytes() -> int:
     """Give the memory that this process could use at most: the GPU's where there is one, else the machine's or what a
     limit leaves of it.
@@ -89,8 +110,3 @@ def reset_peak() -> None:
     """Begin the GPU's peak anew; a process's own cannot be."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-
-
-def device_name() -> str:
-    """Name the device: a GPU's model, or the CPU."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

@@ -106,6 +106,17 @@ def load_model(
     return model
 
 
+def empty_model(base: Base, settings: TrainingSettings, dtype: torch.dtype) -> PreTrainedModel:
+    """Build the model without its weights, on the meta device. Raises ModelError."""
+    with _loading(base), torch.device("meta"):
+        config = AutoConfig.from_pretrained(base.source, **_hub(settings))
+        config.use_cache = False
+        model: PreTrainedModel = auto_class(config).from_config(
+            config, dtype=dtype, trust_remote_code=settings.trust_remote_code
+        )
+    return model
+
+
 def _hub(settings: TrainingSettings) -> dict[str, Any]:
     return {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
 

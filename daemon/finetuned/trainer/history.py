@@ -1,0 +1,70 @@
+"""What earlier trainings of this machine needed, beside what was predicted for them. Kept next to the models, newest
+last.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetuned.durable import write_file
+
+_KEPT, _NEWEST = 100, 5  # records kept, and asked
+
+
+@dataclass(frozen=True)
+class Record:
+    """One training that came to its end."""
+
+    model: str
+    method: str  # full, lora, lora-8bit or qlora
+    device: str
+    predicted: int  # bytes, uncorrected
+    peak: int  # bytes, measured
+    tokens_per_second: float
+
+
+def file_beside(models: Path) -> Path:
+    """Name the file."""
+    return models.parent / "trainings.json"
+
+
+def read(file: Path) -> list[Record]:
+    """Give what there is; what cannot be read is left out, as it can only make a prediction worse."""
+    try:
+        entries = json.loads(file.read_bytes())
+        return [Record(**entry) for entry in entries]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def remember(file: Path, record: Record) -> None:
+    """Add a training."""
+    records = [*read(file), record][-_KEPT:]
+    write_file(file, json.dumps([asdict(one) for one in records], indent=1).encode() + b"\n")
+
+
+def correction(records: Sequence[Record], *, model: str, method: str, device: str) -> tuple[float, str]:
+    """Give what to multiply a prediction with, and why: the median of measured over predicted."""
+    near, what = _near(records, model=model, method=method, device=device)
+    ratios = [one.peak / one.predicted for one in near if one.predicted > 0 and one.peak > 0]
+    return (statistics.median(ratios), what) if ratios else (1.0, "no earlier job on this device")
+
+
+def speed(records: Sequence[Record], *, model: str, method: str, device: str) -> float | None:
+    """Give tokens a second of earlier trainings of the same model and method here."""
+    alike = [one for one in records if (one.model, one.method, one.device) == (model, method, device)]
+    speeds = [one.tokens_per_second for one in alike[-_NEWEST:] if one.tokens_per_second > 0]
+    return statistics.median(speeds) if speeds else None
+
+
+def _near(records: Sequence[Record], **wanted: Any) -> tuple[list[Record], str]:
+    here = [one for one in records if one.device == wanted["device"]]
+    alike = [one for one in here if (one.model, one.method) == (wanted["model"], wanted["method"])][-_NEWEST:]
+    if alike:
+        return alike, f"earlier jobs of this model and method: {len(alike)}"
+    return here[-_NEWEST:], f"earlier jobs of other models or methods: {len(here[-_NEWEST:])}"

@@ -1,0 +1,202 @@
+"""`python -m finetuned.trainer.plan`: an order as JSON in, what a training would need as JSON out, the last line of the
+output. `finetuned.plan` asks and prints. No weights are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import accelerate  # noqa: F401, a trainer has it in memory
+import torch
+import transformers
+
+from finetuned.config import TrainingSettings, settings_from
+from finetuned.dataset.report import judge, read_file
+from finetuned.errors import FinetunedError
+from finetuned.fallback import Rung, next_rung
+from finetuned.trainer import bounds, footprint, history, memory, steps
+from finetuned.trainer.batches import Example, tokenise
+from finetuned.trainer.model import Base, choose_tuning, find_base, load_tokenizer
+from finetuned.trainer.precision import choose
+
+_MARGIN = 0.9  # share of the memory there is that a prediction may take
+_SHARE = 0.3  # of the speed of large matrix products that a training comes to; docs/training.md
+
+
+def main() -> None:
+    """Answer one order."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    order = json.load(sys.stdin)
+    try:
+        answer: dict[str, Any] = {"plan": plan(order)}
+    except FinetunedError as error:
+        answer = {"error": error.as_dict()}
+    print("\n" + json.dumps(answer), flush=True)  # noqa: T201, standard output is the answer
+
+
+def plan(order: dict[str, Any]) -> dict[str, Any]:
+    """Predict. `memory`, in bytes, may be given in place of what the machine has. Raises FinetunedError."""
+    settings = settings_from(order["settings"], where="the settings")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    file, models = Path(order["file"]), Path(order["models"])
+    rows, report = read_file(file, name=file.name, system_prompt=settings.system_prompt)
+    judge(report, name=file.name, max_bad_rows=settings.max_bad_rows)
+    base = find_base(settings, models=models, base_dir=Path(order["base_dir"]))
+    examples = []
+    for result in tokenise(rows, load_tokenizer(base, settings), max_length=settings.max_length):
+        if isinstance(result, Example):
+            examples.append(result)
+        else:
+            report.add(result[0].line, [result[1]])
+    judge(report, name=file.name, max_bad_rows=settings.max_bad_rows)
+
+    tuning, _ = choose_tuning(settings.tuning, device)
+    kind = {"model": base.name, "method": tuning, "device": memory.device_name()}
+    records = history.read(history.file_beside(models))
+    ratio, corrected_by = history.correction(records, **kind)
+    room = order.get("memory") or memory.available_bytes()
+    forecast = Forecast(settings, base, device, examples, memory.resident_bytes())
+    rung = forecast.settled(replace(settings.first_rung(), tuning=tuning), room / ratio)
+    rung, reason, fits = walk(rung, settings, lambda rung: forecast.peak(rung) * ratio <= room * _MARGIN)
+    counted, examples = forecast.counted(rung), forecast.cut_to(rung)
+    todo = forecast.steps
+    tokens = sum(len(examples[row].ids) for step in range(todo.total_steps) for row in todo.step(step))
+    targets = sum(examples[row].targets for step in range(todo.total_steps) for row in todo.step(step))
+    speed, speed_from = history.speed(records, **kind), "earlier jobs"
+    if speed is None:
+        speed, speed_from = _estimated_speed(counted, rung, device, targets / tokens), "arithmetic, not measured yet"
+    return {
+        "file": file.name,
+        **kind,
+        "parts_bytes": asdict(counted.footprint),
+        "predicted_bytes": counted.footprint.peak,
+        "correction": ratio,
+        "corrected_by": corrected_by,
+        "counted": counted.method,
+        "peak_bytes": round(counted.footprint.peak * ratio),
+        "memory_bytes": room,
+        "fits": fits,
+        "rung": rung.as_dict(),
+        "rung_name": str(rung),
+        "reason": reason,
+        "parameters": counted.parameters,
+        "trained_parameters": counted.trained,
+        "steps": todo.total_steps,
+        "rows": len(examples),
+        "tokens": tokens,
+        "supervised_tokens": targets,
+        "tokens_per_second": speed,
+        "speed_from": speed_from,
+        "minutes": tokens / speed / 60,
+        "data": report.as_dict(),
+        "data_summary": report.summary(),
+        "data_sentences": report.sentences(),
+    }
+
+
+def walk(rung: Rung, settings: TrainingSettings, fits: Callable[[Rung], bool]) -> tuple[Rung, str, bool]:
+    """Climb down until a rung fits: that rung, the reason, and whether it does. At the foot there is none left."""
+    reason = "its predicted peak fits, with a tenth of memory as margin"
+    while not fits(rung):
+        lower = next_rung(rung, allow_4bit=settings.fallback_4bit, allow_shorter=settings.fallback_max_length)
+        if lower is None:
+            return rung, "the foot of the ladder, and even this is predicted not to fit", False
+        rung, reason = lower[0], f"rungs above are predicted not to fit; {lower[1]}"
+    return rung, reason, True
+
+
+class Forecast:
+    """Footprints of one training, rung by rung."""
+
+    def __init__(
+        self, settings: TrainingSettings, base: Base, device: torch.device, examples: list[Example], libraries: int
+    ) -> None:
+        """Plan the steps, as the loop does."""
+        self.settings, self.base, self.device, self.examples = settings, base, device, examples
+        self.libraries = libraries
+        self.steps = steps.plan_steps(
+            len(examples),
+            effective_batch=settings.first_rung().effective_batch,
+            epochs=settings.epochs,
+            max_steps=settings.max_steps,
+            seed=settings.seed,
+        )
+        self._found: dict[Any, footprint.Counted] = {}
+
+    def settled(self, rung: Rung, room: float) -> Rung:
+        """Bound micro-batches as the loop does; on a GPU it tries what here is predicted."""
+        if not rung.micro_batch_tokens and self.settings.micro_batch_tokens == "auto" and self.device.type == "cpu":
+            return replace(rung, micro_batch_tokens=bounds.CPU_TOKENS)
+        if rung.micro_batch_tokens or self.settings.batch_size != "auto" or self.device.type != "cuda":
+            return rung
+
+        def attempt(tokens: int) -> float | None:
+            share = self.peak(replace(rung, micro_batch_tokens=tokens)) / room
+            return share if share < 1 else None
+
+        enough = sum(sorted((len(one.ids) for one in self.examples), reverse=True)[: self.steps.effective_batch])
+        return replace(rung, micro_batch_tokens=bounds.largest_fitting(bounds.FIRST, enough, attempt)[0])
+
+    def peak(self, rung: Rung) -> int:
+        """Give the bytes needed on a rung, uncorrected."""
+        return self.counted(rung).footprint.peak
+
+    def cut_to(self, rung: Rung) -> list[Example]:
+        """Give the rows as long as the rung lets them be."""
+        most = rung.max_length
+        return [Example(one.ids[:most], one.supervised[:most], one.row) for one in self.examples]
+
+    def counted(self, rung: Rung) -> footprint.Counted:
+        """Count what a rung needs. Rungs with the same largest micro-batch need the same."""
+        examples = self.cut_to(rung)
+        lengths = [len(one.ids) for one in examples]
+        bound = steps.Bound(rung.batch_size, rung.micro_batch_tokens)
+        largest = steps.largest_cut(self.steps, lengths, bound)
+        accumulated = any(
+            len(steps.cut(self.steps.step(number), lengths, bound)) > 1 for number in range(self.steps.total_steps)
+        )
+        key = (tuple(largest), rung.activation_checkpointing, rung.tuning, rung.max_length, accumulated)
+        if key not in self._found:
+            precision = choose(self.device, rung.tuning, self.settings.dtype)
+            work = footprint.Work(
+                self.base, self.settings, rung.tuning, precision, self.device, rung.activation_checkpointing
+            )
+            self._found[key] = footprint.count(
+                work, [examples[row] for row in largest], accumulated=accumulated, libraries=self.libraries
+            )
+        return self._found[key]
+
+
+def _estimated_speed(counted: footprint.Counted, rung: Rung, device: torch.device, supervised: float) -> float:
+    """Give tokens a second from the operations that a token needs: 2 a parameter forward, 2 for the gradient of its
+    input, 2 for its own where it is trained, 2 more where activations are computed twice; attention aside.
+    """
+    a_parameter = (6 if rung.tuning == "full" else 4) + 2 * rung.activation_checkpointing
+    used = counted.parameters - (1 - supervised) * counted.head
+    return _SHARE * _matmul_speed(device) / (a_parameter * used)
+
+
+def _matmul_speed(device: torch.device) -> float:
+    """Measure matrix products for a moment, in operations a second."""
+    size = 1024 if device.type == "cpu" else 8192
+    dtype = choose(device, "lora", "auto").compute
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        float(torch.mm(left, right)[0, 0])  # waits for a GPU
+        best = min(best, time.perf_counter() - began)
+    return 2.0 * size**3 / best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Predictions before training: what is counted is what a real pass keeps, and the ladder is walked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from conftest import chat_rows, write_config, write_jsonl
+from finetuned.cli import cli
+from finetuned.config import settings_from
+from finetuned.dataset.checks import Row
+from finetuned.fallback import Rung
+from finetuned.trainer import attention, footprint, history, plan
+from finetuned.trainer.batches import Example
+from finetuned.trainer.layout import Layout
+from finetuned.trainer.model import Base, add_adapter, load_model
+from finetuned.trainer.precision import choose
+from finetuned.trainer.recipes.sft import Objective
+
+CPU = torch.device("cpu")
+
+
+def rows(*lengths: int) -> list[Example]:
+    return [Example([5 + n] * 2 + [7] * (length - 2), [True] * length, Row(0, ())) for n, length in enumerate(lengths)]
+
+
+def work(folder, tuning: str) -> footprint.Work:
+    settings = settings_from({"dtype": "float32", "tuning": tuning}, where="")
+    return footprint.Work(Base(str(folder), "tiny"), settings, tuning, choose(CPU, tuning, "float32"), CPU, False)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_what_is_counted_is_what_a_real_forward_keeps(tiny_model, tuning):
+    what, batch = work(tiny_model, tuning), rows(40, 30)
+    counted = footprint.count(what, batch, accumulated=False, libraries=0)
+    model = load_model(what.base, what.settings, tuning=tuning, precision=what.precision, device=CPU)
+    attention.register()
+    model.set_attn_implementation(attention.FLAT)
+    if tuning == "lora":
+        from finetuned.trainer import lora
+
+        model = add_adapter(model, what.base, what.settings, precision=what.precision)
+        lora.fuse(model)
+    objective = Objective(model, Layout(True, True, "", attention.FLAT)).train()
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        objective(objective.layout.collate(batch))
+    assert counted.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counted.footprint.activations == pytest.approx(sum(kept.values()), rel=0.03)
+
+
+def test_more_tokens_need_more(tiny_model):
+    few, many = (
+        footprint.count(work(tiny_model, "lora"), rows(*lengths), accumulated=False, libraries=0).footprint.peak
+        for lengths in ([50], [50, 60, 70])
+    )
+    assert many > few
+
+
+def test_the_ladder_is_walked_until_a_rung_fits():
+    rung = Rung(8, 1, False, "lora", 512)
+    settings = settings_from({}, where="")
+    assert plan.walk(rung, settings, lambda _: True)[0] == rung
+    found, reason, fits = plan.walk(rung, settings, lambda one: one.batch_size <= 2)
+    assert (found.batch_size, found.gradient_accumulation, fits) == (2, 4, True)
+    assert "halved" in reason
+    foot, _, fits = plan.walk(rung, settings, lambda _: False)
+    assert not fits
+    assert foot == replace(rung, batch_size=1, gradient_accumulation=8, activation_checkpointing=True)
+
+
+def test_earlier_jobs_correct_the_same_method_first(tmp_path):
+    file = tmp_path / "trainings.json"
+    assert history.correction(history.read(file), model="m", method="lora", device="cpu")[0] == 1
+    history.remember(file, history.Record("m", "full", "cpu", 100, 150, 10.0))
+    assert history.correction(history.read(file), model="m", method="lora", device="cpu")[0] == 1.5
+    history.remember(file, history.Record("m", "lora", "cpu", 100, 120, 20.0))
+    assert history.correction(history.read(file), model="m", method="lora", device="cpu")[0] == 1.2
+    assert history.speed(history.read(file), model="m", method="lora", device="cpu") == 20
+
+
+def ask(*words: object):
+    return CliRunner().invoke(cli, ["plan", *map(str, words)])
+
+
+def test_the_verb_answers_for_machines_and_names_what_is_wrong(home, tmp_path, tiny_model):
+    write_config(home, model=str(tiny_model))
+    data = write_jsonl(tmp_path / "data.jsonl", chat_rows(20))
+    said = ask(data, "--base-dir", home.root, "--json")
+    facts = json.loads(said.output)
+    assert sum(facts["parts_bytes"].values()) == facts["predicted_bytes"]
+    assert (facts["steps"], facts["fits"], facts["rung"]["batch_size"]) == (5, True, 4)
+
+    missing = ask(data, "--base-dir", home.root, "--model", "./nowhere")
+    assert missing.exit_code == 1
+    assert "no such folder" in missing.output
+    assert ask(tmp_path / "none.jsonl").exit_code == 2
+    write_config(home, epochs=-1)
+    assert "epochs" in str(ask(data, "--base-dir", home.root).exception)
