@@ -64,6 +64,7 @@ def facts(model: str, tuning: str, setting: str, device: torch.device, folder: P
     precision = choose(device, tuning, setting)
     base, layout = loop._load(task, precision)
     training = loop.Training(task, base, layout, precision)
+    training.settle()
     training.prepare()
     layer = next(module for path, module in base.named_modules() if path.endswith("q_proj"))
     losses, scaled_steps = [], 0

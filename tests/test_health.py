@@ -226,27 +226,12 @@ def test_the_start_line_says_what_will_be_done(training, tmp_path):
     for said in (
         "2 steps of 8 rows",
         f"at most 8 rows and {plan.data['micro_batch']['tokens']} tokens",
-        "lora: 32,768 of 139,840 parameters trainable, 0 vision parameters frozen",
+        "lora: 32,768 of 139,840 parameters trainable",
         f"of which {plan.data['supervised_tokens']} supervised",
         "base in float32, trained in float32, computed in float32",
         "attention finetuned_flat",
     ):
         assert said in plan.message
-
-
-def test_frozen_vision_parameters_are_counted(training, monkeypatch, tmp_path):
-    whole = loop.load_model
-
-    def seeing(*arguments, **options):
-        model = whole(*arguments, **options)
-        model.model.vision_tower = torch.nn.Sequential(torch.nn.Linear(10, 100, bias=False))
-        return model.requires_grad_(requires_grad=False)
-
-    monkeypatch.setattr(loop, "load_model", seeing)
-    training(epochs=1, target_modules=["q_proj"])
-    (plan,) = told(tmp_path, EventType.PLAN)
-    assert plan.data["frozen_vision_parameters"] == 1000
-    assert "1,000 vision parameters frozen" in plan.message
 
 
 # ---------------------------------------------------------------- at a step

@@ -17,7 +17,8 @@ from finetuned.fallback import Rung
 from finetuned.trainer import attention, footprint, history, plan
 from finetuned.trainer.batches import Example
 from finetuned.trainer.layout import Layout
-from finetuned.trainer.model import Base, add_adapter, load_model
+from finetuned.trainer.lora import add_adapter
+from finetuned.trainer.model import Base, load_model
 from finetuned.trainer.precision import choose
 from finetuned.trainer.recipes.sft import Objective
 
@@ -41,10 +42,10 @@ def test_what_is_counted_is_what_a_real_forward_keeps(tiny_model, tuning):
     attention.register()
     model.set_attn_implementation(attention.FLAT)
     if tuning == "lora":
-        from finetuned.trainer import lora
+        from finetuned.trainer import fused
 
         model = add_adapter(model, what.base, what.settings, precision=what.precision)
-        lora.fuse(model)
+        fused.fuse(model)
     objective = Objective(model, Layout(True, True, "", attention.FLAT)).train()
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}

@@ -115,7 +115,7 @@ def test_an_adapter_is_on_the_text_decoder_alone_and_loads_in_plain_peft(tmp_pat
     frozen = sum(parameter.numel() for parameter in base.model.visual.parameters())
     (plan,) = run.events(EventType.PLAN)
     assert plan.data["frozen_vision_parameters"] == frozen
-    assert f"the {frozen:,} of vision frozen" in plan.message
+    assert f"{frozen:,} vision parameters frozen" in plan.message
     assert "AutoModelForImageTextToText.from_pretrained" in (run.adapter / "README.md").read_text()
     check_loss(run, PeftModel.from_pretrained(base, run.adapter), settings)
 

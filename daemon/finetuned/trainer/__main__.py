@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from finetuned.trainer.loop import Task, Trained
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_WORTH_KEEPING = 60.0  # seconds of steps; the count behind a record takes a few itself
 _stop_asked = False
 
 
@@ -118,7 +119,8 @@ def _train(
     figures = ", ".join(
         f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(("loss", "before"))
     )
-    _remember(task, trained, libraries=libraries, models=Path(spec.models))
+    if trained.seen.seconds >= _WORTH_KEEPING:
+        _remember(task, trained, libraries=libraries, models=Path(spec.models))
     say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
 
 

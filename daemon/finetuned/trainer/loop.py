@@ -74,6 +74,7 @@ class Seen:
     accumulated: bool  # whether some step had more than one
     peak: int  # bytes
     tokens_per_second: float
+    seconds: float  # of all steps
 
 
 def train(task: Task) -> Trained:
@@ -436,7 +437,7 @@ class Training:
         """Give what this training took."""
         largest = steps.largest_cut(self.plan, self.lengths, self.bound)
         accumulated = any(len(self._cut(self.plan.step(number))) > 1 for number in range(self.plan.total_steps))
-        return Seen(largest, accumulated, memory.peak_bytes(), self._pace.overall)
+        return Seen(largest, accumulated, memory.peak_bytes(), self._pace.overall, self._pace.seconds)
 
     def _largest_comes_late(self) -> bool:
         """Whether a later micro-batch needs clearly more than those of the next step, which need no trial."""
@@ -538,13 +539,13 @@ class _Pace:
 
     def __init__(self) -> None:
         self._last = time.monotonic()
-        self._seconds: float | None = None  # per step
-        self._sum_tokens, self._sum_seconds = 0, 0.0
+        self._step_seconds: float | None = None
+        self._sum_tokens, self.seconds = 0, 0.0  # of all steps so far
 
     @property
     def overall(self) -> float:
         """Tokens per second of all steps so far."""
-        return self._sum_tokens / self._sum_seconds if self._sum_seconds else 0.0
+        return self._sum_tokens / self.seconds if self.seconds else 0.0
 
     def start(self) -> None:
         """Leave out what was done between two steps."""
@@ -554,6 +555,7 @@ class _Pace:
         """Give the step's tokens per second and the seconds left."""
         now = time.monotonic()
         seconds, self._last = now - self._last, now
-        self._sum_tokens, self._sum_seconds = self._sum_tokens + tokens, self._sum_seconds + seconds
-        self._seconds = seconds if self._seconds is None else 0.8 * self._seconds + 0.2 * seconds
-        return tokens / max(seconds, 1e-9), self._seconds * steps_left
+        self._sum_tokens, self.seconds = self._sum_tokens + tokens, self.seconds + seconds
+        smooth = self._step_seconds
+        self._step_seconds = seconds if smooth is None else 0.8 * smooth + 0.2 * seconds
+        return tokens / max(seconds, 1e-9), self._step_seconds * steps_left
