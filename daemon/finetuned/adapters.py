@@ -8,7 +8,8 @@ from typing import Any
 
 from finetuned.errors import ConfigError
 
-CONFIG, WEIGHTS, STORY = "adapter_config.json", "adapter_model.safetensors", "finetuned.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MANIFEST = "finetuned.json"  # the last file that is written: its presence means whole, its `job_id` whose
 
 
 def read_adapter(folder: Path, *, where: str) -> dict[str, Any]:
@@ -35,7 +36,12 @@ def read_adapter(folder: Path, *, where: str) -> dict[str, Any]:
 def read_story(folder: Path) -> dict[str, Any]:
     """Read finetuned.json; an adapter that was made elsewhere has none, which is an empty story."""
     try:
-        story = json.loads((folder / STORY).read_bytes())
+        story = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return {}
     return story if isinstance(story, dict) else {}
+
+
+def belongs_to(folder: Path, job_id: str) -> bool:
+    """Whether the folder is the finished adapter of this job."""
+    return read_story(folder).get("job_id") == job_id

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from finetuned.adapters import MANIFEST
 from finetuned.config import settings_from
 from finetuned.durable import sync_tree
 from finetuned.errors import FinetunedError, HomeError
@@ -21,7 +22,6 @@ from finetuned.home import Home, JobFolder, find_home, safe_name
 from finetuned.jobs import FileIdentity, Job, JobSpec, State
 from finetuned.launchers.local import LocalTrainer, start, trainer_environment
 from finetuned.live import LiveLine
-from finetuned.spool.manifest import MANIFEST
 from finetuned.spool.publish import check_output
 from finetuned.spool.recover import locked
 from finetuned.supervisor import SETTLE_RUNG, EventTail, decide, progress_after, progress_for_next

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from finetuned.adapters import belongs_to
 from finetuned.config import Config, read_overrides, resolve
 from finetuned.durable import make_folder, move, sync_file, sync_folder, write_file
 from finetuned.errors import ConfigError
@@ -19,7 +20,6 @@ from finetuned.home import Home, JobFolder, data_extension, safe_name
 from finetuned.jobs import FileIdentity, Job, JobSpec, State
 from finetuned.ledger import Ledger
 from finetuned.spool.inbox import Found
-from finetuned.spool.manifest import belongs_to
 from finetuned.spool.settle import has_writer
 
 _BLOCK = 4 * 2**20

@@ -13,13 +13,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from finetuned.adapters import MANIFEST, belongs_to
 from finetuned.durable import make_folder, move, sync_folder, sync_tree, write_file
 from finetuned.errors import FinetunedError
 from finetuned.home import Home, printable, safe_name
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
 from finetuned.spool.claim import input_path
-from finetuned.spool.manifest import MANIFEST, belongs_to
 
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 _LOG_LINES, _LOG_BYTES = 200, 256 * 1024  # of a bug, kept in reason.json

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import structlog
 
+from finetuned.adapters import belongs_to
 from finetuned.durable import sync_folder
 from finetuned.errors import FinetunedError
 from finetuned.home import Home, JobFolder, printable
@@ -20,7 +21,6 @@ from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
 from finetuned.spool.claim import input_path, read_spec, restore, take_override
 from finetuned.spool.inbox import Found
-from finetuned.spool.manifest import belongs_to
 from finetuned.spool.publish import archive, fail, publish, published
 
 MOST_INTERRUPTIONS = 5  # of one job; after that it is the job that takes the machine down

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from finetuned.adapters import STORY, WEIGHTS, read_adapter, read_story
+from finetuned.adapters import MANIFEST, WEIGHTS, read_adapter, read_story
 from finetuned.config import TrainingSettings
 from finetuned.durable import make_folder, move, sync_tree, write_file
 from finetuned.errors import FinetunedError, HomeError, ModelError
@@ -56,7 +56,7 @@ def merge(adapter: Path, output: Path, *, dtype: str, model: str | None, models:
         merged = {**told, "adapter_job_id": story.get("job_id"), "chain": story.get("chain", [])}
         for path in staged.iterdir():  # transformers writes some files for the owner alone
             path.chmod(0o640)
-        write_file(staged / STORY, json.dumps({"merged": merged}, indent=2, ensure_ascii=False).encode() + b"\n")
+        write_file(staged / MANIFEST, json.dumps({"merged": merged}, indent=2, ensure_ascii=False).encode() + b"\n")
         sync_tree(staged)
         if output.exists():
             shutil.rmtree(output)
