@@ -10,18 +10,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from train import CACHE, rows, whole_process
+from train import CACHE, rows, train_as_daemon
 
 from finetuned.config import settings_from
 from finetuned.home import Home, JobFolder
-from finetuned.jobs import FileIdentity, JobSpec
-from finetuned.launchers.local import trainer_environment
 from finetuned.plan import predict
 
 STEPS = 2  # the optimizer has its state from the second on
@@ -93,27 +89,8 @@ class Bench:
 
     def measured(self, values: dict[str, Any]) -> int:
         """Train as the daemon does, and give the peak in bytes."""
-        settings = settings_from(values, where="benchmarks/plan.py")
         models = self._models()
-        folder = JobFolder(models.parent / "job")
-        folder.path.mkdir()
-        spec = JobSpec(
-            id="bench",
-            name=self.data.name,
-            profile="",
-            identity=FileIdentity(0, 0, 0, 0),
-            created_at=0.0,
-            input=str(self.data),
-            settings=settings.model_dump(),
-            rung=settings.first_rung().as_dict(),
-            sha256="0" * 64,
-            base_dir=str(self.folder),
-            models=str(models),
-        )
-        folder.spec.write_bytes(spec.encode())
-        environment, _ = trainer_environment(None)
-        command = [sys.executable, "-m", "finetuned.trainer", str(folder.path)]
-        _, run = whole_process(command, {**os.environ, **environment})
+        _, run = train_as_daemon(JobFolder(models.parent / "job"), self.data, values, models=models)
         return int(run["peak"])
 
 

@@ -116,25 +116,7 @@ class Work:
     def ours(self, number: int) -> dict[str, Any]:
         """Run finetuned's trainer as the daemon does."""
         folder = JobFolder(self.folder / f"job-{number}")
-        folder.path.mkdir()
-        settings = settings_from(SETTINGS, where="benchmarks/train.py")
-        spec = JobSpec(
-            id="bench",
-            name=self.data.name,
-            profile="",
-            identity=FileIdentity(0, 0, 0, 0),
-            created_at=0.0,
-            input=str(self.data),
-            settings=settings.model_dump(),
-            rung=settings.first_rung().as_dict(),
-            sha256="0" * 64,
-            base_dir=str(self.folder),
-            models=str(self.models),
-        )
-        folder.spec.write_bytes(spec.encode())
-        environment, _ = trainer_environment(None)
-        command = [sys.executable, "-m", "finetuned.trainer", str(folder.path)]
-        began, run = whole_process(command, {**os.environ, **environment})
+        began, run = train_as_daemon(folder, self.data, SETTINGS, models=self.models)
         events = [event for line in folder.events.read_bytes().splitlines() if (event := parse_event(line))]
         steps = [e for e in events if e.type is EventType.METRICS and "train_loss" in e.data]
         training = next(e.created_at for e in events if e.data.get("phase") == "training")
@@ -155,6 +137,31 @@ class Work:
             "first_step": said["first_step"] - began,
             "losses": said["losses"],
         }
+
+
+def train_as_daemon(
+    folder: JobFolder, data: Path, values: dict[str, Any], *, models: Path
+) -> tuple[float, dict[str, Any]]:
+    """Run finetuned's trainer as the daemon does: when it began, and what `whole_process` gives."""
+    folder.path.mkdir()
+    settings = settings_from(values, where="the benchmark")
+    spec = JobSpec(
+        id="bench",
+        name=data.name,
+        profile="",
+        identity=FileIdentity(0, 0, 0, 0),
+        created_at=0.0,
+        input=str(data),
+        settings=settings.model_dump(),
+        rung=settings.first_rung().as_dict(),
+        sha256="0" * 64,
+        base_dir=str(data.parent),
+        models=str(models),
+    )
+    folder.spec.write_bytes(spec.encode())
+    environment, _ = trainer_environment(None)
+    command = [sys.executable, "-m", "finetuned.trainer", str(folder.path)]
+    return whole_process(command, {**os.environ, **environment})
 
 
 def whole_process(command: list[str], environment: dict[str, str]) -> tuple[float, dict[str, Any]]:
