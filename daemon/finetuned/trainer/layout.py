@@ -85,11 +85,10 @@ def choose_layout(model: PreTrainedModel, compute: torch.dtype, *, name: str = "
 
         def fails(layout: Layout) -> str:
             """Say why a layout will not do, or nothing."""
-            error = (
-                logits([first, second], layout).float() - wanted.float()
-            ).square().mean().sqrt() / wanted.float().std()
+            found = logits([first, second], layout)
+            error = (found.float() - wanted).square().mean().sqrt() / wanted.std()
             # The second row must not notice another first row, to the last bit: closeness alone could hide a leak.
-            tails = [logits([row, second], layout)[_LENGTHS[0] - 1 :] for row in (first, other)]
+            tails = [tokens[_LENGTHS[0] - 1 :] for tokens in (found, logits([other, second], layout))]
             if layout.flat and not torch.equal(*tails):
                 return "the model lets rows of a flat batch see each other"
             return "" if error < _CLOSE[compute] else "its logits differ from those of single rows"
@@ -98,7 +97,7 @@ def choose_layout(model: PreTrainedModel, compute: torch.dtype, *, name: str = "
         why = ""
         for function, reason in attention.functions(device, compute):
             flat = Layout(flat=True, head_apart=True, reason=reason, attention=function, share=share)
-            why = _refusal(model, flat) or fails(flat)
+            why = _tried(model, flat, fails)
             if not why:
                 return flat
         model.set_attn_implementation(plain)
@@ -114,17 +113,15 @@ def choose_layout(model: PreTrainedModel, compute: torch.dtype, *, name: str = "
     )
 
 
-def _refusal(model: PreTrainedModel, layout: Layout) -> str:
-    """Set the model to a flat layout and say why it does not take it, or nothing."""
+def _tried(model: PreTrainedModel, layout: Layout, fails: Callable[[Layout], str]) -> str:
+    """Set the model to a flat layout and say why it fails or refuses, or nothing."""
     try:
         model.set_attn_implementation(layout.attention)
-        rows = [_row(model, length, 0) for length in _LENGTHS]
-        layout.hidden_states(model, layout.collate(rows).to(next(model.parameters()).device))
+        return fails(layout)
     except (RuntimeError, ImportError, TypeError, ValueError, LookupError, AttributeError) as error:
         if memory.out_of_memory(error):
             raise
         return f"the model does not take flat batches: {error}"
-    return ""
 
 
 def _row(model: PreTrainedModel, length: int, seed: int) -> Example:
