@@ -176,11 +176,18 @@ class Training:
         self._saved_at, self._saved_step = time.monotonic(), 0
         self._torn = False  # in the middle of an optimizer step: nothing to save
         self._pace = _Pace()
+        self._largest: dict[steps.Bound, list[int]] = {}
 
     @property
     def bound(self) -> steps.Bound:
         """How large a micro-batch may be now."""
         return steps.Bound(self.rung.batch_size, self.rung.micro_batch_tokens, padded=not self.layout.flat)
+
+    def largest(self, bound: steps.Bound) -> list[int]:
+        """Give the largest micro-batch of the whole training, which takes a look at every step, so once a bound."""
+        if bound not in self._largest:
+            self._largest[bound] = steps.largest_cut(self.plan, self.lengths, bound)
+        return self._largest[bound]
 
     def settle(self) -> None:
         """Find out how large a micro-batch may be, where that is left to us."""
@@ -226,7 +233,7 @@ class Training:
         if self.done == 0:
             self.evaluate()
         if self._largest_comes_late():
-            self._forgiving(lambda: self._backward(steps.largest_cut(self.plan, self.lengths, self.bound), 1))
+            self._forgiving(lambda: self._backward(self.largest(self.bound), 1))
             self.optimizer.zero_grad(set_to_none=True)
         self.task.say.phase("training", "training")
         self._pace.start()
@@ -414,7 +421,7 @@ class Training:
         """Try the largest micro-batch of at most so many tokens; say whether memory did."""
         bound = replace(self.bound, tokens=tokens)
         try:
-            self._backward(steps.largest_cut(self.plan, self.lengths, bound), 1)
+            self._backward(self.largest(bound), 1)
         except (RuntimeError, MemoryError) as error:
             if memory.out_of_memory(error) is None:
                 raise
@@ -435,7 +442,7 @@ class Training:
 
     def seen(self) -> Seen:
         """Give what this training took."""
-        largest = steps.largest_cut(self.plan, self.lengths, self.bound)
+        largest = self.largest(self.bound)
         accumulated = any(len(self._cut(self.plan.step(number))) > 1 for number in range(self.plan.total_steps))
         return Seen(largest, accumulated, memory.peak_bytes(), self._pace.overall, self._pace.seconds)
 
@@ -447,7 +454,7 @@ class Training:
         return self._largest_size() > 1.1 * self.bound.size(coming, self.lengths)
 
     def _largest_size(self) -> int:
-        return self.bound.size(steps.largest_cut(self.plan, self.lengths, self.bound), self.lengths)
+        return self.bound.size(self.largest(self.bound), self.lengths)
 
     def _cut(self, rows: list[int]) -> list[list[int]]:
         return steps.cut(rows, self.lengths, self.bound)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetuned.trainer import steps
 from finetuned.trainer.vision import tower
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ def start_line(training: Training) -> tuple[str, dict[str, Any]]:
     vision = count(tower(training.model.get_base_model() if hasattr(training.model, "peft_config") else training.model))
     tokens, supervised = sum(training.lengths), sum(example.targets for example in task.train)
     bound = training.bound
-    most_tokens = bound.size(steps.largest_cut(plan, training.lengths, bound), training.lengths)
+    most_tokens = bound.size(training.largest(bound), training.lengths)
     attention = training.model.config._attn_implementation  # noqa: SLF001, there is no public way to ask
     formats = {name: training.choices[name]["choice"] for name in ("weights", "trained", "dtype")}
     sentence = (
