@@ -9,7 +9,6 @@ import errno
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -28,9 +27,6 @@ from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.reporter import Reporter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from finetuned.trainer.batches import Example
     from finetuned.trainer.loop import Task, Trained
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
@@ -69,18 +65,15 @@ def _train(
     """Do all that needs torch."""
     say.phase("loading_model", "starting torch")
     import torch
-    import transformers
 
     from finetuned.trainer import memory
     from finetuned.trainer.adapter import write_adapter
+    from finetuned.trainer.batches import examples_of
     from finetuned.trainer.chain import settle
     from finetuned.trainer.loop import Task, train
-    from finetuned.trainer.model import choose_tuning, find_base, load_tokenizer
+    from finetuned.trainer.model import choose_tuning, find_base, load_tokenizer, quiet_libraries
 
-    # What the libraries tell each other is not for the job's log.
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|bitsandbytes)\b")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tuning, why = choose_tuning(spec.rung["tuning"], device)
     rung = replace(Rung(**spec.rung), tuning=tuning)
@@ -91,7 +84,7 @@ def _train(
     if earlier is not None:
         say.say(EventType.MESSAGE, f"resume_adapter: {earlier} ({earlier.reason})", chain=earlier.chain)
     tokenizer = load_tokenizer(base, settings)
-    examples = _examples(rows, report, tokenizer, rung.max_length)
+    examples = examples_of(rows, report, tokenizer, max_length=rung.max_length)
     say.say(EventType.DATA_REPORT, f"data: {report.summary()}", **report.as_dict())
     for sentence in report.sentences():
         say.warn(f"left out: {sentence}")
@@ -104,7 +97,7 @@ def _train(
         base=base,
         tokenizer=tokenizer,
         train=examples,
-        held_out=_examples(held_out, held_out_report, tokenizer, rung.max_length),
+        held_out=examples_of(held_out, held_out_report, tokenizer, max_length=rung.max_length),
         device=device,
         checkpoints=folder.checkpoints,
         bounds=Path(spec.models).parent / "micro-batches.json",
@@ -148,18 +141,6 @@ def _remember(task: Task, trained: Trained, *, libraries: int, models: Path) -> 
         history.remember(history.file_beside(models), record)
     except Exception as error:  # noqa: BLE001, the adapter is done: no record is worth losing it
         task.say.warn(f"nothing was kept for the predictions of `finetuned plan`: {error}")
-
-
-def _examples(rows: list[Row], report: Report, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
-    from finetuned.trainer.batches import Example, tokenise
-
-    examples = []
-    for result in tokenise(rows, tokenizer, max_length=max_length):
-        if isinstance(result, Example):
-            examples.append(result)
-        else:
-            report.add(result[0].line, [result[1]])
-    return examples
 
 
 def _held_out(settings: TrainingSettings, spec: JobSpec) -> list[Row]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuned.dataset.checks import Problem, Row
+from finetuned.dataset.report import Report
 from finetuned.trainer.attention import FlatRows
 from finetuned.trainer.chat import render_row, takes_parts
 
@@ -97,6 +98,19 @@ def _supervised(
             mask[token : behind + 1] = [True] * (behind + 1 - token)
             token = behind + 1
     return mask
+
+
+def examples_of(
+    rows: Sequence[Row], report: Report, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> list[Example]:
+    """Tokenise rows; those that cannot be learned from go into the report instead."""
+    examples = []
+    for result in tokenise(rows, tokenizer, max_length=max_length):
+        if isinstance(result, Example):
+            examples.append(result)
+        else:
+            report.add(result[0].line, [result[1]])
+    return examples
 
 
 def collate_flat(examples: Sequence[Example], *, share: bool = True) -> Batch:

@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,7 @@ from finetuned.adapters import MANIFEST, WEIGHTS, read_adapter, read_story
 from finetuned.config import TrainingSettings
 from finetuned.durable import make_folder, move, sync_tree, write_file
 from finetuned.errors import FinetunedError, HomeError, ModelError
-
-_UNUSABLE = 78
+from finetuned.events import ExitCode
 
 
 def main(arguments: list[str]) -> int:
@@ -39,7 +37,7 @@ def main(arguments: list[str]) -> int:
         merge(options.adapter, options.output, dtype=options.dtype, model=options.model, models=options.models)
     except FinetunedError as error:
         click.echo(f"finetuned: {error}", err=True)
-        return _UNUSABLE
+        return ExitCode.BAD_SETTINGS
     return 0
 
 
@@ -86,13 +84,11 @@ def _merge(
     from peft import PeftModel
 
     from finetuned.trainer import embedded
-    from finetuned.trainer.model import find_base, load_model
+    from finetuned.trainer.model import find_base, load_model, quiet_libraries
     from finetuned.trainer.precision import choose
     from finetuned.trainer.vision import copy_processor
 
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|bitsandbytes)\b")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     trained = story.get("settings", {})
     named = embedded.NAME if trained.get("model") == embedded.NAME else config["base_model_name_or_path"]
     tuning = story.get("rung", {}).get("tuning")

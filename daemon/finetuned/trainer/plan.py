@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,15 +14,14 @@ from typing import Any
 
 import accelerate  # noqa: F401, a trainer has it in memory
 import torch
-import transformers
 
 from finetuned.config import TrainingSettings, settings_from
 from finetuned.dataset.report import judge, read_file
 from finetuned.errors import FinetunedError
 from finetuned.fallback import Rung, next_rung
 from finetuned.trainer import bounds, footprint, history, memory, steps
-from finetuned.trainer.batches import Example, tokenise
-from finetuned.trainer.model import Base, choose_tuning, find_base, load_tokenizer
+from finetuned.trainer.batches import Example, examples_of
+from finetuned.trainer.model import Base, choose_tuning, find_base, load_tokenizer, quiet_libraries
 from finetuned.trainer.precision import choose
 
 _MARGIN = 0.9  # share of the memory there is that a prediction may take
@@ -32,9 +30,7 @@ _SHARE = 0.3  # of the speed of large matrix products that a training comes to; 
 
 def main() -> None:
     """Answer one order."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_libraries()
     order = json.load(sys.stdin)
     try:
         answer: dict[str, Any] = {"plan": plan(order)}
@@ -51,12 +47,7 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     rows, report = read_file(file, name=file.name, system_prompt=settings.system_prompt)
     judge(report, name=file.name, max_bad_rows=settings.max_bad_rows)
     base = find_base(settings, models=models, base_dir=Path(order["base_dir"]))
-    examples = []
-    for result in tokenise(rows, load_tokenizer(base, settings), max_length=settings.max_length):
-        if isinstance(result, Example):
-            examples.append(result)
-        else:
-            report.add(result[0].line, [result[1]])
+    examples = examples_of(rows, report, load_tokenizer(base, settings), max_length=settings.max_length)
     judge(report, name=file.name, max_bad_rows=settings.max_bad_rows)
 
     tuning, _ = choose_tuning(settings.tuning, device)
