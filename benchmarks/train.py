@@ -1,4 +1,4 @@
-"""finetuned's trainer beside trl's on the same work. `make bench-train` prints the table; nothing is asserted.
+"""finetuned's trainer beside trl's and LLaMA-Factory's on the same work. `make bench-train` prints the table.
 
 Same rows, same tokens, same supervised positions, same weights, same LoRA, same effective batch, same schedule; whole
 processes, one after the other, in turns. Peers live in a virtual environment of their own, made the first time.
@@ -43,11 +43,14 @@ SETTINGS = {
     "checkpoint_minutes": 1000,
 }
 OURS = "finetuned"
-CONTENDERS = {
-    OURS: {},
-    "trl, its defaults": {},
-    "trl, best unpacked": {"pure": True, "batch": 2, "accumulation": 4},
-    "trl, packed": {"pure": True, "batch": 1, "accumulation": 1, "packed": True},
+FACTORY = {"batch": 1, "accumulation": 8, "cpu": True}
+CONTENDERS = {  # name -> the peer and what it is told
+    OURS: (OURS, {}),
+    "trl, its defaults": ("trl", {}),
+    "trl, best unpacked": ("trl", {"pure": True, "batch": 2, "accumulation": 4}),
+    "trl, packed": ("trl", {"pure": True, "batch": 1, "accumulation": 1, "packed": True}),
+    "LLaMA-Factory, as in its examples": ("llamafactory", FACTORY | {"keep_activations": False}),
+    "LLaMA-Factory, activations kept": ("llamafactory", FACTORY | {"keep_activations": True}),
 }
 GOALS = {"trl, its defaults": (7.0, 10.0), "trl, best unpacked": (2.8, 4.0), "trl, packed": (1.5, 2.2)}
 MEMORY_GOAL = 0.4  # of trl's defaults
@@ -60,14 +63,15 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="a contender's name, or the beginning of it")
     options = parser.parse_args()
     chosen = [name for name in CONTENDERS if not options.only or name.startswith(tuple(options.only))]
-    python = peers_python() if set(chosen) - {OURS} else None
+    for peer in {CONTENDERS[name][0] for name in chosen} - {OURS}:
+        peers_python(peer)
     with tempfile.TemporaryDirectory(prefix="finetuned-bench-") as folder:
         work = Work(Path(folder))
         print(work.describe(), flush=True)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
         for number in range(options.rounds):
             for name in chosen:
-                run = work.ours(number) if name == OURS else work.peer(name, str(python))
+                run = work.ours(number) if name == OURS else work.peer(name)
                 runs[name].append(run)
                 print(f"  {name}: {run['tokens_per_second']:.0f} tokens/s", file=sys.stderr, flush=True)
     report(work, runs)
@@ -126,10 +130,11 @@ class Work:
             "losses": [e.data["train_loss"] for e in steps],
         }
 
-    def peer(self, name: str, python: str) -> dict[str, Any]:
+    def peer(self, name: str) -> dict[str, Any]:
         """Run a peer."""
-        order = {"model": self.model, "tokens": str(self.tokens), "seed": self.seed, **CONTENDERS[name]}
-        command = [python, str(PEERS / "trl_run.py"), json.dumps(order)]
+        peer, told = CONTENDERS[name]
+        order = {"model": self.model, "tokens": str(self.tokens), "seed": self.seed, **told}
+        command = [str(peers_python(peer)), str(PEERS / f"{peer}_run.py"), json.dumps(order)]
         began, run = whole_process(command, dict(os.environ))
         said = json.loads(run.pop("last_line"))
         return run | {
@@ -197,15 +202,17 @@ def rows() -> Iterator[dict[str, Any]]:
     yield from chats
 
 
-def peers_python() -> Path:
-    """Give the interpreter of the peers' environment; make it the first time."""
-    folder = CACHE / "peers"
+def peers_python(peer: str) -> Path:
+    """Give the interpreter of a peer's environment; make it the first time."""
+    folder = CACHE / peer
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
-        print(f"installing the peers into {folder}", file=sys.stderr, flush=True)
+        print(f"installing {peer} into {folder}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, "--requirement", PEERS / "requirements.txt"], check=True)
+        subprocess.run([*install, "--requirement", PEERS / f"{peer}_requirements.txt"], check=True)
+        # Of no use to text, and PyPI's builds of them refuse a torch without CUDA.
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"], check=True)
         (folder / "ready").touch()
     return python
 

@@ -1,36 +1,18 @@
 """trl's SFTTrainer on tokenised rows, in the order given. A JSON object as argument, another as the last line printed.
 
-Runs in an environment of its own (requirements.txt beside this file).
+Runs in an environment of its own (trl_requirements.txt beside this file).
 """
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, TrainerCallback
+from stations import Stations
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
-
-
-class Stations(TrainerCallback):
-    """When the training begins, when its first step is done, and every step's loss."""
-
-    def __init__(self) -> None:
-        self.said = {"losses": []}
-
-    def on_step_begin(self, *_, **__) -> None:
-        self.said.setdefault("training", time.time())
-
-    def on_step_end(self, *_, **__) -> None:
-        self.said.setdefault("first_step", time.time())
-        self.said["ended"] = time.time()
-
-    def on_log(self, *_, logs=None, **__) -> None:
-        if "loss" in logs:
-            self.said["losses"].append(float(logs["loss"]))
 
 
 def main(order: dict) -> None:
