@@ -62,8 +62,8 @@ def facts(model: str, tuning: str, setting: str, device: torch.device, folder: P
         asked_to_stop=lambda: False,
     )
     precision = choose(device, tuning, setting)
-    base, layout = loop._load(task, precision)
-    training = loop.Training(task, base, layout, precision)
+    training = loop.begin(task, precision)
+    base = training.model
     training.settle()
     training.prepare()
     layer = next(module for path, module in base.named_modules() if path.endswith("q_proj"))

@@ -26,7 +26,7 @@ from finetuned.config import settings_from
 from finetuned.dataset.checks import Row
 from finetuned.events import Event, EventType, parse_event
 from finetuned.fallback import next_rung
-from finetuned.trainer import checkpoint, loop, steps
+from finetuned.trainer import checkpoint, evaluation, loop, steps
 from finetuned.trainer.batches import Example, tokenise
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.model import Base
@@ -465,7 +465,7 @@ EVALUATED = {"eval_file": "held-out.jsonl", "eval_steps": 2, "predictions": {}, 
 @pytest.mark.parametrize("publish", ["last", "best"])
 def test_the_best_step_is_kept_and_published_where_that_is_asked_for(tmp_path, world, monkeypatch, publish):
     """Held-out losses of steps 0, 2, 4 and 6: the lowest is that of step 2, which would be long gone."""
-    monkeypatch.setattr(loop.Training, "_held_out_loss", losses(3.0, 1.0, 1.0, 2.0))
+    monkeypatch.setattr(evaluation, "held_out_loss", losses(3.0, 1.0, 1.0, 2.0))
     job = Job(tmp_path, world, **EVALUATED, publish=publish, keep_checkpoints=2)
     story = job.done()
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -481,7 +481,7 @@ def test_the_best_step_is_kept_and_published_where_that_is_asked_for(tmp_path, w
 
 
 def test_the_best_step_has_a_checkpoint_though_none_is_due(tmp_path, world, monkeypatch):
-    monkeypatch.setattr(loop.Training, "_held_out_loss", losses(3.0, 1.0, 2.0, 2.0))
+    monkeypatch.setattr(evaluation, "held_out_loss", losses(3.0, 1.0, 2.0, 2.0))
     story = Job(tmp_path, world, **{**EVALUATED, "checkpoint_steps": 100}, publish="best").done()
     assert story.trained.metrics["published_step"] == 2
     assert [e.data["checkpoint_step"] for e in story.attempts[0].of(EventType.CHECKPOINT)] == [2, 6]
@@ -493,7 +493,7 @@ def test_a_damaged_best_step_is_told_and_the_last_published(tmp_path, world, mon
             (tmp_path / "checkpoints" / "step-00000002" / "trained.safetensors").write_bytes(b"")
         return 1.0 + (training.done != 2)
 
-    monkeypatch.setattr(loop.Training, "_held_out_loss", last)
+    monkeypatch.setattr(evaluation, "held_out_loss", last)
     story = Job(tmp_path, world, **EVALUATED, publish="best").done()
     assert story.trained.metrics["published_step"] == STEPS
     assert any("damaged" in e.message and e.level == "warning" for e in story.attempts[0].events)
@@ -508,10 +508,10 @@ def test_a_kill_in_the_last_evaluation_loses_no_step(tmp_path, world, monkeypatc
             raise Stop
         return 1.0 + (training.done != 2)
 
-    monkeypatch.setattr(loop.Training, "_held_out_loss", killed)
+    monkeypatch.setattr(evaluation, "held_out_loss", killed)
     with pytest.raises(Stop):
         job.attempt()
-    monkeypatch.setattr(loop.Training, "_held_out_loss", lambda _: 9.0)
+    monkeypatch.setattr(evaluation, "held_out_loss", lambda _: 9.0)
     story = job.done()
     assert story.attempts[-1].resumed == STEPS
     assert story.attempts[-1].steps == []

@@ -7,7 +7,6 @@ another process, and the weights come out the same.
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,17 +17,19 @@ import torch
 from finetuned.config import TrainingSettings
 from finetuned.events import EventType
 from finetuned.fallback import Rung, next_rung
-from finetuned.trainer import bounds, checkpoint, fused, health, memory, steps
+from finetuned.trainer import bounds, fused, health, memory, steps
 from finetuned.trainer.batches import Example
 from finetuned.trainer.chain import Earlier
 from finetuned.trainer.ends import Means, OutOfMeansError, StopAskedError
+from finetuned.trainer.evaluation import evaluate
 from finetuned.trainer.layout import Layout, choose_layout
 from finetuned.trainer.lora import add_adapter
-from finetuned.trainer.model import Base, evaluating, load_model, set_checkpointing
+from finetuned.trainer.model import Base, load_model, set_checkpointing
+from finetuned.trainer.pace import Pace
 from finetuned.trainer.precision import Precision, choose, in_force
-from finetuned.trainer.predictions import predict
 from finetuned.trainer.recipes import RECIPES
 from finetuned.trainer.reporter import Reporter
+from finetuned.trainer.saving import Saver
 from finetuned.trainer.start_line import count, start_line
 
 if TYPE_CHECKING:
@@ -85,12 +86,11 @@ def train(task: Task) -> Trained:
     """
     precision = choose(task.device, task.rung.tuning, task.settings.dtype)
     task.say.phase("loading_model", f"loading {task.base.name}")
-    model, layout = _load(task, precision)
-    training = Training(task, model, layout, precision)
+    training = begin(task, precision)
     try:
         training.settle()
         training.announce()
-        training.resume()
+        training.saver.resume()
         training.prepare()
         while training.done < training.plan.total_steps:
             training.stop_if_asked()
@@ -106,10 +106,10 @@ def train(task: Task) -> Trained:
             raise
         training.save_what_is_done()
         raise OutOfMeansError(training.rung, detail, training.means()) from None
-    return Trained(model, training.rung, training.metrics, training.choices, training.seen())
+    return Trained(training.model, training.rung, training.metrics, training.choices, training.seen())
 
 
-def _load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
+def begin(task: Task, precision: Precision) -> Training:
     """Load the model in the number formats that the hardware likes, with an adapter or whole."""
     try:
         model = load_model(task.base, task.settings, tuning=task.rung.tuning, precision=precision, device=task.device)
@@ -119,6 +119,7 @@ def _load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
         if task.rung.tuning != "full":
             model = add_adapter(model, task.base, task.settings, precision=precision, earlier=task.earlier)
             fused.fuse(model)
+        return Training(task, model, layout, precision)
     except (RuntimeError, MemoryError) as error:
         detail = memory.out_of_memory(error)
         if detail is None:
@@ -126,7 +127,6 @@ def _load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
         # No smaller batch helps a model that does not fit: only the rungs below them may.
         foot = replace(task.rung, batch_size=1, gradient_accumulation=task.rung.effective_batch)
         raise OutOfMeansError(replace(foot, activation_checkpointing=True), detail, _means(task)) from None
-    return model, layout
 
 
 def _means(task: Task) -> Means:
@@ -164,7 +164,8 @@ class Training:
         health.check_supervised(map(self.plan.step, range(self.plan.total_steps)), [row.targets for row in task.train])
         self.peak_rate, rate_reason = _learning_rate(settings, task.rung.tuning)
         health.check_schedule(map(self._rate, range(self.plan.total_steps)))
-        self.watch = health.Watch(settings.skip_bad_steps, self._checkpoint_before)
+        self.saver = Saver(self)
+        self.watch = health.Watch(settings.skip_bad_steps, self.saver.last_before)
         optimizer = torch.optim.AdamW(self.trained.values(), lr=self.peak_rate, weight_decay=settings.weight_decay)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         self.accelerator = accelerator
@@ -173,9 +174,8 @@ class Training:
             "layout": {"choice": str(layout), "reason": layout.reason},
             "learning_rate": {"choice": f"{self.peak_rate:g}", "reason": rate_reason},
         }
-        self._saved_at, self._saved_step = time.monotonic(), 0
         self._torn = False  # in the middle of an optimizer step: nothing to save
-        self._pace = _Pace()
+        self._pace = Pace()
         self._largest: dict[steps.Bound, list[int]] = {}
 
     @property
@@ -204,34 +204,10 @@ class Training:
         sentence, figures = start_line(self)
         self.task.say.say(EventType.PLAN, sentence, **figures)
 
-    def resume(self) -> None:
-        """Go on where an earlier attempt left off, from the newest checkpoint that is whole."""
-        task, scaler = self.task, self.accelerator.scaler
-        found, passed_over = checkpoint.newest(task.checkpoints, plan=self.plan.fingerprint())
-        for sentence in passed_over:
-            task.say.warn(f"checkpoint {sentence}")
-        if found is None:
-            return
-        weights, state = checkpoint.load(found, device=task.device)
-        self._put_weights(weights)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if scaler is not None and "scaler" in state:
-            scaler.load_state_dict(state["scaler"])
-        self.done = self._saved_step = found.step
-        self.watch.load(found.extra.pop("health", {}))
-        self.metrics = found.extra
-        total = self.plan.total_steps
-        task.say.say(EventType.MESSAGE, f"resumed after step {self.done} of {total}", step=self.done)
-
-    @torch.no_grad()
-    def _put_weights(self, weights: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self.trained.items():
-            parameter.copy_(weights[name])
-
     def prepare(self) -> None:
         """Evaluate once to have a "before", and find out what does not fit before hours have gone into it."""
         if self.done == 0:
-            self.evaluate()
+            self._evaluate()
         if self._largest_comes_late():
             self._forgiving(lambda: self._backward(self.largest(self.bound), 1))
             self.optimizer.zero_grad(set_to_none=True)
@@ -241,7 +217,7 @@ class Training:
     def stop_if_asked(self) -> None:
         """Write a checkpoint and raise StopAskedError if somebody wants the trainer to stop."""
         if self.task.asked_to_stop():
-            self.save()
+            self.saver.save()
             raise StopAskedError
 
     def step(self) -> None:
@@ -299,123 +275,30 @@ class Training:
 
         The best step so far is written at once, and the last one before the evaluation that follows it.
         """
-        settings = self.task.settings
-        last = self.done == self.plan.total_steps
-        if settings.eval_steps and self.done % settings.eval_steps == 0 and not last:
-            self.evaluate()
-        late = time.monotonic() - self._saved_at > settings.checkpoint_minutes * 60
-        best = self.metrics.get("best_step") == self.done
-        due = last or late or best or self.done % settings.checkpoint_steps == 0
-        if due and not self.watch.in_a_row:  # one of broken weights would push out a good one
-            self.save()
+        every = self.task.settings.eval_steps
+        if every and self.done % every == 0 and self.done != self.plan.total_steps:
+            self._evaluate()
+        self.saver.save_when_due()
 
     def conclude(self) -> None:
         """Evaluate a last time, and settle whether the last step or the best is published."""
         self.watch.check_end()
         self.task.say.phase("evaluating", "training is done")
-        self.evaluate()
+        self._evaluate()
         self.metrics["published_step"] = self.done
         if self.task.settings.publish == "best":
-            self._go_back(self.metrics.get("best_step", self.done))
+            self.saver.go_back(self.metrics.get("best_step", self.done))
         bounds.remember(self)
 
-    def _go_back(self, step: int) -> None:
-        """Put the weights of an earlier step into the model."""
-        task = self.task
-        if step == self.done:
-            return
-        found = checkpoint.of_step(task.checkpoints, step, plan=self.plan.fingerprint())
-        if isinstance(found, str):
-            task.say.warn(f"the last step is published and not the best: checkpoint {found}")
-            return
-        self._put_weights(checkpoint.load(found, device=task.device)[0])
-        self.metrics |= {"published_step": step, "valid_loss": self.metrics["best_valid_loss"]}
-        task.say.say(EventType.MESSAGE, f"step {step} is published, whose held-out loss was the lowest", step=step)
-
-    def evaluate(self) -> None:
-        """Measure the held-out loss and ask some held-out questions. Memory that runs out here ends no training."""
-        if not self.task.held_out:
-            return
-        for measure in (self._measure_loss, self._ask):
-            try:
-                measure()
-            except (RuntimeError, MemoryError) as error:
-                detail = memory.out_of_memory(error)
-                if detail is None:
-                    raise
-            else:
-                continue
-            memory.give_back()
-            self.task.say.warn(f"out of memory in the evaluation after step {self.done}, which is left out: {detail}")
-        self._pace.start()
-
-    def _measure_loss(self) -> None:
-        began = time.monotonic()
-        self.metrics.pop("valid_loss", None)  # that of an earlier step must not pass for this one's
-        loss = self.metrics["valid_loss"] = self._held_out_loss()
-        if self.done == 0:
-            self.metrics["valid_loss_before"] = loss
-        elif loss < self.metrics.get("best_valid_loss", float("inf")):
-            self.metrics |= {"best_valid_loss": loss, "best_step": self.done}
-        sentence = f"held-out loss {loss:.4f} after step {self.done} ({time.monotonic() - began:.1f} s)"
-        self.task.say.say(EventType.METRICS, sentence, step=self.done, valid_loss=loss)
-
-    def _ask(self) -> None:
-        settings = self.task.settings.predictions
-        asked = [example.row for example in self.task.held_out[: settings.samples]]
-        answers = predict(self.model, self.task.tokenizer, asked, max_new_tokens=settings.max_new_tokens)
-        if answers:
-            samples = [answer.as_dict() for answer in answers]
-            exact = sum(sample["exact"] for sample in samples)
-            sentence = f"predictions saved={len(samples)} exact={exact}/{len(samples)} step={self.done}"
-            self.task.say.say(EventType.PREDICTIONS, sentence, step=self.done, samples=samples)
-
-    def save(self) -> None:
-        """Write a checkpoint of the steps that are done, if there are any since the last.
-
-        Memory that runs out here may be back the next moment, so it is tried twice: no smaller batch would help.
-        """
-        if self.done == self._saved_step:
-            return
-        try:
-            self._write_checkpoint()
-        except (RuntimeError, MemoryError) as error:
-            if memory.out_of_memory(error) is None:
-                raise
-        else:
-            return
-        memory.give_back()
-        self._write_checkpoint()
-
-    def _write_checkpoint(self) -> None:
-        scaler, settings = self.accelerator.scaler, self.task.settings
-        state = {"optimizer": self.optimizer.state_dict(), **({"scaler": scaler.state_dict()} if scaler else {})}
-        checkpoint.save(
-            self.task.checkpoints,
-            step=self.done,
-            plan=self.plan.fingerprint(),
-            trained=self.trained,
-            optimizer=state,
-            keep=settings.keep_checkpoints,
-            extra=self.metrics | {"health": self.watch.state()},
-            best=self.metrics.get("best_step"),
-        )
-        self._saved_at, self._saved_step = time.monotonic(), self.done
-        sentence = f"checkpoint after step {self.done}"
-        self.task.say.say(EventType.CHECKPOINT, sentence, checkpoint_step=self.done)
-
     def save_what_is_done(self) -> None:
-        """Write a last checkpoint if memory allows: the weights are those of the last whole step, only gradients are
-        lost.
-        """
-        if self.done == self._saved_step or self._torn:
-            return
-        self.optimizer.zero_grad(set_to_none=True)
-        memory.give_back()
-        try:
-            self.save()
-        except (RuntimeError, MemoryError, OSError) as error:
-            self.task.say.warn(f"no checkpoint could be written: {error}")
+        """Write a last checkpoint if memory allows and there is something to save."""
+        if not self._torn:
+            self.saver.save_what_is_done()
+
+    def _evaluate(self) -> None:
+        if self.task.held_out:
+            evaluate(self)
+            self._pace.start()
 
     def try_backward(self, tokens: int) -> bool:
         """Try the largest micro-batch of at most so many tokens; say whether memory did."""
@@ -435,10 +318,6 @@ class Training:
     def _rate(self, step: int) -> float:
         total, warmup = self.plan.total_steps, self.task.settings.warmup_ratio
         return steps.learning_rate(step, total_steps=total, warmup_ratio=warmup, peak=self.peak_rate)
-
-    def _checkpoint_before(self, step: int) -> int | None:
-        found, _ = checkpoint.newest(self.task.checkpoints, plan=self.plan.fingerprint(), before=step)
-        return found.step if found else None
 
     def seen(self) -> Seen:
         """Give what this training took."""
@@ -510,27 +389,6 @@ class Training:
         sentence = f"out of memory; {reason}"
         self.task.say.say(EventType.RUNG, sentence, level="warning", rung=rung, reason=detail, step=self.done + 1)
 
-    @torch.no_grad()
-    def _held_out_loss(self) -> float:
-        """Give the mean loss in nats over the held-out supervised tokens. Its batches adapt on their own."""
-        rows = self.task.held_out
-        lengths = [len(example.ids) for example in rows]
-        bound = self.bound
-        while True:
-            total = 0.0
-            try:
-                with evaluating(self.objective):
-                    for part in steps.cut(list(range(len(rows))), lengths, bound):
-                        total += float(
-                            self.objective(self.layout.collate([rows[row] for row in part]).to(self.task.device))
-                        )
-                return total / sum(example.targets for example in rows)
-            except (RuntimeError, MemoryError) as error:
-                if memory.out_of_memory(error) is None or bound.rows == 1:
-                    raise
-            memory.give_back()
-            bound = replace(bound, rows=bound.rows // 2, tokens=bound.tokens and max(1, bound.tokens // 2))
-
 
 def _learning_rate(settings: TrainingSettings, tuning: str) -> tuple[float, str]:
     """Settle the peak learning rate: the rate and why."""
@@ -539,30 +397,3 @@ def _learning_rate(settings: TrainingSettings, tuning: str) -> tuple[float, str]
     if tuning == "full":
         return _FULL_RATE, "all weights move, so each a little"
     return _ADAPTER_RATE, "usual for adapters"
-
-
-class _Pace:
-    """Speed and time left, smoothed over the last steps."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-        self._step_seconds: float | None = None
-        self._sum_tokens, self.seconds = 0, 0.0  # of all steps so far
-
-    @property
-    def overall(self) -> float:
-        """Tokens per second of all steps so far."""
-        return self._sum_tokens / self.seconds if self.seconds else 0.0
-
-    def start(self) -> None:
-        """Leave out what was done between two steps."""
-        self._last = time.monotonic()
-
-    def after(self, tokens: int, steps_left: int) -> tuple[float, float]:
-        """Give the step's tokens per second and the seconds left."""
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        self._sum_tokens, self.seconds = self._sum_tokens + tokens, self.seconds + seconds
-        smooth = self._step_seconds
-        self._step_seconds = seconds if smooth is None else 0.8 * smooth + 0.2 * seconds
-        return tokens / max(seconds, 1e-9), self._step_seconds * steps_left

@@ -1,0 +1,81 @@
+"""The look at held-out rows while a training is under way: their loss, and answers to some of their questions.
+
+Memory that runs out here ends no training.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from finetuned.events import EventType
+from finetuned.trainer import memory, steps
+from finetuned.trainer.model import evaluating
+from finetuned.trainer.predictions import predict
+
+if TYPE_CHECKING:
+    from finetuned.trainer.loop import Training
+
+
+def evaluate(training: Training) -> None:
+    """Measure the held-out loss and ask some held-out questions, each left out where memory does not allow it."""
+    for measure in (_measure, _ask):
+        try:
+            measure(training)
+        except (RuntimeError, MemoryError) as error:
+            detail = memory.out_of_memory(error)
+            if detail is None:
+                raise
+        else:
+            continue
+        memory.give_back()
+        say = training.task.say
+        say.warn(f"out of memory in the evaluation after step {training.done}, which is left out: {detail}")
+
+
+def _measure(training: Training) -> None:
+    """Take down the held-out loss, and whether it is the best so far."""
+    began, metrics = time.monotonic(), training.metrics
+    metrics.pop("valid_loss", None)  # that of an earlier step must not pass for this one's
+    loss = metrics["valid_loss"] = held_out_loss(training)
+    if training.done == 0:
+        metrics["valid_loss_before"] = loss
+    elif loss < metrics.get("best_valid_loss", float("inf")):
+        metrics |= {"best_valid_loss": loss, "best_step": training.done}
+    sentence = f"held-out loss {loss:.4f} after step {training.done} ({time.monotonic() - began:.1f} s)"
+    training.task.say.say(EventType.METRICS, sentence, step=training.done, valid_loss=loss)
+
+
+@torch.no_grad()
+def held_out_loss(training: Training) -> float:
+    """Give the mean loss in nats over the held-out supervised tokens. Its batches adapt on their own."""
+    task, bound = training.task, training.bound
+    lengths = [len(example.ids) for example in task.held_out]
+    while True:
+        total = 0.0
+        try:
+            with evaluating(training.objective):
+                for part in steps.cut(list(range(len(lengths))), lengths, bound):
+                    batch = training.layout.collate([task.held_out[row] for row in part]).to(task.device)
+                    total += float(training.objective(batch))
+            return total / sum(example.targets for example in task.held_out)
+        except (RuntimeError, MemoryError) as error:
+            if memory.out_of_memory(error) is None or bound.rows == 1:
+                raise
+        memory.give_back()
+        bound = replace(bound, rows=bound.rows // 2, tokens=bound.tokens and max(1, bound.tokens // 2))
+
+
+def _ask(training: Training) -> None:
+    """Answer the first held-out questions as the model stands."""
+    task, settings = training.task, training.task.settings.predictions
+    asked = [example.row for example in task.held_out[: settings.samples]]
+    answers = predict(training.model, task.tokenizer, asked, max_new_tokens=settings.max_new_tokens)
+    if answers:
+        samples = [answer.as_dict() for answer in answers]
+        exact = sum(sample["exact"] for sample in samples)
+        sentence = f"predictions saved={len(samples)} exact={exact}/{len(samples)} step={training.done}"
+        task.say.say(EventType.PREDICTIONS, sentence, step=training.done, samples=samples)

@@ -1,0 +1,129 @@
+"""What a training keeps of itself while it is under way, and how it goes on from there. Files: `checkpoint.py`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from finetuned.events import EventType
+from finetuned.trainer import checkpoint, memory
+
+if TYPE_CHECKING:
+    from finetuned.trainer.loop import Training
+
+
+class Saver:
+    """The checkpoints of one training."""
+
+    def __init__(self, training: Training) -> None:
+        """Begin with nothing saved."""
+        self._training = training
+        self._folder = training.task.checkpoints
+        self._plan = training.plan.fingerprint()
+        self._saved_at, self._saved_step = time.monotonic(), 0
+
+    def resume(self) -> None:
+        """Go on where an earlier attempt left off, from the newest checkpoint that is whole."""
+        training, say = self._training, self._training.task.say
+        found, passed_over = checkpoint.newest(self._folder, plan=self._plan)
+        for sentence in passed_over:
+            say.warn(f"checkpoint {sentence}")
+        if found is None:
+            return
+        weights, state = checkpoint.load(found, device=training.task.device)
+        self._put(weights)
+        training.optimizer.load_state_dict(state["optimizer"])
+        scaler = training.accelerator.scaler
+        if scaler is not None and "scaler" in state:
+            scaler.load_state_dict(state["scaler"])
+        training.done = self._saved_step = found.step
+        training.watch.load(found.extra.pop("health", {}))
+        training.metrics = found.extra
+        total = training.plan.total_steps
+        say.say(EventType.MESSAGE, f"resumed after step {training.done} of {total}", step=training.done)
+
+    def save_when_due(self) -> None:
+        """Write a checkpoint by steps, by minutes, of the best step so far, and of the last."""
+        training = self._training
+        settings, done = training.task.settings, training.done
+        late = time.monotonic() - self._saved_at > settings.checkpoint_minutes * 60
+        best = training.metrics.get("best_step") == done
+        last = done == training.plan.total_steps
+        due = last or late or best or done % settings.checkpoint_steps == 0
+        if due and not training.watch.in_a_row:  # one of broken weights would push out a good one
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps that are done, if there are any since the last.
+
+        Memory that runs out here may be back the next moment, so it is tried twice: no smaller batch would help.
+        """
+        if self._training.done == self._saved_step:
+            return
+        try:
+            self._write()
+        except (RuntimeError, MemoryError) as error:
+            if memory.out_of_memory(error) is None:
+                raise
+        else:
+            return
+        memory.give_back()
+        self._write()
+
+    def save_what_is_done(self) -> None:
+        """Write a last checkpoint if memory allows: the weights are those of the last whole step, only gradients are
+        lost.
+        """
+        if self._training.done == self._saved_step:
+            return
+        self._training.optimizer.zero_grad(set_to_none=True)
+        memory.give_back()
+        try:
+            self.save()
+        except (RuntimeError, MemoryError, OSError) as error:
+            self._training.task.say.warn(f"no checkpoint could be written: {error}")
+
+    def go_back(self, step: int) -> None:
+        """Put the weights of an earlier step into the model, to be published."""
+        training, say = self._training, self._training.task.say
+        if step == training.done:
+            return
+        found = checkpoint.of_step(self._folder, step, plan=self._plan)
+        if isinstance(found, str):
+            say.warn(f"the last step is published and not the best: checkpoint {found}")
+            return
+        self._put(checkpoint.load(found, device=training.task.device)[0])
+        training.metrics |= {"published_step": step, "valid_loss": training.metrics["best_valid_loss"]}
+        say.say(EventType.MESSAGE, f"step {step} is published, whose held-out loss was the lowest", step=step)
+
+    def last_before(self, step: int) -> int | None:
+        """Give the step of the newest checkpoint that was written before a step."""
+        found, _ = checkpoint.newest(self._folder, plan=self._plan, before=step)
+        return found.step if found else None
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self._training.trained.items():
+            parameter.copy_(weights[name])
+
+    def _write(self) -> None:
+        training = self._training
+        scaler = training.accelerator.scaler
+        checkpoint.save(
+            self._folder,
+            step=training.done,
+            plan=self._plan,
+            trained=training.trained,
+            optimizer={
+                "optimizer": training.optimizer.state_dict(),
+                **({"scaler": scaler.state_dict()} if scaler else {}),
+            },
+            keep=training.task.settings.keep_checkpoints,
+            extra=training.metrics | {"health": training.watch.state()},
+            best=training.metrics.get("best_step"),
+        )
+        self._saved_at, self._saved_step = time.monotonic(), training.done
+        sentence = f"checkpoint after step {training.done}"
+        training.task.say.say(EventType.CHECKPOINT, sentence, checkpoint_step=training.done)
