@@ -162,6 +162,21 @@ class Daemon:
         return self.process.wait(seconds)
 
 
+STANDIN = f"{sys.executable} {Path(__file__).with_name('standin_trainer.py')}"
+
+
+@pytest.fixture
+def standin(monkeypatch) -> Callable[..., None]:
+    """Let daemons start a stand-in for the trainer, which computes nothing; `standin(seconds=1)` changes its ways."""
+    monkeypatch.setenv("FINETUNED_TRAINER", STANDIN)
+
+    def behave(**ways: object) -> None:
+        for name, value in ways.items():
+            monkeypatch.setenv(f"STANDIN_{name.upper()}", str(value))
+
+    return behave
+
+
 @pytest.fixture
 def daemon(home) -> Callable[..., Daemon]:
     """Start daemons, `daemon()` in the base directory `home`; what still runs is killed when the test ends."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,12 +90,84 @@ def run(base_dir: Path | None, once: bool) -> None:  # noqa: FBT001, click passe
 @cli.command()
 @_base_dir
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def status(base_dir: Path | None, as_json: bool) -> None:  # noqa: FBT001
+@click.option("--watch", is_flag=True, help="Show it anew every second, until Ctrl-C.")
+def status(base_dir: Path | None, as_json: bool, watch: bool) -> None:  # noqa: FBT001
     """Show the queue, the running job and the last results."""
     from finetuned.status import gather, render
 
-    facts = gather(_home(base_dir))
-    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(facts))
+    home = _home(base_dir)
+    while True:
+        facts = gather(home)
+        if watch and not as_json:
+            click.clear()
+        click.echo(json.dumps(facts, indent=None if watch else 2, ensure_ascii=False) if as_json else render(facts))
+        if not watch:
+            return
+        time.sleep(1)
+
+
+@cli.command()
+@_base_dir
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A training setting for this file alone; repeatable."
+)
+def add(base_dir: Path | None, file: Path, profile: str, settings: tuple[str, ...]) -> None:
+    """Copy FILE into the inbox, whole or not at all, with settings of its own."""
+    from finetuned.drop import add as drop
+    from finetuned.drop import parse_settings
+
+    click.echo(drop(_home(base_dir), file, profile=profile, settings=parse_settings(settings)))
+
+
+@cli.command()
+@_base_dir
+def pause(base_dir: Path | None) -> None:
+    """Start no job; the running one writes a checkpoint and leaves the GPU."""
+    _order(base_dir, "pause")
+
+
+@cli.command()
+@_base_dir
+def resume(base_dir: Path | None) -> None:
+    """Start jobs again; one that was stopped goes on from its checkpoint."""
+    _order(base_dir, "resume")
+
+
+@cli.command()
+@_base_dir
+@click.argument("job")
+def cancel(base_dir: Path | None, job: str) -> None:
+    """Stop JOB (its id, or the beginning of it); its file goes to archive/failed/."""
+    _order(base_dir, "cancel", job)
+
+
+@cli.command()
+@_base_dir
+@click.argument("job")
+def retry(base_dir: Path | None, job: str) -> None:
+    """Try a failed or cancelled JOB again, from its checkpoint and with config.json as it is now."""
+    _order(base_dir, "retry", job)
+
+
+@cli.command()
+@_base_dir
+@click.argument("job")
+@click.option("--first", "turn", flag_value="first", help="Before all others.")
+@click.option("--last", "turn", flag_value="last", help="Behind all others.")
+def move(base_dir: Path | None, job: str, turn: str | None) -> None:
+    """Change the turn of a waiting JOB."""
+    if turn is None:
+        raise click.UsageError("Say --first or --last.")
+    _order(base_dir, turn, job)
+
+
+def _order(base_dir: Path | None, verb: str, job: str = "") -> None:
+    from finetuned.control import order
+    from finetuned.spool.orders import Verb
+
+    click.echo(order(_home(base_dir), Verb(verb), job))
 
 
 @cli.command()

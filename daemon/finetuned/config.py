@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 
-NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter"})
+NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter", "priority"})
 LATEST = "latest"  # as resume_adapter
 
 _AUTO_ROWS = 8  # in one optimizer step, where batch_size is auto and effective_batch does not say
@@ -45,6 +45,9 @@ class Predictions(_Strict):
 class TrainingSettings(_Strict):
     """Everything that decides how one file is trained."""
 
+    priority: int = Field(
+        0, ge=-100, le=100, description="Jobs of a higher priority start first; set it in a profile, inbox/high/ say."
+    )
     model: str = Field(
         "smollm2-135m",
         min_length=1,
@@ -204,6 +207,11 @@ class Config(TrainingSettings):
     )
     gpu_sample_seconds: float = Field(10.0, ge=1, description="How often the GPUs are sampled while a job runs.")
     stop_seconds: float = Field(120.0, ge=1, description="How long a trainer may take to write its last checkpoint.")
+    pause_grace: float = Field(
+        60.0,
+        ge=1,
+        description="How long a trainer may take to leave the GPU when the queue is paused or it is cancelled.",
+    )
     warm_trainer: bool = Field(
         False,
         description="Keep torch loaded in a process that trainers are forked from: each starts about 3 s sooner, "
@@ -285,18 +293,22 @@ def load_config(path: Path) -> Config:
 
 def read_overrides(path: Path) -> dict[str, Any]:
     """Read `x.config.json`. Raises ConfigError if it is no JSON object or holds what an override may not set."""
-    changes = _read_object(path)
+    return check_overrides(_read_object(path), where=str(path))
+
+
+def check_overrides(changes: dict[str, Any], *, where: str) -> dict[str, Any]:
+    """Give the changes back. Raises ConfigError if they hold what an override may not set."""
     forbidden = sorted(NOT_IN_OVERRIDES & changes.keys())
     if forbidden:
         raise ConfigError(
             f"an override may not set {', '.join(forbidden)}",
-            where=str(path),
+            where=where,
             remedy="Set it in config.json or in a profile there.",
         )
     if str(changes.get("model", "")).startswith(("/", ".", "~")):
         raise ConfigError(
             "an override may not name a folder as its model",
-            where=str(path),
+            where=where,
             remedy="Name a hub id, or set the folder in config.json or in a profile there.",
         )
     return changes

@@ -34,6 +34,21 @@ def only_daemon(home: Home) -> Iterator[None]:
         os.close(descriptor)
 
 
+def daemon_pid(home: Home) -> int | None:
+    """Give the pid of the daemon at work here: who holds the lock wrote it there."""
+    try:
+        descriptor = os.open(home.lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(os.pread(descriptor, 32, 0) or 0) or None
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def _locked_soon(descriptor: int) -> bool:
     """Take the lock, patiently: `finetuned status` holds it for a moment when it asks whether a daemon is at work."""
     for _ in range(10):

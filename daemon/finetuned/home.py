@@ -127,6 +127,11 @@ class Home:
         return self.machinery / "lock"
 
     @property
+    def paused(self) -> Path:
+        """There while the queue is paused, with the reason as its content."""
+        return self.machinery / "paused"
+
+    @property
     def folders(self) -> tuple[Path, ...]:
         """Every folder that must exist before the daemon can work."""
         return (

@@ -41,7 +41,7 @@ FOLLOWS: dict[State, frozenset[State]] = {
     State.RUNNING: frozenset({State.QUEUED, State.TRAINED, State.FAILING}),
     State.TRAINED: frozenset({State.FINISHED}),
     State.FAILING: frozenset({State.FINISHED}),
-    State.FINISHED: frozenset(),
+    State.FINISHED: frozenset({State.CLAIMING}),  # the user wants it tried again
 }
 
 _STATUS = {
@@ -74,6 +74,8 @@ class Job:
     identity: FileIdentity
     state: State
     created_at: float  # seconds since 1970, like every time here
+    priority: int = 0  # higher ones start first
+    place: float = 0.0  # among those of one priority: lower ones first, then the older
     settings: dict[str, Any] = field(default_factory=dict)
     rung: dict[str, Any] = field(default_factory=dict)
     outcome: Outcome | None = None
@@ -115,6 +117,8 @@ class JobSpec:
     sha256: str | None = None
     reason: dict[str, str] | None = None  # why it cannot be trained, where its settings are broken
     attempt: int = 0
+    priority: int = 0
+    place: float = 0.0
     base_dir: str = ""
     models: str = ""
 

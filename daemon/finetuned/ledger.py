@@ -1,12 +1,14 @@
 """The ledger: what finetuned knows of its jobs, in SQLite. The only file with SQL.
 
-The daemon is its only writer. Times are seconds since 1970. `synchronous=FULL` is part of the spool protocol: with
-NORMAL a power loss can take back a commit that the folders already rely on.
+The daemon is its only writer, but for the orders of users, which the control verbs add. Times are seconds since 1970.
+`synchronous=FULL` is part of the spool protocol: with NORMAL a power loss can take back a commit that the folders
+already rely on.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
+from finetuned.durable import FILE_MODE
 from finetuned.errors import encodable
 from finetuned.events import Event, EventType
 from finetuned.jobs import FileIdentity, Job, Outcome, State, check_transition
@@ -21,63 +24,71 @@ from finetuned.jobs import FileIdentity, Job, Outcome, State, check_transition
 _JSON_COLUMNS = frozenset({"settings", "rung", "reason", "progress"})
 
 
-def _create_tables(database: sqlite3.Connection) -> None:
-    database.executescript(
-        """
-        CREATE TABLE jobs (
-            id TEXT PRIMARY KEY,
-            name BLOB NOT NULL,
-            profile TEXT NOT NULL,
-            device INTEGER NOT NULL,
-            inode INTEGER NOT NULL,
-            size INTEGER NOT NULL,
-            mtime_ns INTEGER NOT NULL,
-            state TEXT NOT NULL,
-            created_at REAL NOT NULL,
-            settings TEXT NOT NULL,
-            rung TEXT NOT NULL,
-            outcome TEXT,
-            sha256 TEXT,
-            attempt INTEGER NOT NULL,
-            retries INTEGER NOT NULL,
-            interruptions INTEGER NOT NULL,
-            boot_id TEXT,
-            trainer_pid INTEGER,
-            not_before REAL NOT NULL,
-            events_offset INTEGER NOT NULL,
-            adapter TEXT,
-            duplicate_of TEXT,
-            reason TEXT,
-            progress TEXT NOT NULL,
-            started_at REAL,
-            finished_at REAL
-        ) STRICT;
-        CREATE INDEX jobs_by_state ON jobs (state, created_at);
-        CREATE INDEX jobs_by_end ON jobs (finished_at);
-        CREATE INDEX jobs_by_content ON jobs (sha256);
-        CREATE TABLE events (
-            id INTEGER PRIMARY KEY,
-            job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
-            created_at REAL NOT NULL,
-            level TEXT NOT NULL,
-            type TEXT NOT NULL,
-            message TEXT NOT NULL,
-            data TEXT NOT NULL
-        ) STRICT;
-        CREATE INDEX events_by_job ON events (job_id, id);
-        CREATE TABLE gpu_samples (
-            id INTEGER PRIMARY KEY,
-            job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
-            created_at REAL NOT NULL,
-            uuid TEXT NOT NULL,
-            data TEXT NOT NULL
-        ) STRICT;
-        CREATE INDEX gpu_samples_by_job ON gpu_samples (job_id, created_at);
-        """
-    )
+_TABLES = """
+CREATE TABLE jobs (
+    id TEXT PRIMARY KEY,
+    name BLOB NOT NULL,
+    profile TEXT NOT NULL,
+    device INTEGER NOT NULL,
+    inode INTEGER NOT NULL,
+    size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL,
+    state TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    settings TEXT NOT NULL,
+    rung TEXT NOT NULL,
+    outcome TEXT,
+    sha256 TEXT,
+    attempt INTEGER NOT NULL,
+    retries INTEGER NOT NULL,
+    interruptions INTEGER NOT NULL,
+    boot_id TEXT,
+    trainer_pid INTEGER,
+    not_before REAL NOT NULL,
+    events_offset INTEGER NOT NULL,
+    adapter TEXT,
+    duplicate_of TEXT,
+    reason TEXT,
+    progress TEXT NOT NULL,
+    started_at REAL,
+    finished_at REAL
+) STRICT;
+CREATE INDEX jobs_by_state ON jobs (state, created_at);
+CREATE INDEX jobs_by_end ON jobs (finished_at);
+CREATE INDEX jobs_by_content ON jobs (sha256);
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY,
+    job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    created_at REAL NOT NULL,
+    level TEXT NOT NULL,
+    type TEXT NOT NULL,
+    message TEXT NOT NULL,
+    data TEXT NOT NULL
+) STRICT;
+CREATE INDEX events_by_job ON events (job_id, id);
+CREATE TABLE gpu_samples (
+    id INTEGER PRIMARY KEY,
+    job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    created_at REAL NOT NULL,
+    uuid TEXT NOT NULL,
+    data TEXT NOT NULL
+) STRICT;
+CREATE INDEX gpu_samples_by_job ON gpu_samples (job_id, created_at);
+"""
 
+_ORDERS = """
+ALTER TABLE jobs ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE jobs ADD COLUMN place REAL NOT NULL DEFAULT 0;
+CREATE TABLE orders (
+    id INTEGER PRIMARY KEY,
+    created_at REAL NOT NULL,
+    verb TEXT NOT NULL,
+    job_id TEXT NOT NULL
+) STRICT;
+"""
+MIGRATIONS = [_TABLES, _ORDERS]  # each brings the file from one version to the next
 
-MIGRATIONS = [_create_tables]
+_IN_TURN = "ORDER BY priority DESC, place, created_at, rowid"
 
 
 class Ledger:
@@ -90,19 +101,23 @@ class Ledger:
     @classmethod
     def open(cls, path: Path) -> Self:
         """Open for writing, making or upgrading the file. Raises sqlite3.DatabaseError if it is damaged."""
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
         database = sqlite3.connect(path, isolation_level=None)
-        path.chmod(0o640)
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=5000", "foreign_keys=ON"):
+        for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             database.execute(f"PRAGMA {pragma}")
         verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
             database.close()
             raise sqlite3.DatabaseError(verdict)
-        done = database.execute("PRAGMA user_version").fetchone()[0]
-        for number, migrate in enumerate(MIGRATIONS[done:], start=done + 1):
-            migrate(database)
-            database.execute(f"PRAGMA user_version={number}")
-        return cls(database)
+        ledger = cls(database)
+        with ledger._transaction():  # a user's order may open the file in the same moment as the daemon
+            done = database.execute("PRAGMA user_version").fetchone()[0]
+            for migration in MIGRATIONS[done:]:
+                for statement in migration.split(";\n"):
+                    database.execute(statement)
+            if done < len(MIGRATIONS):
+                database.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
+        return ledger
 
     @classmethod
     def open_to_read(cls, path: Path) -> Self:
@@ -187,12 +202,38 @@ class Ledger:
         return [_job(row) for row in rows]
 
     def next_queued(self, now: float) -> Job | None:
-        """Give the oldest queued job that may start now."""
+        """Give the job that is first in the queue among those that may start now."""
         row = self._database.execute(
-            "SELECT * FROM jobs WHERE state = ? AND not_before <= ? ORDER BY created_at, rowid LIMIT 1",
-            (State.QUEUED, now),
+            f"SELECT * FROM jobs WHERE state = ? AND not_before <= ? {_IN_TURN} LIMIT 1", (State.QUEUED, now)
         ).fetchone()
         return _job(row) if row else None
+
+    def queue(self) -> list[Job]:
+        """Give the jobs that wait, in the order in which they start."""
+        rows = self._database.execute(
+            f"SELECT * FROM jobs WHERE state IN (?, ?) {_IN_TURN}", (State.CLAIMING, State.QUEUED)
+        )
+        return [_job(row) for row in rows]
+
+    def named(self, name: str) -> list[Job]:
+        """Give the jobs whose id is `name` or begins with it: the one of exactly that id alone, if there is one."""
+        rows = self._database.execute(
+            "SELECT * FROM jobs WHERE substr(id, 1, ?) = ? ORDER BY id = ? DESC, created_at DESC LIMIT 10",
+            (len(name), name, name),
+        ).fetchall()
+        return [_job(row) for row in rows if row["id"] == name] or [_job(row) for row in rows]
+
+    def order(self, verb: str, job_id: str, at: float) -> None:
+        """Commit what a user wants done."""
+        self._database.execute("INSERT INTO orders (created_at, verb, job_id) VALUES (?, ?, ?)", (at, verb, job_id))
+
+    def orders(self) -> list[tuple[int, str, str]]:
+        """Give what users want done and is not done yet: (number, verb, job's id or nothing), oldest first."""
+        return [tuple(row) for row in self._database.execute("SELECT id, verb, job_id FROM orders ORDER BY id")]
+
+    def drop_order(self, number: int) -> None:
+        """Forget what is done."""
+        self._database.execute("DELETE FROM orders WHERE id = ?", (number,))
 
     def last_finished(self, count: int) -> list[Job]:
         """Give the jobs that ended last, newest first."""

@@ -25,9 +25,11 @@ from finetuned.launchers.local import start, trainer_environment
 from finetuned.launchers.warm import WarmParent
 from finetuned.ledger import Ledger
 from finetuned.notify import notify, watchdog_seconds
+from finetuned.spool import orders
 from finetuned.spool.claim import claim, enqueue, input_path, write_spec
 from finetuned.spool.hasher import Hasher
 from finetuned.spool.inbox import Complaint
+from finetuned.spool.orders import Verb
 from finetuned.spool.publish import archive, fail, publish
 from finetuned.spool.recover import recover, recover_job
 from finetuned.spool.settle import Look, Settler
@@ -121,6 +123,9 @@ class Service:
             return self._attempt is None
         if not self._once or self._attempt or self._look is None:
             return False
+        if self._paused():
+            _log.warning("the queue is paused", then="`finetuned resume`, and start again")
+            return True
         unfinished = [state for state in State if state is not State.FINISHED]
         return not self._look.waiting and not self._ledger.jobs(*unfinished)
 
@@ -145,7 +150,8 @@ class Service:
         # Sent when somebody opens a file for writing in the moment in which the kernel is asked whether anybody has.
         # A handler and not SIG_IGN, which the trainer would inherit.
         signal.signal(signal.SIGIO, lambda *_: None)
-        signal.signal(signal.SIGCHLD, lambda *_: self._wake.set())
+        for number in (signal.SIGCHLD, signal.SIGUSR1):  # USR1: a user gave an order
+            signal.signal(number, lambda *_: self._wake.set())
 
     # -- the steps of the loop
 
@@ -153,6 +159,7 @@ class Service:
         steps = (
             self._reload_config,
             self._finish_held,
+            self._obey,
             self._look_into_inbox,
             self._queue_hashed,
             self._warm.listen,
@@ -196,6 +203,57 @@ class Service:
             except OSError as error:
                 self._hold(error, doing=f"going on with {job.id}")
                 return
+
+    def _obey(self) -> None:
+        """Carry out what users want. An order stays until it is carried out or cannot be."""
+        for number, verb, job_id in self._ledger.orders():
+            try:
+                carried_out = self._carry_out(Verb(verb), job_id)
+            except KeyError:
+                _log.warning("no such job", order=verb, job=job_id)
+                carried_out = True
+            except FinetunedError as error:
+                _log.warning("order refused", order=verb, job=job_id, why=error.sentence())
+                carried_out = True
+            if carried_out:
+                self._ledger.drop_order(number)
+        if self._attempt and not self._attempt.stopping and self._paused():
+            self._attempt.stop(self._config.pause_grace)
+
+    def _carry_out(self, verb: Verb, job_id: str) -> bool:
+        """Do what one order says; say whether that is all."""
+        if verb is Verb.PAUSE:
+            orders.pause(self._home, "a user asked for it")
+            _log.info("paused", then="no job starts until `finetuned resume`")
+            return True
+        if verb is Verb.RESUME:
+            orders.resume(self._home)
+            _log.info("resumed")
+            return True
+        job = self._ledger.job(job_id)
+        if verb is Verb.CANCEL:
+            return self._cancel(job)
+        if verb is Verb.RETRY:
+            orders.retry(self._ledger, self._home, self._config, job)
+        else:
+            orders.change_turn(self._ledger, self._home, job, verb)
+        _log.info("order carried out", order=verb, job=job.id)
+        return True
+
+    def _cancel(self, job: Job) -> bool:
+        match job.state:
+            case State.QUEUED:
+                self._put_aside(job, orders.cancelled(job))
+                _log.info("cancelled", job=job.id, input_in=f"archive/failed/{job.id}/")
+                return True
+            case State.RUNNING if self._attempt and self._attempt.job.id == job.id:
+                self._attempt.stop(self._config.pause_grace)  # and once it has ended, it is queued
+                return False
+            case State.CLAIMING | State.RUNNING:
+                return False
+            case _:
+                _log.warning("too late to cancel", job=job.id, status=job.status)
+                return True
 
     def _look_into_inbox(self) -> None:
         """Take what is ready (D1 to D3), say once what never will be."""
@@ -248,8 +306,8 @@ class Service:
             self._fail(job)
 
     def _start_next(self) -> None:
-        """Start the oldest queued job (D6, D7)."""
-        if self._attempt or self._stop or time.monotonic() < self._held_until:
+        """Start the first job of the queue (D6, D7)."""
+        if self._attempt or self._stop or time.monotonic() < self._held_until or self._paused():
             return
         job = self._ledger.next_queued(time.time())
         if job is None:
@@ -297,7 +355,7 @@ class Service:
         elif decision.reason:
             self._fail(job, decision.reason)
         elif ending is Ending.INTERRUPTED:
-            _log.info("training stopped", job=job.id, then="it goes on from its checkpoint at the next start")
+            _log.info("training stopped", job=job.id, then="it goes on from its checkpoint")
         else:
             delay = {"after_seconds": decision.delay} if decision.delay else {}
             _log.warning("training goes on", job=job.id, why=decision.why, **delay)
@@ -322,7 +380,7 @@ class Service:
 
     def _tell_systemd(self) -> None:
         if self._attempt is None:
-            status = "waiting for files"
+            status = "paused" if self._paused() else "waiting for files"
         else:
             figures = self._attempt.job.progress
             status = f"{self._attempt.job.id}: step {figures.get('step', 0)} of {figures.get('total_steps', '?')}"
@@ -339,6 +397,9 @@ class Service:
         return max(0.01, min(pauses))
 
     # -- what steps share
+
+    def _paused(self) -> bool:
+        return orders.why_paused(self._home) is not None
 
     def _trainer_environment(self) -> tuple[dict[str, str], str]:
         return trainer_environment(self._gpus.gpus[0].uuid if self._gpus.gpus else None)
@@ -394,6 +455,9 @@ class Service:
             self._home.job_log(job.id).open("a", encoding="utf-8", errors="backslashreplace") as log,
         ):
             log.write(f"failed: {told.get('where', '')}: {told.get('what', '')}. {told.get('remedy', '')}\n")
+        self._put_aside(job, reason)
+
+    def _put_aside(self, job: Job, reason: dict[str, str] | None) -> None:
         try:
             fail(self._ledger, self._home, job, reason)
         except OSError as error:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 import textwrap
+import time
 from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
 from finetuned.config import load_config
 from finetuned.errors import ConfigError
+from finetuned.guard import daemon_pid
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
 from finetuned.live import duration, sentence
 from finetuned.spool.inbox import Complaint, Found, list_inbox
+from finetuned.spool.orders import why_paused
 from finetuned.spool.recover import locked
 
 _LAST = 10
@@ -27,8 +29,10 @@ def gather(home: Home) -> dict[str, Any]:
     """Collect everything, as `--json` prints it."""
     facts: dict[str, Any] = {
         "base_dir": str(home.root),
-        "daemon_pid": _daemon_pid(home),
+        "daemon_pid": daemon_pid(home),
         "config_error": None,
+        "paused": why_paused(home),
+        "orders": [],
         "inbox": [],
         "running": [],
         "queue": [],
@@ -49,7 +53,8 @@ def gather(home: Home) -> dict[str, Any]:
             {**_facts(job), "trainer_alive": locked(home.job(job.id))}
             for job in ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)
         ]
-        facts["queue"] = [_facts(job) for job in ledger.jobs(State.CLAIMING, State.QUEUED)]
+        facts["queue"] = [_facts(job) for job in ledger.queue()]
+        facts["orders"] = [{"verb": verb, "job": job_id or None} for _, verb, job_id in ledger.orders()]
         facts["finished"] = [_facts(job) for job in ledger.last_finished(_LAST)]
     finally:
         ledger.close()
@@ -68,21 +73,6 @@ def _lying(entry: Found | Complaint) -> dict[str, str]:
     return {"path": printable(os.fsencode(entry.path)), "what": what, "remedy": remedy}
 
 
-def _daemon_pid(home: Home) -> int | None:
-    """Give the pid of the daemon at work here: who holds the lock wrote it there."""
-    try:
-        descriptor = os.open(home.lock, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return int(os.pread(descriptor, 32, 0) or 0) or None
-    finally:
-        os.close(descriptor)
-    return None
-
-
 def _facts(job: Job) -> dict[str, Any]:
     return {
         "id": job.id,
@@ -96,6 +86,8 @@ def _facts(job: Job) -> dict[str, Any]:
         "attempt": job.attempt,
         "rung": job.rung,
         "progress": {key: value for key, value in job.progress.items() if key != "error"},
+        "priority": job.priority,
+        "not_before": job.not_before,
         "created_at": job.created_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,
@@ -114,17 +106,31 @@ def render(facts: dict[str, Any]) -> str:
         if not pid:
             trainer = "its trainer is at work without a daemon" if job["trainer_alive"] else "it stands still"
             lines.append(f"          {trainer}; `finetuned run` goes on with it")
+    if facts["paused"]:
+        lines[1:1] = [f"paused: {facts['paused']}; `finetuned resume` lets jobs start again"]
     if facts["config_error"]:
         lines[1:1] = [f"config.json is broken, the last good one is in use: {facts['config_error']}"]
     if facts["inbox"]:
         lines += ["", *(f"in inbox  {e['path']} {e['what']}. {e['remedy']}".rstrip() for e in facts["inbox"])]
     if facts["queue"]:
-        lines += ["", *(f"queued    {job['id']}" for job in facts["queue"])]
+        lines += ["", *map(_waiting, facts["queue"])]
+    if facts["orders"]:
+        asked = (f"{order['verb']} {order['job'] or ''}".strip() for order in facts["orders"])
+        lines += ["", f"asked for {', '.join(asked)}"]
     if facts["finished"]:
         lines += ["", *map(_result, facts["finished"])]
     if len(lines) == 1:
         lines += ["", "nothing yet: drop a .jsonl file into inbox/"]
     return "\n".join(lines)
+
+
+def _waiting(job: dict[str, Any]) -> str:
+    """Say that a job waits, and where it has tried already, until when and why."""
+    line = f"queued    {job['id']}"
+    why = job["progress"].get("waits")
+    if job["not_before"] > time.time():
+        line += f", again at {datetime.fromtimestamp(job['not_before']).astimezone():%H:%M:%S}"
+    return f"{line}: {why}" if why else line
 
 
 def _result(job: dict[str, Any]) -> str:

@@ -213,7 +213,7 @@ class Attempt:
             rung=decision.rung or self.job.rung,
             retries=self.job.retries + decision.counted,
             not_before=time.time() + decision.delay if decision.delay else 0.0,
-            progress=progress_for_next(self.job.progress, ending),
+            progress={**progress_for_next(self.job.progress, ending), "waits": decision.why},
             trainer_pid=None,
         )
         return decision, ending

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.adapters import belongs_to
-from finetuned.config import Config, read_overrides, resolve
+from finetuned.config import Config, TrainingSettings, read_overrides, resolve
 from finetuned.durable import make_folder, move, sync_file, sync_folder, write_file
 from finetuned.errors import ConfigError
 from finetuned.home import Home, JobFolder, data_extension, safe_name
@@ -52,17 +52,16 @@ def _describe(home: Home, found: Found, config: Config) -> tuple[Job, int | None
     settings: dict[str, Any] = {}
     rung: dict[str, Any] = {}
     reason = override_inode = None
+    priority = 0
     try:
         overrides: dict[str, Any] = {}
         if os.path.lexists(found.override):
             override_inode = _regular(found.override).st_ino
             overrides = read_overrides(found.override)
-            if "model" in overrides and (home.root / str(overrides["model"])).exists():
-                raise ConfigError("an override may not name a folder as its model", where=str(found.override))
-        training = resolve(
-            config, found.profile, overrides, where=str(found.override if overrides else home.config_file)
-        )
+        where = str(found.override if overrides else home.config_file)
+        training = settings_for(home, config, found.profile, overrides, where=where)
         settings = training.model_dump()
+        priority = settings.pop("priority")
         rung = training.first_rung().as_dict()
     except ConfigError as error:
         reason = error.as_dict()
@@ -76,11 +75,21 @@ def _describe(home: Home, found: Found, config: Config) -> tuple[Job, int | None
         identity=FileIdentity(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns),
         state=State.CLAIMING,
         created_at=time.time(),
+        priority=priority,
         settings=settings,
         rung=rung,
         reason=reason,
     )
     return job, override_inode
+
+
+def settings_for(
+    home: Home, config: Config, profile: str, overrides: dict[str, Any], *, where: str
+) -> TrainingSettings:
+    """Give the settings of a file with this profile and override. Raises ConfigError if they cannot be used."""
+    if "model" in overrides and (home.root / str(overrides["model"])).exists():
+        raise ConfigError("an override may not name a folder as its model", where=where)
+    return resolve(config, profile, overrides, where=where)
 
 
 def _regular(path: Path) -> os.stat_result:
@@ -107,6 +116,8 @@ def write_spec(home: Home, job: Job, *, override_inode: int | None = None) -> No
         sha256=job.sha256,
         reason=job.reason,
         attempt=job.attempt,
+        priority=job.priority,
+        place=job.place,
         base_dir=str(home.root),
         models=str(home.models),
     )
@@ -196,4 +207,6 @@ def restore(spec: JobSpec) -> Job:
         rung=spec.rung,
         reason=spec.reason,
         attempt=spec.attempt,
+        priority=spec.priority,
+        place=spec.place,
     )

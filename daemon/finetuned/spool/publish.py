@@ -21,6 +21,8 @@ from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
 from finetuned.spool.claim import input_path
 
+REASON = "reason.json"
+CANCELLED = "cancelled"  # code of the reason of a job that a user did not want any longer
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 _LOG_LINES, _LOG_BYTES = 200, 256 * 1024  # of a bug, kept in reason.json
 _LONGEST_HEADER = 100 * 2**20  # bytes, as safetensors itself bounds it
@@ -114,12 +116,13 @@ def archive(ledger: Ledger, home: Home, job: Job) -> Job:
 
 
 def fail(ledger: Ledger, home: Home, job: Job, reason: dict[str, str] | None = None) -> Job:
-    """Record why a job failed, put its input into archive/failed/ with the reason, and finish it."""
+    """Record why a job failed or was cancelled, put its input into archive/failed/ with the reason, and finish it."""
     if job.state is not State.FAILING:
         job = ledger.update(job.id, state=State.FAILING, reason=reason or job.reason)
     folder = home.failed / job.id
     make_folder(folder)
-    write_file(folder / "reason.json", _story(job, Outcome.FAILED, log=home.job_log(job.id)))
+    outcome = Outcome.CANCELLED if (job.reason or {}).get("code") == CANCELLED else Outcome.FAILED
+    write_file(folder / REASON, _story(job, outcome, log=home.job_log(job.id)))
     checkpoints = home.job(job.id).checkpoints
     if checkpoints.is_dir() and not (folder / checkpoints.name).exists():
         move(checkpoints, folder / checkpoints.name)  # hours of work may be in them
@@ -127,7 +130,7 @@ def fail(ledger: Ledger, home: Home, job: Job, reason: dict[str, str] | None = N
     if belongs_to(adapter, job.id) and not (folder / adapter.name).exists():
         move(adapter, folder / adapter.name)  # trained, but it could not be published
     _put_away(home, job, folder)
-    return _finish(ledger, home, job, Outcome.FAILED)
+    return _finish(ledger, home, job, outcome)
 
 
 def _finish(ledger: Ledger, home: Home, job: Job, outcome: Outcome) -> Job:
@@ -142,13 +145,13 @@ def _put_away(home: Home, job: Job, folder: Path) -> None:
         move(overrides, folder / overrides.name)
     source = input_path(home, job)
     if source.exists():
-        move(source, folder / _archived_name(job))
+        move(source, folder / archived_name(job))
 
 
-def _archived_name(job: Job) -> str:
+def archived_name(job: Job) -> str:
     """Give the input's name, changed where it is that of a file of ours."""
     name = os.fsdecode(job.name)
-    return f"input-{name}" if name in {"job.json", "reason.json", "overrides.json", "checkpoints", "adapter"} else name
+    return f"input-{name}" if name in {"job.json", REASON, "overrides.json", "checkpoints", "adapter"} else name
 
 
 def _story(job: Job, outcome: Outcome, *, log: Path | None = None) -> bytes:

@@ -1,0 +1,93 @@
+"""What users tell the daemon: each order goes into the ledger, where it waits until the daemon carries it out."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from finetuned.config import load_config
+from finetuned.errors import HomeError
+from finetuned.guard import daemon_pid
+from finetuned.home import Home
+from finetuned.jobs import Job, State
+from finetuned.ledger import Ledger
+from finetuned.spool.orders import OrderError, Verb, check_retry, settings_of_retry
+
+_NOT_RUNNING = "the daemon is not running, so this takes effect when it starts"
+
+
+def order(home: Home, verb: Verb, name: str = "") -> str:
+    """Give an order for the job of that id, or the beginning of it; the sentence to tell the user.
+
+    Raises HomeError if there is no such job or the ledger cannot be written, OrderError or ConfigError if it could not
+    be carried out.
+    """
+    with _ledger(home) as ledger:
+        job = _find(ledger, name) if name else None
+        said = _check(home, verb, job)
+        ledger.order(verb, job.id if job else "", time.time())
+    pid = daemon_pid(home)
+    if pid is None:
+        return f"{said}; {_NOT_RUNNING}"
+    with suppress(PermissionError, ProcessLookupError):  # it looks by itself every few seconds
+        os.kill(pid, signal.SIGUSR1)
+    return said
+
+
+def _check(home: Home, verb: Verb, job: Job | None) -> str:
+    """Refuse at once what the daemon would refuse; give the sentence."""
+    if job is None:
+        return (
+            "no job starts from now on; a running one writes a checkpoint" if verb is Verb.PAUSE else "jobs start again"
+        )
+    if verb is Verb.RETRY:
+        if job.state is not State.QUEUED:
+            check_retry(home, job)
+            settings_of_retry(home, load_config(home.config_file), job)
+        return f"{job.id} is tried again"
+    if job.state is State.FINISHED:
+        raise OrderError(f"job {job.id} has ended: it {job.outcome}")
+    if verb is Verb.CANCEL:
+        return f"{job.id} is cancelled; its file goes to archive/failed/{job.id}/"
+    if job.state not in {State.CLAIMING, State.QUEUED}:
+        raise OrderError(f"job {job.id} does not wait: it is {job.status}")
+    return f"{job.id} is {verb} in the queue"
+
+
+def _find(ledger: Ledger, name: str) -> Job:
+    found = ledger.named(name)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise HomeError(f"there is no job {name}", remedy="`finetuned status` shows the jobs.")
+    raise HomeError(
+        f"{name} is the beginning of {len(found)} jobs or more: {', '.join(job.id for job in found)}",
+        remedy="Write more of it.",
+    )
+
+
+@contextmanager
+def _ledger(home: Home) -> Iterator[Ledger]:
+    home.machinery.mkdir(mode=0o750, exist_ok=True)
+    try:
+        ledger = Ledger.open(home.ledger)
+    except sqlite3.OperationalError as error:
+        raise HomeError(
+            f"the ledger cannot be written: {error}",
+            where=str(home.ledger),
+            remedy="Do it as the user who runs the daemon, or make room on the disk.",
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise HomeError(
+            f"the ledger is damaged: {error}",
+            where=str(home.ledger),
+            remedy="Start the daemon: it puts the ledger aside and builds a new one from the folders.",
+        ) from error
+    try:
+        yield ledger
+    finally:
+        ledger.close()

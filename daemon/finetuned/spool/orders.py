@@ -1,0 +1,152 @@
+"""What users want done with a job: cancel it, try it again, change its turn. Each a function of docs/protocol.md.
+
+An order stands in the ledger until it is carried out, so every function may be called again after a crash in its
+middle. Pausing the queue is a file, which outlives a lost ledger.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from enum import StrEnum
+
+from finetuned.config import Config, TrainingSettings, read_overrides
+from finetuned.durable import move, sync_folder, write_file
+from finetuned.errors import FinetunedError
+from finetuned.home import Home, printable
+from finetuned.jobs import Job, Outcome, State
+from finetuned.ledger import Ledger
+from finetuned.spool.claim import input_path, settings_for, write_spec
+from finetuned.spool.publish import CANCELLED, REASON, archived_name
+
+
+class Verb(StrEnum):
+    """What a user may want."""
+
+    PAUSE = "pause"
+    RESUME = "resume"
+    CANCEL = "cancel"
+    RETRY = "retry"
+    FIRST = "first"
+    LAST = "last"
+
+
+class OrderError(FinetunedError):
+    """The job is not in a state in which this can be done."""
+
+    code = "cannot_be_done"
+
+
+def cancelled(job: Job) -> dict[str, str]:
+    """Give the reason that a cancelled job carries."""
+    return {
+        "code": CANCELLED,
+        "what": "it was cancelled",
+        "where": printable(job.name),
+        "remedy": f"`finetuned retry {job.id}` takes it up again.",
+    }
+
+
+def pause(home: Home, why: str) -> None:
+    """Let no job start until `resume`."""
+    write_file(home.paused, why.encode() + b"\n")
+
+
+def resume(home: Home) -> None:
+    """Let jobs start again."""
+    home.paused.unlink(missing_ok=True)
+    sync_folder(home.machinery)
+
+
+def why_paused(home: Home) -> str | None:
+    """Say why no job starts, or None if they do."""
+    try:
+        return home.paused.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+
+
+def change_turn(ledger: Ledger, home: Home, job: Job, verb: Verb) -> Job:
+    """Put a waiting job before or behind all others. Raises OrderError if it does not wait."""
+    if job.state not in {State.CLAIMING, State.QUEUED}:
+        raise OrderError(f"job {job.id} does not wait: it is {job.status}")
+    others = [other for other in ledger.queue() if other.id != job.id]
+    if not others:
+        return job
+    edge = others[0] if verb is Verb.FIRST else others[-1]
+    step = -1 if verb is Verb.FIRST else 1
+    job = ledger.update(job.id, priority=edge.priority, place=edge.place + step)
+    write_spec(home, job)
+    return job
+
+
+def retry(ledger: Ledger, home: Home, config: Config, job: Job) -> Job:
+    """Take a failed or cancelled job up again (R1 to R3): with config.json as it is now, from its newest checkpoint.
+
+    A job that waits for a later time may start at once. Raises OrderError, or ConfigError for settings that cannot be
+    used, and then nothing has changed.
+    """
+    if job.state is State.QUEUED:
+        return ledger.update(job.id, not_before=0.0)
+    check_retry(home, job)
+    training = settings_of_retry(home, config, job)
+    settings = training.model_dump()
+    job = ledger.update(  # R1
+        job.id,
+        state=State.CLAIMING,
+        priority=settings.pop("priority"),
+        place=0.0,
+        settings=settings,
+        rung=training.first_rung().as_dict(),
+        outcome=None,
+        reason=None,
+        adapter=None,
+        progress={},
+        retries=0,
+        interruptions=0,
+        not_before=0.0,
+        events_offset=0,
+        started_at=None,
+        finished_at=None,
+    )
+    take_back(home, job)
+    return job
+
+
+def check_retry(home: Home, job: Job) -> None:
+    """Raise OrderError if there is nothing to try again."""
+    source = home.failed / job.id / archived_name(job)
+    if job.outcome is Outcome.SUCCEEDED:
+        raise OrderError(
+            f"job {job.id} has succeeded",
+            remedy='To train it again, drop its file again with "duplicates" set to "run" in config.json.',
+        )
+    if job.state is not State.FINISHED:
+        raise OrderError(f"job {job.id} is {job.status}; there is nothing to try again yet")
+    if not source.exists():
+        raise OrderError(
+            f"the file of job {job.id} is no longer there", where=str(source), remedy="Drop it into inbox/ again."
+        )
+
+
+def settings_of_retry(home: Home, config: Config, job: Job) -> TrainingSettings:
+    """Give the settings with which a job would be tried again. Raises ConfigError if they cannot be used."""
+    override = home.failed / job.id / home.job(job.id).overrides.name
+    overrides = read_overrides(override) if override.exists() else {}
+    where = str(override if overrides else home.config_file)
+    return settings_for(home, config, job.profile, overrides, where=where)
+
+
+def take_back(home: Home, job: Job) -> None:
+    """Bring what a failed job left back into its folder, the input last (R2, R3)."""
+    folder, source = home.job(job.id), home.failed / job.id
+    write_spec(home, job)  # R2
+    for kept, place in (
+        (source / folder.checkpoints.name, folder.checkpoints),
+        (source / folder.overrides.name, folder.overrides),
+        (source / archived_name(job), input_path(home, job)),
+    ):
+        if kept.exists() and not place.exists():
+            move(kept, place)  # R3
+    (source / REASON).unlink(missing_ok=True)
+    with suppress(OSError):  # an adapter that could not be published may lie there
+        source.rmdir()

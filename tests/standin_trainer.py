@@ -1,0 +1,95 @@
+"""A trainer that obeys the real one's contract and computes nothing: `python standin_trainer.py JOB_DIR`.
+
+It reads job.json and the input, does a step for each row and epoch, writes checkpoints, resumes from them, stops when
+it is asked to, says events and leaves an adapter. Its weights are a digest over all steps in order, so a step that is
+lost, repeated or torn shows. Standard library only, so it starts in a moment. Behaviour by environment:
+
+STANDIN_SECONDS   seconds a step takes (0.01)
+STANDIN_END       exit code with which it ends in place of training, once it has said an error
+STANDIN_DEAF      if set, it hears no request to stop
+"""
+
+import hashlib
+import json
+import os
+import signal
+import struct
+import sys
+import time
+from pathlib import Path
+
+SECONDS = float(os.environ.get("STANDIN_SECONDS", "0.01"))
+EVERY = 5  # steps between two checkpoints
+
+
+def say(folder: Path, kind: str, message: str, *, level: str = "info", **data) -> None:
+    line = {"created_at": time.time(), "type": kind, "message": message, "level": level, "data": data}
+    with (folder / "events.jsonl").open("ab") as file:
+        file.write(json.dumps(line).encode() + b"\n")
+
+
+def write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def weights_of(rows: list[bytes], steps: int) -> bytes:
+    """What an undisturbed training of so many steps gives."""
+    digest = b""
+    for step in range(steps):
+        digest = hashlib.sha256(digest + rows[step % len(rows)]).digest()
+    return digest
+
+
+def safetensors(content: bytes) -> bytes:
+    header = json.dumps(
+        {"digest": {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}}
+    ).encode()
+    return struct.pack("<Q", len(header)) + header + content
+
+
+def main(folder: Path) -> int:
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: None if os.environ.get("STANDIN_DEAF") else asked.append(number))
+    (folder / "lock").write_text(f"{os.getpid()}\n")
+    spec = json.loads((folder / "job.json").read_bytes())
+    if end := os.environ.get("STANDIN_END"):
+        say(folder, "error", "told to", level="error", code="told_to", what="told to end so", where="", remedy="")
+        return int(end)
+    rows = (folder / spec["input"]).read_bytes().splitlines()
+    total = max(1, int(len(rows) * spec["settings"].get("epochs", 1)))
+    checkpoint = folder / "checkpoints" / "standin.json"
+    checkpoint.parent.mkdir(exist_ok=True)
+    done, digest = 0, b""
+    if checkpoint.exists():
+        state = json.loads(checkpoint.read_bytes())
+        done, digest = state["step"], bytes.fromhex(state["digest"])
+        say(folder, "message", f"resumed after step {done} of {total}", step=done)
+    say(folder, "phase", "training", phase="training")
+    while done < total:
+        if asked:
+            write(checkpoint, json.dumps({"step": done, "digest": digest.hex()}).encode())
+            say(folder, "checkpoint", f"checkpoint after step {done}", checkpoint_step=done)
+            return 130
+        time.sleep(SECONDS)
+        digest = hashlib.sha256(digest + rows[done % len(rows)]).digest()
+        done += 1
+        say(folder, "metrics", f"step {done} of {total}", step=done, total_steps=total, train_loss=1 / done)
+        if done % EVERY == 0:
+            write(checkpoint, json.dumps({"step": done, "digest": digest.hex()}).encode())
+            say(folder, "checkpoint", f"checkpoint after step {done}", checkpoint_step=done)
+    adapter = folder / f"out.{spec['attempt']}" / "adapter"
+    adapter.mkdir(parents=True, exist_ok=True)
+    write(adapter / "adapter_model.safetensors", safetensors(digest))
+    write(adapter / "adapter_config.json", b'{"peft_type": "LORA"}')
+    write(adapter / "finetuned.json", json.dumps({"job_id": spec["id"], "sha256": spec["sha256"]}).encode())
+    say(folder, "result", "trained", step=done, total_steps=total)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
