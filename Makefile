@@ -42,7 +42,7 @@ gpu-test: .venv
 bench: .venv
 	$(BIN)/python benchmarks/daemon.py
 
-# Beside trl, which is installed into an environment of its own the first time. About ten minutes a round.
+# Beside trl and LLaMA-Factory, each installed into an environment of its own the first time. A quarter of an hour a round.
 bench-train: .venv
 	$(BIN)/python benchmarks/train.py
 
