@@ -35,7 +35,8 @@ from finetuned.supervisor import decide
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
 ROWS, BATCH = 24, 8
 WIDE_STEPS = 6
-LONG = {"epochs": 30, "checkpoint_steps": 5}  # 90 steps: time enough to be stopped in the middle
+LONG = {"epochs": 14, "checkpoint_steps": 5}  # time enough to be stopped in the middle
+LONG_STEPS = 42
 
 
 class Run:
@@ -365,13 +366,13 @@ def test_stopped_and_started_again_it_ends_with_the_same_weights(runs, tmp_path,
     process.terminate()
     assert process.wait(30) == ExitCode.STOPPED
     before = run.steps()[-1]["step"]
-    assert before < 90
+    assert before < LONG_STEPS
     assert run.events(EventType.CHECKPOINT)[-1].data["checkpoint_step"] == before
     assert run.events(EventType.ERROR) == []
 
     assert run.attempt() == ExitCode.DONE
     assert resumed_after(run) == before
-    assert [step["step"] for step in run.steps()] == list(range(1, 91))  # none twice, none left out
+    assert [step["step"] for step in run.steps()] == list(range(1, LONG_STEPS + 1))  # none twice, none left out
     assert_same_weights(run, runs["long"].result())
 
 

@@ -82,13 +82,13 @@ class Service:
         """
         for folder in self._home.folders:
             make_folder(folder)
+        self._catch_signals()  # before the pid is known to anybody: an order's signal would end this process
         with only_daemon(self._home):
             self._config_state = _file_state(self._home.config_file)
             self._config = load_config(self._home.config_file)
             check_one_mount(self._home)
             self._ledger = open_ledger(self._home)
             self._gpus = gpu.Sampler.open()
-            self._catch_signals()
             try:
                 self._begin()
                 while not self._done():
@@ -124,7 +124,8 @@ class Service:
         if not self._once or self._attempt or self._look is None:
             return False
         if self._paused():
-            _log.warning("the queue is paused", then="`finetuned resume`, and start again")
+            _log.error("the queue is paused", then="`finetuned resume`, and start again")
+            self._failures += 1
             return True
         unfinished = [state for state in State if state is not State.FINISHED]
         return not self._look.waiting and not self._ledger.jobs(*unfinished)

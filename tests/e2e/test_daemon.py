@@ -1,4 +1,4 @@
-"""A real daemon, real files, a real trainer on a tiny model."""
+"""A real daemon, real files, a real trainer on a tiny model; a stand-in for it where it is not the subject."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import zstandard
 from conftest import chat_rows, eventually, write_config, write_jsonl
 from finetuned.jobs import Outcome, State
 
-LONG = {"epochs": 60, "checkpoint_steps": 20}  # some seconds of work, so that there is a middle to disturb
+LONG = {"epochs": 30, "checkpoint_steps": 20}  # some seconds of work, so that there is a middle to disturb
+LONG_STEPS = 180
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_a_dropped_file_becomes_an_adapter(home, daemon, drop, tiny_model):
     assert one.stop() == 0
 
 
-def test_two_files_dropped_together_are_trained_one_after_the_other(home, daemon, drop):
+def test_two_files_dropped_together_are_trained_one_after_the_other(home, daemon, drop, standin):
     drop("first.jsonl", chat_rows(12))
     drop("second.jsonl", chat_rows(12, start=50))
     one = daemon("--once")
@@ -110,7 +111,7 @@ def test_a_killed_trainer_is_resumed_and_its_job_finished(home, daemon, drop, ti
     assert job.attempt == 2
     assert (job.rung["batch_size"], job.rung["gradient_accumulation"]) == (2, 2)  # it was memory, most likely
     assert "resumed after step" in home.job_log(job.id).read_text()
-    assert job.progress["step"] == 360
+    assert job.progress["step"] == LONG_STEPS
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
@@ -126,7 +127,7 @@ def test_a_daemon_that_ends_in_the_middle_goes_on_when_it_is_back(home, daemon, 
     assert two.process.wait(120) == 0
     job = two.job("long.jsonl")
     assert job.outcome is Outcome.SUCCEEDED
-    assert job.progress["step"] == 360
+    assert job.progress["step"] == LONG_STEPS
     assert "resumed after step" in home.job_log(job.id).read_text()
     assert (job.interruptions == 1) == (number == signal.SIGKILL)
 
@@ -163,7 +164,7 @@ def test_forked_trainers_train_and_whoever_is_killed_the_next_file_trains_too(ho
     eventually(lambda: one.job("fourth.jsonl", state=State.RUNNING).progress.get("checkpoint_step"))
     os.kill(trainer, signal.SIGKILL)
     job = one.job("fourth.jsonl")
-    assert (job.outcome, job.attempt, job.progress["step"]) == (Outcome.SUCCEEDED, 2, 360)
+    assert (job.outcome, job.attempt, job.progress["step"]) == (Outcome.SUCCEEDED, 2, LONG_STEPS)
     assert (job.rung["batch_size"], job.rung["gradient_accumulation"]) == (2, 2)  # judged as a subprocess's end is
     assert "resumed after step" in home.job_log(job.id).read_text()
 
@@ -189,7 +190,7 @@ def test_a_forked_trainer_that_outlives_its_daemon_is_stopped_and_resumed_by_the
     two = daemon("--once")
     assert two.process.wait(120) == 0
     job = two.job("long.jsonl")
-    assert (job.outcome, job.interruptions, job.progress["step"]) == (Outcome.SUCCEEDED, 1, 360)
+    assert (job.outcome, job.interruptions, job.progress["step"]) == (Outcome.SUCCEEDED, 1, LONG_STEPS)
     assert "a trainer outlived its daemon" in two.log()
     assert "resumed after step" in home.job_log(job.id).read_text()
 
@@ -257,7 +258,7 @@ def unwritable():
     unlock()
 
 
-def test_adapters_that_may_not_be_written_fail_the_job_before_it_is_trained(home, daemon, drop, unwritable):
+def test_adapters_that_may_not_be_written_fail_the_job_before_it_is_trained(home, daemon, drop, unwritable, standin):
     lock, unlock = unwritable
     lock(home.adapters)
     one = daemon()
@@ -317,7 +318,7 @@ def test_an_edit_of_config_json_counts_from_the_next_job_and_a_broken_one_is_ref
     assert json.loads((home.adapters / "x" / "adapter_config.json").read_bytes())["r"] == 3
 
 
-def test_the_same_file_is_not_trained_twice(home, daemon, drop):
+def test_the_same_file_is_not_trained_twice(home, daemon, drop, standin):
     one = daemon()
     drop("x.jsonl")
     first = one.job("x.jsonl")
@@ -328,7 +329,7 @@ def test_the_same_file_is_not_trained_twice(home, daemon, drop):
     assert list(home.archive.glob(f"*/{second.id}/again.jsonl"))
 
 
-def test_an_inbox_deleted_and_made_again_is_watched_again(home, daemon, drop):
+def test_an_inbox_deleted_and_made_again_is_watched_again(home, daemon, drop, standin):
     one = daemon()
     one.says("finetuned starts")
     home.inbox.rmdir()
@@ -337,10 +338,11 @@ def test_an_inbox_deleted_and_made_again_is_watched_again(home, daemon, drop):
     assert one.job("x.jsonl").outcome is Outcome.SUCCEEDED
 
 
-def test_gpu_figures_of_a_job_are_in_the_ledger_and_in_the_log(home, daemon, drop, fake_nvml, tiny_model):
+def test_gpu_figures_of_a_job_are_in_the_ledger_and_in_the_log(home, daemon, drop, fake_nvml, standin):
     from finetuned.ledger import Ledger
 
-    write_config(home, model=str(tiny_model), gpu_sample_seconds=1, **LONG)
+    standin(seconds=0.1)
+    write_config(home, gpu_sample_seconds=1)
     fake_nvml.set("gpus=1", "0.utilization=93", "0.power=310000")
     one = daemon(environment=fake_nvml.environment())
     drop("x.jsonl")
@@ -353,7 +355,7 @@ def test_gpu_figures_of_a_job_are_in_the_ledger_and_in_the_log(home, daemon, dro
     one.says("93% util")
 
 
-def test_without_a_gpu_it_is_said_once(home, daemon, drop):
+def test_without_a_gpu_it_is_said_once(home, daemon, drop, standin):
     one = daemon()
     drop("x.jsonl", chat_rows(4))
     one.job("x.jsonl")
@@ -412,7 +414,7 @@ def test_what_lies_in_the_inbox_and_a_broken_config_are_in_the_status(home, drop
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="an immutable file needs root to make")
-def test_a_file_that_cannot_be_moved_does_not_hold_up_the_others(home, daemon, drop):
+def test_a_file_that_cannot_be_moved_does_not_hold_up_the_others(home, daemon, drop, standin):
     stuck = drop("a-stuck.jsonl")
     if subprocess.run(["chattr", "+i", stuck], check=False).returncode != 0:
         pytest.skip("this file system has no immutable files")
