@@ -32,8 +32,9 @@ def test_the_bound_fits_with_a_margin_and_half_as_much_more_would_not(first, eno
 
 
 def test_a_size_up_is_tried_when_memory_was_left_over():
-    assert Found(2048, 0.4).next_size == 4096
-    assert Found(2048, 0.6).next_size == 2048
+    assert Found(2048, 0.4).next_size(9000) == 4096
+    assert Found(2048, 0.4).next_size(2000) == 2048, "no row is there for more"
+    assert Found(2048, 0.6).next_size(9000) == 2048
 
 
 def training(folder, *, device: str = "cuda", tuning: str = "lora", tokens: list[int], **settings) -> SimpleNamespace:

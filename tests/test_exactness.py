@@ -426,6 +426,25 @@ def test_stopped_anywhere_it_is_the_same_to_the_last_bit(tmp_path_factory, world
     assert_bit_exact(job, straight(manner))
 
 
+def test_a_stop_is_heard_in_an_evaluation_which_is_then_made_again(tmp_path, world, undisturbed):
+    job, heard = Job(tmp_path, world), []
+
+    def asked() -> bool:
+        """Once, in the evaluation after the second step."""
+        if not heard and not torch.is_grad_enabled() and len(list(tmp_path.glob("**/step-*"))) >= 1:
+            heard.append(True)
+            return True
+        return False
+
+    assert job.attempt(asked) is None
+    assert isinstance(job.attempts[0].ended, StopAskedError)
+    story = job.done()
+    assert_the_same(story, undisturbed, tolerance=0.0)
+    evaluated = [e.data["step"] for a in story.attempts for e in a.of(EventType.METRICS) if "valid_loss" in e.data]
+    wanted = [e.data["step"] for e in undisturbed.attempts[0].of(EventType.METRICS) if "valid_loss" in e.data]
+    assert evaluated == wanted
+
+
 def stop_quantised(folder: Path, tiny_model: Path, tuning: str) -> None:
     """In a process of its own, for bitsandbytes is hidden where a dense base was trained."""
     torch.set_num_threads(1)

@@ -11,7 +11,8 @@ from finetuned.dataset.checks import Row
 from finetuned.trainer import attention
 from finetuned.trainer.attention import FLAT
 from finetuned.trainer.batches import Batch, Example, collate_padded
-from finetuned.trainer.layout import choose_layout
+from finetuned.trainer.layout import choose_layout, rows_stand_alone
+from finetuned.trainer.model import set_checkpointing
 from finetuned.trainer.recipes.sft import Objective
 
 SIZES = {
@@ -48,7 +49,7 @@ FLAT_FAMILIES = {
 ANY_LAYOUT = {
     "qwen3 moe": ("qwen3_moe", {"num_experts": 4, "decoder_sparse_step": 1, **EXPERTS}),
     "phimoe, which tells its window to the mask alone": ("phimoe", {"num_local_experts": 2, **WINDOW}),
-    "gemma2, whose attention is capped": ("gemma2", {**MIXED, "final_logit_softcapping": None}),
+    "gemma2, whose attention is capped": ("gemma2", MIXED),
     "gpt-oss, whose attention has sinks": ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 2, **MIXED}),
 }
 WITH_STATE = {
@@ -194,8 +195,42 @@ def test_a_model_that_scales_its_logits_is_trained_on_them():
     """Its head alone would give another loss."""
     model = build("granite", {"logits_scaling": 2.0})
     layout = choose_layout(model, torch.float32)
+    assert layout.flat
     assert not layout.head_apart
     check_every_way(model, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_that_caps_its_logits_is_trained_on_them(dtype):
+    """Also where the cap changes less than bf16's rounding in all layers does."""
+    model = build("gemma2", MIXED)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    layout = choose_layout(model.to(dtype), dtype)
+    assert not layout.head_apart
+
+
+def test_rows_longer_than_a_model_was_made_for_stand_alone_where_the_longest_scales_all():
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    model = build("phi3", {"rope_parameters": rope, "original_max_position_embeddings": 24})
+    assert not rows_stand_alone(model, 24)
+    assert rows_stand_alone(model, 25)
+    assert not rows_stand_alone(build("llama", {}), 1000)
+
+
+def test_activation_checkpointing_keeps_less():
+    model = build("llama", {})
+
+    def kept(*, on: bool) -> int:
+        sizes = []
+        set_checkpointing(model, on=on)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t):
+            run(model, lambda: plain_loss(model, rows()))
+        return sum(sizes)
+
+    everything = kept(on=False)
+    assert kept(on=True) < everything / 2
+    assert kept(on=False) == everything
 
 
 def test_the_trial_leaves_the_model_as_it_was():

@@ -69,6 +69,9 @@ def flat_attention(
         if query.device.type == "cpu" and before + longest <= _SHORT and not dropout:
             attended = _short_attention(_stack(query, group, longest, 0), keys, values, scale=scale, window=window)
         else:
+            if query.device.type == "cuda" and (window is not None or query.dtype is torch.float32):
+                # No kernel but the plain one, which keeps all scores, lets heads share keys here.
+                keys, values = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (keys, values))
             # The kernel's causal mask is square, so what comes before asks along and is dropped.
             attended = scaled_dot_product_attention(
                 _stack(query, group, longest, before),
@@ -80,7 +83,7 @@ def flat_attention(
                 is_causal=window is None,
                 dropout_p=dropout,
                 scale=scale,
-                enable_gqa=query.shape[1] != key.shape[1],
+                enable_gqa=query.shape[1] != keys.shape[1],
             )[:, :, before:]
         found += [attended[index : index + 1, :, : end - start] for index, (start, end, _) in enumerate(group)]
     return torch.cat(found, dim=2).transpose(1, 2), None
@@ -105,6 +108,8 @@ def varlen_attention(
     _refuse(module, attention_mask, sliding_window, others)
     if dropout:
         raise NotImplementedError("the kernel knows no dropout")
+    if torch.is_autocast_enabled(query.device.type):  # which knows nothing of this kernel
+        query, key, value = (tensor.to(torch.get_autocast_dtype(query.device.type)) for tensor in (query, key, value))
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if flat_rows.shared:
         keys, values = (_repeat_shared(tensor, flat_rows) for tensor in (keys, values))

@@ -30,10 +30,12 @@ class Found:
     tokens: int
     share: float
 
-    @property
-    def next_size(self) -> int:
-        """Give the bound to begin the next training with: one size up when memory was left over."""
-        return self.tokens * 2 if self.share < _ROOM_TO_DOUBLE else self.tokens
+    def next_size(self, enough: int) -> int:
+        """Give the bound to begin the next training with: one size up when memory was left over and rows are for it.
+
+        `enough` tokens are as many as the largest step has.
+        """
+        return self.tokens * 2 if self.share < _ROOM_TO_DOUBLE and self.tokens < enough else self.tokens
 
 
 def largest_fitting(first: int, enough: int, attempt: Callable[[int], float | None]) -> tuple[int, str]:
@@ -57,6 +59,7 @@ def largest_fitting(first: int, enough: int, attempt: Callable[[int], float | No
 def settle(training: Training) -> tuple[Rung, dict[str, str]]:
     """Settle the bound of a training whose model is loaded: its rung with the bound, and the choice with its reason."""
     task, rung = training.task, training.rung
+    enough = sum(sorted(training.lengths, reverse=True)[: training.plan.effective_batch])
     if task.settings.micro_batch_tokens != "auto":
         tokens, reason = rung.micro_batch_tokens, "as set"
     elif rung.micro_batch_tokens:
@@ -66,9 +69,11 @@ def settle(training: Training) -> tuple[Rung, dict[str, str]]:
     elif task.settings.batch_size != "auto":
         tokens, reason = 0, "batch_size decides"
     elif (found := _recall(task.bounds, _key(training))) is not None:
-        tokens, reason = found.next_size, f"an earlier training took {found.share:.0%} of memory with {found.tokens}"
+        tokens, reason = (
+            found.next_size(enough),
+            f"an earlier training took {found.share:.0%} of memory with {found.tokens}",
+        )
     else:
-        enough = sum(sorted(training.lengths, reverse=True)[: training.plan.effective_batch])
         tokens, reason = largest_fitting(FIRST, enough, lambda tokens: _attempt(training, tokens))
     return replace(rung, micro_batch_tokens=tokens), {"choice": str(tokens or "no bound"), "reason": reason}
 
@@ -104,9 +109,10 @@ def _recall(file: Path, key: str) -> Found | None:
 
 
 def _key(training: Training) -> str:
-    rung = training.rung
-    checkpointing = ", activation checkpointing" if rung.activation_checkpointing else ""
-    return (
-        f"{training.task.base.name}, {rung.tuning}{checkpointing}, {rung.max_length} tokens a row, "
-        f"{memory.device_name()}"
-    )
+    rung, settings = training.rung, training.task.settings
+    parts = [training.task.base.name, rung.tuning, f"dtype {settings.dtype}", f"{rung.max_length} tokens a row"]
+    if rung.tuning != "full":
+        parts.append(f"r {settings.lora_r}{' dora' if settings.use_dora else ''}")
+    if rung.activation_checkpointing:
+        parts.append("activation checkpointing")
+    return ", ".join([*parts, memory.device_name()])

@@ -88,6 +88,20 @@ def _check(source: Path, settings: TrainingSettings, base_model: str) -> list[di
         "use_rslora": (config.get("use_rslora", False), settings.use_rslora),
         "use_dora": (config.get("use_dora", False), settings.use_dora),
     }
+    plain: dict[str, list[Any]] = {
+        "alpha_pattern": [{}],
+        "rank_pattern": [{}],
+        "modules_to_save": [[]],
+        "bias": ["none"],
+    }
+    plain["init_lora_weights"] = [True, False, "gaussian"]
+    special = [key for key, usual in plain.items() if config.get(key) and config[key] not in usual]
+    if special:
+        raise ConfigError(
+            f"was made with {', '.join(special)}, with which it cannot be continued",
+            where=f"resume_adapter {source}",
+            remedy=f"Merge it into its base model and name that, {_START_FRESH}.",
+        )
     other = [f"{key} {was} (now {now})" for key, (was, now) in pairs.items() if not _same(was, now)]
     if other:
         raise ConfigError(

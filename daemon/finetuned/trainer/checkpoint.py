@@ -125,9 +125,11 @@ def _read(path: Path, plan: str) -> Checkpoint | str:
 
 
 def load(checkpoint: Checkpoint, *, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a checkpoint's trained weights and optimizer state."""
+    """Read a checkpoint's trained weights, onto the device, and optimizer state, which the optimizer moves by itself:
+    its step counts belong on the CPU.
+    """
     weights = load_file(checkpoint.folder / _WEIGHTS, device=str(device))
-    optimizer = torch.load(checkpoint.folder / _OPTIMIZER, map_location=device, weights_only=True)
+    optimizer = torch.load(checkpoint.folder / _OPTIMIZER, map_location="cpu", weights_only=True)
     return weights, optimizer
 
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def evaluate(training: Training) -> None:
-    """Measure the held-out loss and ask some held-out questions, each left out where memory does not allow it."""
+    """Measure the held-out loss and ask some held-out questions, each left out where memory does not allow it.
+
+    Raises StopAskedError: a user who wants the GPU does not wait for it.
+    """
     for measure in (_measure, _ask):
         try:
             measure(training)
@@ -59,6 +62,7 @@ def held_out_loss(training: Training) -> float:
         try:
             with evaluating(training.objective):
                 for part in steps.cut(list(range(len(lengths))), lengths, bound):
+                    training.stop_if_asked()
                     batch = training.layout.collate([task.held_out[row] for row in part]).to(task.device)
                     total += float(training.objective(batch))
             return total / sum(example.targets for example in task.held_out)

@@ -34,14 +34,14 @@ class Layout:
     """How micro-batches are made for one model and go through it, and why."""
 
     flat: bool
-    head_apart: bool  # hidden states first, then the head where there is a label; else the model's own logits
+    head_apart: bool  # hidden states first, then the head in chunks; else the model's own logits
     reason: str
     attention: str  # as transformers names it
     share: bool = True  # compute once what all rows of a flat micro-batch begin with
 
     def __str__(self) -> str:
         """Name it in a log line."""
-        return ("flat" if self.flat else "padded") + ("" if self.head_apart else ", with all logits")
+        return ("flat" if self.flat else "padded") + ("" if self.head_apart else ", with the model's own logits")
 
     @property
     def collate(self) -> Callable[[Sequence[Example]], Batch]:
@@ -53,6 +53,9 @@ class Layout:
         if self.head_apart:
             hidden = model.get_decoder()(**batch.inputs, use_cache=False).last_hidden_state
             head: torch.nn.Module = model.get_output_embeddings()
+        elif len(batch.inputs["input_ids"]) == 1:  # in one row, a model can be told where logits are wanted
+            logits = model(**batch.inputs, use_cache=False, logits_to_keep=batch.positions).logits
+            return logits[0], torch.nn.Identity()
         else:
             hidden, head = model(**batch.inputs, use_cache=False).logits, torch.nn.Identity()
         return hidden.reshape(-1, hidden.shape[-1])[batch.positions], head
@@ -78,6 +81,8 @@ def choose_layout(model: PreTrainedModel, compute: torch.dtype, *, name: str = "
                 remedy="Its weights are damaged, or dtype does not suit it.",
             )
 
+        apart = _head_apart(model, alone, wanted)
+
         def logits(examples: list[Example], layout: Layout) -> torch.Tensor:
             hidden, head = layout.hidden_states(model, layout.collate(examples).to(device))
             found: torch.Tensor = head(hidden)
@@ -89,28 +94,55 @@ def choose_layout(model: PreTrainedModel, compute: torch.dtype, *, name: str = "
             error = (found.float() - wanted).square().mean().sqrt() / wanted.std()
             # The second row must not notice another first row, to the last bit: closeness alone could hide a leak.
             tails = [tokens[_LENGTHS[0] - 1 :] for tokens in (found, logits([other, second], layout))]
-            if layout.flat and not torch.equal(*tails):
+            if layout.flat and not (torch.equal(*tails) or mixes):
                 return "the model lets rows of a flat batch see each other"
             return "" if error < _CLOSE[compute] else "its logits differ from those of single rows"
 
+        # bitsandbytes' 8-bit products on a GPU leave out columns by what is in the whole batch, however it is laid out.
+        mixes = device.type == "cuda" and getattr(model, "is_loaded_in_8bit", False)
         attention.register()
         why = ""
         for function, reason in attention.functions(device, compute):
-            flat = Layout(flat=True, head_apart=True, reason=reason, attention=function, share=share)
+            flat = Layout(flat=True, head_apart=apart, reason=reason, attention=function, share=share)
             why = _tried(model, flat, fails)
             if not why:
                 return flat
         model.set_attn_implementation(plain)
-        for apart in (True, False):
-            padded = Layout(flat=False, head_apart=apart, reason=why, attention=plain)
-            if not fails(padded):
-                return padded
-            why += "; its head alone does not give its logits"
+        padded = Layout(flat=False, head_apart=apart, reason=why, attention=plain)
+        if not fails(padded):
+            return padded
     raise ModelError(
         "rows in a padded batch come out different from single rows",
         where=name,
         remedy="Take another model, or set dtype to float32.",
     )
+
+
+def _head_apart(model: PreTrainedModel, alone: list[torch.Tensor], wanted: torch.Tensor) -> bool:
+    """Whether the head alone gives the model's logits, which some models scale or cap afterwards.
+
+    The same products as the model's own, so the answer is exact where nothing comes after them.
+    """
+    try:
+        head, decoder = model.get_output_embeddings(), model.get_decoder()
+        found = torch.cat([head(decoder(input_ids=ids, use_cache=False).last_hidden_state)[0, :-1] for ids in alone])
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+        if memory.out_of_memory(error):
+            raise
+        return False
+    return bool((found.float() - wanted).abs().max() <= 1e-4 * wanted.std())
+
+
+def rows_stand_alone(model: PreTrainedModel, longest: int) -> bool:
+    """Whether rows of so many tokens must not share a micro-batch: some rotary embeddings are scaled by the longest row
+    of the batch.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", config.max_position_embeddings
+    )
+    return rope.get("rope_type") in {"longrope", "dynamic"} and longest > original
 
 
 def _tried(model: PreTrainedModel, layout: Layout, fails: Callable[[Layout], str]) -> str:

@@ -22,7 +22,7 @@ from finetuned.trainer.batches import Example
 from finetuned.trainer.chain import Earlier
 from finetuned.trainer.ends import Means, OutOfMeansError, StopAskedError
 from finetuned.trainer.evaluation import evaluate
-from finetuned.trainer.layout import Layout, choose_layout
+from finetuned.trainer.layout import Layout, choose_layout, rows_stand_alone
 from finetuned.trainer.lora import add_adapter
 from finetuned.trainer.model import Base, load_model, set_checkpointing
 from finetuned.trainer.pace import Pace
@@ -157,6 +157,7 @@ class Training:
             max_steps=settings.max_steps,
             seed=settings.seed,
         )
+        self._alone = rows_stand_alone(model, max(self.lengths))
         accelerator = in_force(precision, task.device)
         objective = importlib.import_module(RECIPES["sft"]).Objective(model, layout)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
@@ -181,7 +182,8 @@ class Training:
     @property
     def bound(self) -> steps.Bound:
         """How large a micro-batch may be now."""
-        return steps.Bound(self.rung.batch_size, self.rung.micro_batch_tokens, padded=not self.layout.flat)
+        rows = 1 if self._alone else self.rung.batch_size
+        return steps.Bound(rows, self.rung.micro_batch_tokens, padded=not self.layout.flat)
 
     def largest(self, bound: steps.Bound) -> list[int]:
         """Give the largest micro-batch of the whole training, which takes a look at every step, so once a bound."""
@@ -206,7 +208,7 @@ class Training:
 
     def prepare(self) -> None:
         """Evaluate once to have a "before", and find out what does not fit before hours have gone into it."""
-        if self.done == 0:
+        if self.done == 0 or self._evaluation_is_due():
             self._evaluate()
         if self._largest_comes_late():
             self._forgiving(lambda: self._backward(self.largest(self.bound), 1))
@@ -275,8 +277,7 @@ class Training:
 
         The best step so far is written at once, and the last one before the evaluation that follows it.
         """
-        every = self.task.settings.eval_steps
-        if every and self.done % every == 0 and self.done != self.plan.total_steps:
+        if self._evaluation_is_due():
             self._evaluate()
         self.saver.save_when_due()
 
@@ -295,9 +296,16 @@ class Training:
         if not self._torn:
             self.saver.save_what_is_done()
 
+    def _evaluation_is_due(self) -> bool:
+        """Whether one is to be made between two steps: also when a stop cut it off."""
+        every = self.task.settings.eval_steps
+        due = every and self.done % every == 0 and 0 < self.done < self.plan.total_steps
+        return bool(due and self.metrics.get("evaluated_step") != self.done)
+
     def _evaluate(self) -> None:
         if self.task.held_out:
             evaluate(self)
+            self.metrics["evaluated_step"] = self.done
             self._pace.start()
 
     def try_backward(self, tokens: int) -> bool:
@@ -377,11 +385,12 @@ class Training:
         lower = next_rung(self.rung)
         if lower is None or (again and self.task.device.type == "cpu"):
             raise OutOfMeansError(self.rung, detail, self.means())
-        size = self._largest_size()
+        size, before = self._largest_size(), self.rung
         while lower is not None:
             self.rung, reason = lower
             # Rows that are long already stand alone, so that a rung may change nothing: then it is passed by.
-            if self.rung.activation_checkpointing or self._largest_size() < size:
+            switched_on = self.rung.activation_checkpointing and not before.activation_checkpointing
+            if switched_on or self._largest_size() < size:
                 break
             lower = next_rung(self.rung)
         set_checkpointing(self.model, on=self.rung.activation_checkpointing)

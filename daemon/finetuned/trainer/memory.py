@@ -20,6 +20,8 @@ _SIGNS = (
     "defaultcpuallocator",
     "cublas_status_alloc_failed",
     "cudnn_status_alloc_failed",
+    "cublas_status_not_initialized",  # what a full card says at the first product
+    "cudnn_status_not_initialized",
     "could not create a primitive",
     "unable to allocate",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from finetuned.config import TrainingSettings
 from finetuned.errors import ConfigError, ModelError
-from finetuned.trainer import embedded
+from finetuned.trainer import embedded, memory
 from finetuned.trainer.precision import Precision
 from finetuned.trainer.vision import auto_class, tower
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def quiet_libraries() -> None:
@@ -99,9 +100,11 @@ def load_model(
     Raises ModelError.
     """
     quantised = {"quantization_config": _quantisation(tuning, precision)} if tuning in {"qlora", "lora-8bit"} else {}
-    with _loading(base):
+    with _loading(base), _conversion_told():
         config = AutoConfig.from_pretrained(base.source, **_hub(settings))
+        _check_quantised(config, base, tuning)
         config.use_cache = False
+        _switch_dropout_off(config)
         model: PreTrainedModel = auto_class(config).from_pretrained(
             base.source,
             config=config,
@@ -113,6 +116,60 @@ def load_model(
     for parameter in tower(model):
         parameter.requires_grad = False
     return model
+
+
+def _check_quantised(config: PretrainedConfig, base: Base, tuning: str) -> None:
+    """Refuse weights that are quantised already in another way than the tuning says: they would be trained, or merged
+    into, as if they were not.
+    """
+    was = getattr(config, "quantization_config", None)
+    if was is None:
+        return
+    was = was if isinstance(was, dict) else was.to_dict()
+    bits = "load_in_4bit" if tuning == "qlora" else "load_in_8bit" if tuning == "lora-8bit" else ""
+    if not (bits and was.get("quant_method") == "bitsandbytes" and was.get(bits)):
+        raise ModelError(
+            f"its weights are quantised already ({was.get('quant_method')}), which tuning {tuning} cannot train",
+            where=base.name,
+            remedy="Name the model that is not quantised; tuning qlora quantises by itself.",
+        )
+
+
+def _switch_dropout_off(config: PretrainedConfig) -> None:
+    """Switch the base model's own dropout off: with it a step would depend on how it is cut. lora_dropout does not."""
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in vars(part).items():
+            if name.endswith(("dropout", "_pdrop")) and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
+@contextmanager
+def _conversion_told() -> Iterator[None]:
+    """Let an error of a weight's conversion say what it was.
+
+    transformers logs it and raises one that names no cause, so that memory that ran out in quantising would pass for a
+    bug.
+    """
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "utils.loading_report")]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
+    try:
+        yield
+    except RuntimeError as error:
+        if said and memory.out_of_memory(error) is None:
+            raise RuntimeError("\n".join([f"{error}", *said])) from error
+        raise
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
 
 
 def empty_model(base: Base, settings: TrainingSettings, dtype: torch.dtype) -> PreTrainedModel:
@@ -189,10 +246,10 @@ def set_checkpointing(model: PreTrainedModel, *, on: bool) -> None:
     """Switch activation checkpointing."""
     # transformers renamed it on the way to version 6.
     name = "activation_checkpointing" if hasattr(model, "activation_checkpointing_enable") else "gradient_checkpointing"
-    if getattr(model, f"is_{name}", None) == on:
-        return
+    if on:
         getattr(model, f"{name}_enable")({"use_reentrant": False})
-    getattr(model, f"{name}_disable")()
+    else:
+        getattr(model, f"{name}_disable")()
 
 
 @contextmanager
