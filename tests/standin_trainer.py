@@ -2,11 +2,13 @@
 
 It reads job.json and the input, does a step for each row and epoch, writes checkpoints, resumes from them, stops when
 it is asked to, says events and leaves an adapter. Its weights are a digest over all steps in order, so a step that is
-lost, repeated or torn shows. Standard library only, so it starts in a moment. Behaviour by environment:
+lost, repeated or torn shows. Of finetuned it imports the version alone, so it starts in a moment. Behaviour by
+environment:
 
 STANDIN_SECONDS   seconds a step takes (0.01)
 STANDIN_END       exit code with which it ends in place of training, once it has said an error
 STANDIN_DEAF      if set, it hears no request to stop
+STANDIN_VERSION   of finetuned that it says it is
 """
 
 import hashlib
@@ -18,6 +20,9 @@ import sys
 import time
 from pathlib import Path
 
+from finetuned import __version__
+
+VERSION = os.environ.get("STANDIN_VERSION", __version__)
 SECONDS = float(os.environ.get("STANDIN_SECONDS", "0.01"))
 EVERY = 5  # steps between two checkpoints
 
@@ -53,10 +58,16 @@ def safetensors(content: bytes) -> bytes:
 
 
 def main(folder: Path) -> int:
+    spec = json.loads((folder / "job.json").read_bytes())
+    (folder / "lock").write_text(f"{os.getpid()} {spec['attempt']} {VERSION}\n")
+    code = run(folder, spec)
+    write(folder / f"exit.{spec['attempt']}", f"{code}\n".encode())
+    return code
+
+
+def run(folder: Path, spec: dict) -> int:
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: None if os.environ.get("STANDIN_DEAF") else asked.append(number))
-    (folder / "lock").write_text(f"{os.getpid()}\n")
-    spec = json.loads((folder / "job.json").read_bytes())
     if end := os.environ.get("STANDIN_END"):
         say(folder, "error", "told to", level="error", code="told_to", what="told to end so", where="", remedy="")
         return int(end)

@@ -36,6 +36,10 @@ class JobFolder:
         """Locked as long as a trainer of this job lives, whatever became of the daemon."""
         return self.path / "lock"
 
+    def exit_code(self, attempt: int) -> Path:
+        """Where the trainer of an attempt says as its last act how it ends."""
+        return self.path / f"exit.{attempt}"
+
     @property
     def checkpoints(self) -> Path:
         """The folder of this job's checkpoints."""

@@ -110,7 +110,7 @@ class Service:
         else:
             _log.info("no GPU", reason=self._gpus.why_none, then="training runs on the CPU")
         try:
-            recover(self._ledger, self._home, stop_orphan=self._stop_orphan)
+            recover(self._ledger, self._home, stop_orphan=self._stop_orphan, adopt=self._adopt)
         except OSError as error:
             self._hold(error, doing="putting right what a crash left")
         self._watch.renew()
@@ -200,7 +200,7 @@ class Service:
             if at_work:
                 continue
             try:
-                recover_job(self._ledger, self._home, job, stop_orphan=self._stop_orphan)
+                recover_job(self._ledger, self._home, job, stop_orphan=self._stop_orphan, adopt=self._adopt)
             except OSError as error:
                 self._hold(error, doing=f"going on with {job.id}")
                 return
@@ -469,6 +469,13 @@ class Service:
         self._held, self._held_until = True, time.monotonic() + _RETRY_AFTER
         _log.error("the queue waits", doing=doing, error=str(error), again_in_seconds=_RETRY_AFTER)
         notify(status=f"waiting: {error}")
+
+    def _adopt(self, job: Job) -> bool:
+        """Go on with a job whose daemon went down, if its trainer did not, or said how it ended."""
+        if self._attempt is None:
+            self._attempt = Attempt.adopt(self._ledger, self._home, job, stop_seconds=self._config.stop_seconds)
+            return self._attempt is not None
+        return False
 
     def _stop_orphan(self, job: Job) -> None:
         stop_orphan(self._home, job, seconds=self._config.stop_seconds)

@@ -16,10 +16,10 @@ from finetuned.guard import daemon_pid
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
+from finetuned.lifesigns import locked
 from finetuned.live import duration, sentence
 from finetuned.spool.inbox import Complaint, Found, list_inbox
 from finetuned.spool.orders import why_paused
-from finetuned.spool.recover import locked
 
 _LAST = 10
 _LONGEST_REASON = 300  # characters

@@ -22,8 +22,9 @@ from finetuned.fallback import Rung, next_rung
 from finetuned.home import Home, JobFolder, printable
 from finetuned.jobs import Job, State
 from finetuned.launchers import Start, Trainer
+from finetuned.launchers.adopted import AdoptedTrainer
 from finetuned.ledger import Ledger
-from finetuned.spool.recover import locked
+from finetuned.lifesigns import has_open, locked, signed
 
 _log = structlog.get_logger()
 
@@ -164,6 +165,27 @@ class Attempt:
         job = ledger.update(job.id, trainer_pid=trainer.pid)
         return cls(ledger, home, job, trainer)
 
+    @classmethod
+    def adopt(cls, ledger: Ledger, home: Home, job: Job, *, stop_seconds: float) -> Attempt | None:
+        """Go on with the trainer of a job in state running that outlived its daemon, or ended since and said how.
+
+        One that is not healthy is asked for a checkpoint. None if there is no such trainer.
+        """
+        if job.boot_id != boot_id():  # a power loss may have taken what it said it had done
+            return None
+        trainer = AdoptedTrainer.find(home.job(job.id), job.attempt)
+        if trainer is None:
+            return None
+        attempt = cls(ledger, home, ledger.update(job.id, trainer_pid=trainer.pid), trainer)
+        if why := trainer.why_unfit():
+            _log.warning("a trainer outlived its daemon", job=job.id, pid=trainer.pid, why=why, then="it is stopped")
+            attempt.stop(0 if trainer.stands_still else stop_seconds)
+        elif trainer.poll() is None:
+            _log.info("trainer adopted", job=job.id, attempt=job.attempt, pid=trainer.pid)
+        else:
+            _log.info("a trainer ended while no daemon was there", job=job.id, attempt=job.attempt)
+        return attempt
+
     @property
     def stopping(self) -> bool:
         """Whether the trainer was asked to stop."""
@@ -225,7 +247,9 @@ def boot_id() -> str:
 
 
 def stop_orphan(home: Home, job: Job, *, seconds: float) -> None:
-    """End a trainer that outlived its daemon: asked for a checkpoint first, after so many seconds by force."""
+    """End a trainer that outlived its daemon and cannot be adopted: asked for a checkpoint first, after so many
+    seconds by force.
+    """
     _log.warning(
         "a trainer outlived its daemon", job=job.id, pid=job.trainer_pid, then="it writes a checkpoint and ends"
     )
@@ -237,17 +261,8 @@ def stop_orphan(home: Home, job: Job, *, seconds: float) -> None:
 
 
 def _signal_trainer(folder: JobFolder, number: signal.Signals) -> None:
-    """Signal the process that wrote its pid into the lock, if it is still that trainer."""
-    with suppress(OSError, ValueError):
-        pid = int(folder.lock.read_text(encoding="ascii"))
-        if _has_open(pid, folder.lock):
-            os.kill(pid, number)
-
-
-def _has_open(pid: int, path: Path) -> bool:
-    """Whether a process has a file open. Its command line would not do: a forked trainer has that of its parent."""
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):  # closed in the meantime
-            if descriptor.samefile(path):
-                return True
-    return False
+    """Signal the process that signed the lock, if it is still that trainer."""
+    who = signed(folder)
+    with suppress(OSError):
+        if who is not None and has_open(who.pid, folder.lock):
+            os.kill(who.pid, number)
