@@ -6,7 +6,8 @@ lost, repeated or torn shows. Of finetuned it imports the version alone, so it s
 environment:
 
 STANDIN_SECONDS   seconds a step takes (0.01)
-STANDIN_END       exit code with which it ends in place of training, once it has said an error
+STANDIN_END       exit code with which it ends in place of training, once it has said an error (with 1 it says
+                  none), or minus the signal that ends it
 STANDIN_DEAF      if set, it hears no request to stop
 STANDIN_VERSION   of finetuned that it says it is
 """
@@ -69,7 +70,11 @@ def run(folder: Path, spec: dict) -> int:
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: None if os.environ.get("STANDIN_DEAF") else asked.append(number))
     if end := os.environ.get("STANDIN_END"):
-        say(folder, "error", "told to", level="error", code="told_to", what="told to end so", where="", remedy="")
+        if int(end) < 0:
+            os.kill(os.getpid(), -int(end))
+        if int(end) != 1:
+            told = {"code": "told_to", "what": "told to end so", "where": "", "remedy": "mend it"}
+            say(folder, "error", "told to", level="error", **told)
         return int(end)
     rows = (folder / spec["input"]).read_bytes().splitlines()
     total = max(1, int(len(rows) * spec["settings"].get("epochs", 1)))

@@ -212,6 +212,15 @@ class Config(TrainingSettings):
         ge=1,
         description="How long a trainer may take to leave the GPU when the queue is paused or it is cancelled.",
     )
+    most_crashes: int = Field(
+        3,
+        ge=0,
+        description="The queue pauses when so many attempts died with daemon or machine in half an hour; 0: never.",
+    )
+    keep_logs_days: PositiveInt = Field(90, description="Days for which logs are kept: the daemon's and the jobs'.")
+    keep_failed_days: PositiveInt = Field(
+        30, description="Days for which checkpoints of failed jobs are kept; their inputs are never removed."
+    )
     warm_trainer: bool = Field(
         False,
         description="Keep torch loaded in a process that trainers are forked from: each starts about 3 s sooner, "

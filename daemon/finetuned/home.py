@@ -136,6 +136,16 @@ class Home:
         return self.machinery / "paused"
 
     @property
+    def crashes(self) -> Path:
+        """When attempts died with the daemon or the machine of late."""
+        return self.machinery / "crashes.json"
+
+    @property
+    def gpus_aside(self) -> Path:
+        """The GPUs that this daemon uses no longer, each with the reason."""
+        return self.machinery / "gpus-aside.json"
+
+    @property
     def folders(self) -> tuple[Path, ...]:
         """Every folder that must exist before the daemon can work."""
         return (

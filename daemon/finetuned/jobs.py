@@ -81,7 +81,7 @@ class Job:
     outcome: Outcome | None = None
     sha256: str | None = None
     attempt: int = 0
-    retries: int = 0  # after transient ends and bugs
+    retries: int = 0  # after transient ends
     interruptions: int = 0  # of attempts that died with the daemon or the machine; counted apart from failures
     boot_id: str | None = None
     trainer_pid: int | None = None

@@ -17,7 +17,8 @@ from finetuned import gpu
 from finetuned.config import Config, load_config
 from finetuned.durable import make_folder
 from finetuned.errors import ConfigError, FinetunedError, HomeError
-from finetuned.events import Ending, Event, EventType
+from finetuned.events import Ending, Event, EventType, ExitCode
+from finetuned.fleet import Fleet
 from finetuned.guard import check_one_mount, check_place, only_daemon
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, State
@@ -27,6 +28,7 @@ from finetuned.ledger import Ledger
 from finetuned.notify import notify, watchdog_seconds
 from finetuned.spool import orders
 from finetuned.spool.claim import claim, enqueue, input_path, write_spec
+from finetuned.spool.crashes import pause_if_too_many
 from finetuned.spool.hasher import Hasher
 from finetuned.spool.inbox import Complaint
 from finetuned.spool.orders import Verb
@@ -71,6 +73,7 @@ class Service:
         self._config: Config
         self._ledger: Ledger
         self._gpus: gpu.Sampler
+        self._fleet: Fleet
 
     # -- life
 
@@ -89,6 +92,7 @@ class Service:
             check_one_mount(self._home)
             self._ledger = open_ledger(self._home)
             self._gpus = gpu.Sampler.open()
+            self._fleet = Fleet(self._home, self._gpus)
             try:
                 self._begin()
                 while not self._done():
@@ -113,6 +117,8 @@ class Service:
             recover(self._ledger, self._home, stop_orphan=self._stop_orphan, adopt=self._adopt)
         except OSError as error:
             self._hold(error, doing="putting right what a crash left")
+        if why := pause_if_too_many(self._home, self._config.most_crashes, time.time()):
+            _log.error("paused", why=why, then="`finetuned resume` lets jobs start again")
         self._watch.renew()
         self._warm_up()
         notify(ready=1, status="waiting for files")
@@ -311,8 +317,9 @@ class Service:
         if self._attempt or self._stop or time.monotonic() < self._held_until or self._paused():
             return
         job = self._ledger.next_queued(time.time())
-        if job is None:
+        if job is None or self._fleet.all_failed:
             return
+        environment, why = self._trainer_environment()
         try:
             job = self._ledger.update(
                 job.id,
@@ -320,10 +327,10 @@ class Service:
                 attempt=job.attempt + 1,
                 boot_id=boot_id(),
                 started_at=job.started_at or time.time(),
+                progress={**job.progress, "gpu": {**os.environ, **environment}.get("CUDA_VISIBLE_DEVICES", "")},
             )
             check_place(self._home.adapters)
             write_spec(self._home, job)
-            environment, why = self._trainer_environment()
             how = self._warm.start if self._config.warm_trainer else start
             self._attempt = Attempt.launch(self._ledger, self._home, job, start=how, environment=environment)
         except FinetunedError as error:
@@ -347,6 +354,9 @@ class Service:
             _relay(attempt.job, event)
         if status is None:
             return
+        if status != ExitCode.DONE:
+            self._gpus.sample()  # a GPU that is gone is noticed when it is asked
+            self._heed_gpus()
         self._attempt = None
         self._wake.set()  # the next job need not wait
         decision, ending = attempt.conclude(status)
@@ -373,11 +383,17 @@ class Service:
         job = self._attempt.job
         samples = self._gpus.sample(self._attempt.trainer.pid, deep=deep)
         self._ledger.record_gpu(job.id, [(s.created_at, s.uuid, asdict(s)) for s in samples])
-        for event in self._gpus.events():
-            _log.warning("GPU trouble", gpu=event.uuid, kind=event.kind, detail=event.detail)
+        self._heed_gpus()
         if now >= self._next_gpu_line and samples:
             self._next_gpu_line = now + _GPU_LINE_SECONDS
             _log.info("GPU", job=job.id, reading=gpu.summary(samples))
+
+    def _heed_gpus(self) -> None:
+        """Keep away from GPUs that failed. A job at work on one is stopped and goes on elsewhere."""
+        for uuid in self._fleet.heed():
+            if self._attempt and self._fleet.serves(uuid, self._attempt.job.progress.get("gpu", "")):
+                self._attempt.gpu_failed = True
+                self._attempt.stop(self._config.pause_grace)
 
     def _tell_systemd(self) -> None:
         if self._attempt is None:
@@ -403,7 +419,7 @@ class Service:
         return orders.why_paused(self._home) is not None
 
     def _trainer_environment(self) -> tuple[dict[str, str], str]:
-        return trainer_environment(self._gpus.gpus[0].uuid if self._gpus.gpus else None)
+        return trainer_environment(self._fleet.next())
 
     def _warm_up(self) -> None:
         """Have a parent for trainers to be forked from, or none, as config.json says."""

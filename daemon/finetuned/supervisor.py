@@ -32,6 +32,10 @@ _ORPHAN_PAUSE = 0.1  # seconds between two looks at its lock
 MOST_TRANSIENT = 5
 FIRST_DELAY = 30.0  # seconds before a transient end is tried again; doubled each time
 LONGEST_DELAY = 1800.0
+_UNCOUNTED = {
+    Ending.INTERRUPTED: "stopped, with a checkpoint to go on from",
+    Ending.DEVICE: "its GPU failed; it goes on from its checkpoint on another one, or waits for one",
+}
 SETTLE_RUNG = frozenset({EventType.RUNG, EventType.PLAN})  # events that tell the rung a trainer is on
 
 
@@ -44,7 +48,7 @@ class Decision:
     rung: dict[str, Any] | None = None
     why: str = ""
     delay: float = 0.0  # seconds
-    counted: bool = False  # as one of the job's retries
+    counted: bool = False  # as one of the job's retries after a transient end
 
 
 def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) -> Decision:
@@ -56,8 +60,8 @@ def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) 
     match ending:
         case Ending.SUCCEEDED:
             return Decision(publish=True)
-        case Ending.INTERRUPTED:
-            return Decision(why="stopped, with a checkpoint to go on from")
+        case Ending.INTERRUPTED | Ending.DEVICE:
+            return Decision(why=_UNCOUNTED[ending])
         case Ending.PERMANENT:
             return Decision(reason=said if error else _unexplained(job, end))
         case Ending.RESOURCE:
@@ -72,8 +76,8 @@ def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) 
         case Ending.TRANSIENT if job.retries < MOST_TRANSIENT:
             delay = min(FIRST_DELAY * 2**job.retries, LONGEST_DELAY)
             return Decision(why=said["what"] or end, delay=delay, counted=True)
-        case Ending.BUG if job.retries == 0:
-            return Decision(why=f"{end}; trying once more", counted=True)
+        case Ending.BUG if not job.progress.get("bugs"):
+            return Decision(why=f"{end}; trying once more")
     return Decision(reason=said if error else _unexplained(job, end))
 
 
@@ -109,7 +113,8 @@ def _unexplained(job: Job, end: str) -> dict[str, str]:
 def progress_for_next(progress: dict[str, Any], ending: Ending) -> dict[str, Any]:
     """Give the figures that the next attempt of a job begins with."""
     kept = {key: value for key, value in progress.items() if key != "error"}
-    return {**kept, "host_kills": 1} if ending is Ending.HOST_MEMORY else kept
+    counter = {Ending.HOST_MEMORY: "host_kills", Ending.BUG: "bugs"}.get(ending)
+    return {**kept, counter: 1} if counter else kept
 
 
 class EventTail:
@@ -157,6 +162,7 @@ class Attempt:
         self._ledger = ledger
         self._tail = EventTail(home.job(job.id).events, job.events_offset)
         self._stop_by: float | None = None
+        self.gpu_failed = False
 
     @classmethod
     def launch(cls, ledger: Ledger, home: Home, job: Job, *, start: Start, environment: dict[str, str]) -> Attempt:
@@ -224,7 +230,7 @@ class Attempt:
         """Judge the end. For a job that goes back into the queue the ledger is updated; the caller publishes or fails
         it.
         """
-        ending = judge(status, stopped_by_us=self.stopping)
+        ending = judge(status, stopped_by_us=self.stopping, gpu_failed=self.gpu_failed)
         error = self.job.progress.get("error")
         decision = decide(self.job, ending, error=error, end=describe_end(status))
         if decision.publish or decision.reason:

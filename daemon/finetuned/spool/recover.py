@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
 from finetuned.lifesigns import locked
 from finetuned.spool.claim import input_path, read_spec, restore, take_override
+from finetuned.spool.crashes import note_crash
 from finetuned.spool.inbox import Found
 from finetuned.spool.orders import take_back
 from finetuned.spool.publish import archive, archived_name, fail, publish, published
@@ -129,6 +131,7 @@ def _same_inode(path: Path, job: Job) -> bool:
 
 
 def _recover_run(ledger: Ledger, home: Home, job: Job) -> None:
+    """Go on behind an attempt that is over and did not say how it ended."""
     if published(home, job):
         archive(ledger, home, publish(ledger, home, job))
     elif belongs_to(home.job(job.id).staged_adapter(job.attempt), job.id):  # the trainer had come to its end
@@ -136,7 +139,13 @@ def _recover_run(ledger: Ledger, home: Home, job: Job) -> None:
             archive(ledger, home, publish(ledger, home, job))
         except FinetunedError as error:
             fail(ledger, home, job, error.as_dict())
-    elif job.interruptions + 1 >= MOST_INTERRUPTIONS:
+    else:
+        note_crash(home, job.id, time.time())
+        _count_interruption(ledger, home, job)
+
+
+def _count_interruption(ledger: Ledger, home: Home, job: Job) -> None:
+    if job.interruptions + 1 >= MOST_INTERRUPTIONS:
         fail(
             ledger,
             home,
