@@ -37,7 +37,7 @@ class Outcome(StrEnum):
 
 FOLLOWS: dict[State, frozenset[State]] = {
     State.CLAIMING: frozenset({State.QUEUED, State.TRAINED, State.FAILING}),  # trained: a duplicate, nothing to do
-    State.QUEUED: frozenset({State.RUNNING, State.FAILING}),
+    State.QUEUED: frozenset({State.RUNNING, State.TRAINED, State.FAILING}),  # trained: by another job meanwhile
     State.RUNNING: frozenset({State.QUEUED, State.TRAINED, State.FAILING}),
     State.TRAINED: frozenset({State.FINISHED}),
     State.FAILING: frozenset({State.FINISHED}),

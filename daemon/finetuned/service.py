@@ -27,7 +27,7 @@ from finetuned.launchers.warm import WarmParent
 from finetuned.ledger import Ledger
 from finetuned.notify import notify, watchdog_seconds
 from finetuned.spool import orders
-from finetuned.spool.claim import claim, enqueue, input_path, write_spec
+from finetuned.spool.claim import claim, enqueue, input_path, settle_duplicate, write_spec
 from finetuned.spool.crashes import pause_if_too_many
 from finetuned.spool.hasher import Hasher
 from finetuned.spool.inbox import Complaint
@@ -306,7 +306,12 @@ class Service:
         job = enqueue(self._ledger, self._home, self._config, job, sha256)
         if job.state is State.QUEUED:
             _log.info("queued", job=job.id, sha256=sha256[:12])
-        elif job.state is State.TRAINED:
+        else:
+            self._finish_untrained(job)
+
+    def _finish_untrained(self, job: Job) -> None:
+        """Do what is left for a job that was settled without a training."""
+        if job.state is State.TRAINED:
             _log.info("trained before", job=job.id, duplicate_of=job.duplicate_of, adapter=job.adapter)
             self._archive(job)
         else:
@@ -318,6 +323,11 @@ class Service:
             return
         job = self._ledger.next_queued(time.time())
         if job is None or self._fleet.all_failed:
+            return
+        job = settle_duplicate(self._ledger, self._home, self._config, job, str(job.sha256))
+        if job.state is not State.QUEUED:
+            self._finish_untrained(job)
+            self._wake.set()
             return
         environment, why = self._trainer_environment()
         try:
