@@ -8,6 +8,7 @@ environment:
 STANDIN_SECONDS   seconds a step takes (0.01)
 STANDIN_END       exit code with which it ends in place of training, once it has said an error (with 1 it says
                   none), or minus the signal that ends it
+STANDIN_NOISE     so many MiB it prints at the beginning
 STANDIN_DEAF      if set, it hears no request to stop
 STANDIN_VERSION   of finetuned that it says it is
 """
@@ -78,6 +79,8 @@ def run(folder: Path, spec: dict) -> int:
         return int(end)
     rows = (folder / spec["input"]).read_bytes().splitlines()
     total = max(1, int(len(rows) * spec["settings"].get("epochs", 1)))
+    for _ in range(int(os.environ.get("STANDIN_NOISE", "0"))):
+        sys.stdout.write("noise\n" * (2**20 // 6))
     checkpoint = folder / "checkpoints" / "standin.json"
     checkpoint.parent.mkdir(exist_ok=True)
     done, digest = 0, b""

@@ -41,7 +41,7 @@ class Fleet:
         return bool(self._found) and all(uuid in self._aside for uuid in named or self._found)
 
     def heed(self) -> list[str]:
-        """Set aside what failed since the last call; their UUIDs. Raises OSError if that cannot be written down."""
+        """Set aside what failed since the last call; their UUIDs."""
         failed = []
         for event in self._sampler.events():
             _log.warning("GPU trouble", gpu=event.uuid, kind=event.kind, detail=event.detail)
@@ -49,7 +49,9 @@ class Fleet:
                 self._aside[event.uuid] = event.detail
                 failed.append(event.uuid)
                 _log.error("GPU set aside", gpu=event.uuid, why=event.detail, then="no job uses it until a new start")
-        if failed:
+        if not failed:
+            return failed
+        with suppress(OSError):  # the log has it too
             write_file(self._home.gpus_aside, json.dumps(self._aside, indent=2).encode() + b"\n")
         return failed
 

@@ -37,12 +37,14 @@ from finetuned.spool.recover import recover, recover_job
 from finetuned.spool.settle import Look, Settler
 from finetuned.spool.watch import Watch
 from finetuned.supervisor import Attempt, boot_id, stop_orphan
+from finetuned.tidy import keep_ends, release, tidy
 from finetuned.wake import Hints, Wake
 
 _TICK = 0.2  # seconds between two looks at a running trainer
 _IDLE = 5.0  # seconds between two looks at config.json when nothing else happens
 _RETRY_AFTER = 15.0  # seconds, after the disk was full or read-only
 _GPU_LINE_SECONDS = 60.0
+_TIDY_SECONDS = 86400.0
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 _log = structlog.get_logger()
@@ -69,6 +71,7 @@ class Service:
         self._held = False  # the queue waits, for room on the disk say
         self._held_until = 0.0
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
+        self._next_tidy = 0.0
         self._failures = 0
         self._config: Config
         self._ledger: Ledger
@@ -173,6 +176,7 @@ class Service:
             self._start_next,
             self._tend_attempt,
             self._sample_gpus,
+            self._tidy,
         )
         for step in steps:
             try:
@@ -362,6 +366,8 @@ class Service:
         events, status = attempt.tend()
         for event in events:
             _relay(attempt.job, event)
+        keep_ends(self._home.job_log(attempt.job.id))
+        release(self._home.job(attempt.job.id).events, attempt.job.events_offset)
         if status is None:
             return
         if status != ExitCode.DONE:
@@ -397,6 +403,17 @@ class Service:
         if now >= self._next_gpu_line and samples:
             self._next_gpu_line = now + _GPU_LINE_SECONDS
             _log.info("GPU", job=job.id, reading=gpu.summary(samples))
+
+    def _tidy(self) -> None:
+        """Once a day, throw away what config.json keeps no longer. What cannot be done waits for the next day."""
+        now = time.monotonic()
+        if now < self._next_tidy:
+            return
+        self._next_tidy = now + _TIDY_SECONDS
+        try:
+            tidy(self._home, self._ledger, self._config)
+        except (OSError, sqlite3.OperationalError) as error:
+            _log.warning("not tidied", error=str(error), again_in_seconds=_TIDY_SECONDS)
 
     def _heed_gpus(self) -> None:
         """Keep away from GPUs that failed. A job at work on one is stopped and goes on elsewhere."""

@@ -134,7 +134,7 @@ class EventTail:
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self.offset += len(whole)
-        return [event for line in whole.splitlines() if (event := parse_event(line))]
+        return [event for line in whole.splitlines() if (event := parse_event(line.lstrip(b"\0")))]
 
 
 def progress_after(progress: dict[str, Any], events: list[Event]) -> dict[str, Any]:

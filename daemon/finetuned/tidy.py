@@ -20,6 +20,7 @@ from finetuned.ledger import Ledger
 from finetuned.spool.publish import REASON
 
 LARGEST_LOG = 64 * 2**20  # bytes of one job's log
+LARGEST_EVENTS = 16 * 2**20  # bytes of events.jsonl on the disk, as far as they are in the ledger
 _HEAD, _TAIL = 16 * 2**20, 16 * 2**20  # bytes that are left of a larger one
 _BLOCK = 2**20
 _DAY = 86400.0
@@ -86,17 +87,17 @@ def _next_line(descriptor: int, position: int) -> int:
     return position + found + 1
 
 
-def release(path: Path, upto: int) -> bool:
-    """Give the disk back what a file holds before `upto`; its length and all behind stay. For what was read already.
+def release(path: Path, upto: int, *, largest: int = LARGEST_EVENTS) -> bool:
+    """Give the disk back what a larger file holds before `upto`, which was read already; its length and all behind
+    stay.
 
-    False where the file system cannot do that.
+    False where it is not larger, or the file system cannot do that.
     """
+    if not path.exists() or path.stat().st_blocks * 512 <= largest:
+        return False
     fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         if fallocate(descriptor, _KEEP_SIZE | _PUNCH_HOLE, 0, upto) == 0:
             return True
