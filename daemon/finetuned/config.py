@@ -20,6 +20,7 @@ from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 
 NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter", "priority"})
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
 LATEST = "latest"  # as resume_adapter
 
 _AUTO_ROWS = 8  # in one optimizer step, where batch_size is auto and effective_batch does not say
@@ -140,6 +141,14 @@ class TrainingSettings(_Strict):
             if data.get("tuning", "auto") in ("auto", meant):  # else _agrees_with_tuning complains
                 data = {**data, "tuning": meant, "use_qlora": None}
         return data
+
+    @field_validator("revision")
+    @classmethod
+    def _stays_in_its_folder(cls, revision: str | None) -> str | None:
+        """Refuse what would lead out of the folder in which the hub's library keeps revisions."""
+        if revision is not None and not re.fullmatch(r"[\w+-]+([./][\w+-]+)*", revision, re.ASCII):
+            raise ValueError("is no branch, tag or commit")
+        return revision
 
     @field_validator("use_qlora")
     @classmethod
@@ -314,7 +323,7 @@ def check_overrides(changes: dict[str, Any], *, where: str) -> dict[str, Any]:
             where=where,
             remedy="Set it in config.json or in a profile there.",
         )
-    if str(changes.get("model", "")).startswith(("/", ".", "~")):
+    if "model" in changes and not _HUB_ID.fullmatch(str(changes["model"])):
         raise ConfigError(
             "an override may not name a folder as its model",
             where=where,

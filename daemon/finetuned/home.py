@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuned.errors import HomeError
+from finetuned.errors import HomeError, harmless
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ def find_home(base_dir: Path | None) -> Home:
 
 
 def printable(name: bytes) -> str:
-    """Give a file name, which is bytes, as text that any log can hold."""
-    return name.decode("utf-8", "backslashreplace")
+    """Give a file name, which is bytes, as one line of text that any log and terminal can hold."""
+    return harmless(name.decode("utf-8", "backslashreplace")).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def data_stem(name: bytes) -> str:

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from finetuned.config import load_config
-from finetuned.errors import ConfigError
+from finetuned.errors import ConfigError, harmless
 from finetuned.fleet import gpus_aside
 from finetuned.guard import daemon_pid
 from finetuned.home import Home, printable
@@ -120,7 +120,7 @@ def render(facts: dict[str, Any]) -> str:
         lines += ["", *map(_result, facts["finished"])]
     if len(lines) == 1:
         lines += ["", "nothing yet: drop a .jsonl file into inbox/"]
-    return "\n".join(lines)
+    return harmless("\n".join(lines))
 
 
 def _hindrances(facts: dict[str, Any]) -> list[str]:

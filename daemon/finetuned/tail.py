@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from finetuned.errors import HomeError
+from finetuned.errors import HomeError, harmless
 from finetuned.home import Home
 
 _PAUSE = 0.25  # seconds between two looks
@@ -57,4 +57,4 @@ def tail(find: Callable[[], Path], *, lines: int, follow: bool) -> Iterator[str]
 
 
 def _text(line: bytes) -> str:
-    return line.decode("utf-8", "replace").rstrip("\r\n")
+    return harmless(line.decode("utf-8", "replace").rstrip("\r\n"))

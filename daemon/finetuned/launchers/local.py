@@ -127,6 +127,7 @@ def trainer_environment(gpu: str | None) -> tuple[dict[str, str], str]:
         "TOKENIZERS_PARALLELISM": "true",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TQDM_DISABLE": "1",
+        "DISABLE_SAFETENSORS_CONVERSION": "1",  # weights come from the model's own authors, or not at all
     }
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen:

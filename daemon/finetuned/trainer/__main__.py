@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from finetuned.config import TrainingSettings, settings_from
 from finetuned.dataset.checks import Row
 from finetuned.dataset.report import Report, judge, read_file
+from finetuned.durable import OTHERS_NOTHING
 from finetuned.errors import ConfigError, DataError, FinetunedError, ModelError, OutOfMemoryError
 from finetuned.events import EventType, ExitCode
 from finetuned.fallback import Rung
@@ -211,5 +212,5 @@ def _ask_to_stop(_: int, __: object) -> None:
 
 
 if __name__ == "__main__":
-    os.umask(0o027)
+    os.umask(OTHERS_NOTHING)
     sys.exit(main(JobFolder(Path(sys.argv[1]).resolve())))
