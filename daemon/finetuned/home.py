@@ -184,17 +184,21 @@ def find_home(base_dir: Path | None) -> Home:
 
 def printable(name: bytes) -> str:
     """Give a file name, which is bytes, as one line of text that any log and terminal can hold."""
-    return harmless(name.decode("utf-8", "backslashreplace")).replace("\n", "\\n").replace("\t", "\\t")
+    return harmless(_text(name)).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
 
 
 def data_stem(name: bytes) -> str:
     """Give a data file's name without its data extensions: `x.jsonl.gz` becomes `x`."""
-    return re.sub(r"\.(jsonl|json)(\.gz|\.zst)?$", "", printable(name), flags=re.IGNORECASE)
+    return re.sub(r"\.(jsonl|json)(\.gz|\.zst)?\Z", "", _text(name), flags=re.IGNORECASE)
 
 
 def data_extension(name: bytes) -> str:
     """Give the data extensions of a file's name in lower case: `.jsonl.gz` of `x.jsonl.gz`."""
-    return printable(name)[len(data_stem(name)) :].lower()
+    return _text(name)[len(data_stem(name)) :].lower()
 
 
 def safe_name(name: bytes, limit: int = 48) -> str:
