@@ -44,6 +44,7 @@ def aged(path, days: float):
 def test_logs_are_kept_for_so_many_days_and_those_of_unfinished_jobs_longer(home, ledger):
     add(ledger, "waits-1", State.QUEUED)
     old = [aged(home.logs / "daemon_20200101.log", 8), aged(home.job_logs / "done-1.log", 8)]
+    old.append(aged(home.machinery / "state.damaged-1.db", 8))
     kept = [
         aged(home.logs / "daemon_20200108.log", 6),
         aged(home.job_logs / "done-2.log", 6),
@@ -197,5 +198,5 @@ def test_a_daemon_tidies_when_it_starts(home, daemon):
     old = aged(home.job_logs / "done-1.log", 8000)
     one = daemon()
     eventually(lambda: not old.exists())
-    one.says("old log removed")
+    one.says("old file removed")
     assert one.stop() == 0

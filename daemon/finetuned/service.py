@@ -132,8 +132,11 @@ class Service:
             return self._attempt is None
         if not self._once or self._attempt or self._look is None:
             return False
-        if self._paused():
-            _log.error("the queue is paused", then="`finetuned resume`, and start again")
+        if self._paused() or self._fleet.all_failed:
+            why, then = (
+                ("the queue is paused", "`finetuned resume`") if self._paused() else ("no GPU is left", "mend one")
+            )
+            _log.error(why, then=f"{then}, and start again")
             self._failures += 1
             return True
         unfinished = [state for state in State if state is not State.FINISHED]

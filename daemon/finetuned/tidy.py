@@ -35,11 +35,12 @@ def tidy(home: Home, ledger: Ledger, config: Config) -> None:
     at_work = {job.id for job in ledger.jobs(*(state for state in State if state is not State.FINISHED))}
     logs = [
         *home.logs.glob("daemon_*.log"),
+        *home.machinery.glob("state.damaged-*"),
         *(path for path in home.job_logs.glob("*.log") if path.stem not in at_work),
     ]
     for path in _older(logs, now - config.keep_logs_days * _DAY):
         path.unlink(missing_ok=True)
-        _log.info("old log removed", path=str(path))
+        _log.info("old file removed", path=str(path))
     reasons = _older(home.failed.glob(f"*/{REASON}"), now - config.keep_failed_days * _DAY)
     for folder in (reason.parent for reason in reasons if reason.parent.name not in at_work):
         for kept in (folder / "checkpoints", folder / "adapter"):

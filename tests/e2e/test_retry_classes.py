@@ -177,6 +177,17 @@ def test_an_end_that_a_failed_gpu_explains_is_no_bug(home, daemon, drop, standin
 
 
 @pytest.mark.usefixtures("slow")
+def test_once_ends_where_no_gpu_is_left(daemon, drop, fake_nvml):
+    fake_nvml.set("gpus=1")
+    one = daemon("--once", environment=fake_nvml.environment())
+    drop()
+    eventually(lambda: one.jobs() and one.jobs()[0].progress.get("step", 0) > 2, why="some steps")
+    fake_nvml.set("gpus=1", "0.lost=1")
+    assert one.process.wait(30) == 1
+    assert one.jobs()[0].state is State.QUEUED
+
+
+@pytest.mark.usefixtures("slow")
 def test_a_harmless_xid_stops_nothing(daemon, drop, fake_nvml):
     fake_nvml.set("gpus=1")
     one = daemon(environment=fake_nvml.environment())
