@@ -156,6 +156,12 @@ def test_a_name_with_a_line_end_behind_its_ending_is_no_data_file():
     assert data_extension(b"x.jsonl\n") == ""
 
 
+def test_what_moves_a_terminal_is_shown_as_a_backslash_sequence():
+    hostile = "\x00\x07\x1b\r\x7f\x9b\x9f\u202e\u2028\u2066\udcff"
+    assert harmless(hostile) == "\\x00\\x07\\x1b\\r\\x7f\\x9b\\x9f\\u202e\\u2028\\u2066\\udcff"
+    assert printable(b"\xff\x1b\t\n") == "\\xff\\x1b\\t\\n"
+
+
 def test_letters_of_all_scripts_are_shown_as_they_are():
     text = "naïve 数字 عربي 👩‍🔬\u00a0x\n\ttab"
     assert harmless(text) == text

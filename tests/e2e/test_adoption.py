@@ -107,6 +107,18 @@ def test_one_that_is_killed_while_no_daemon_is_there_was_interrupted(home, daemo
     assert undisturbed(home)
 
 
+def test_what_it_said_counts_no_longer_once_the_machine_was_started_anew(home, daemon, orphan):
+    """A power loss may have taken what it stands for."""
+    trainer = orphan()
+    os.kill(trainer, signal.SIGTERM)
+    eventually(lambda: not alive(trainer), why="it ends")
+    assert [path.read_text() for path in home.jobs.glob("*/exit.1")] == ["130\n"]
+    with sqlite3.connect(home.ledger) as ledger:
+        ledger.execute("UPDATE jobs SET boot_id = 'another'")
+    job = daemon().job("x.jsonl")
+    assert (job.outcome, job.attempt, job.interruptions) == (Outcome.SUCCEEDED, 2, 1)
+
+
 def test_one_that_stands_still_is_killed_and_its_job_resumed(home, daemon, orphan):
     trainer = orphan()
     os.kill(trainer, signal.SIGSTOP)
