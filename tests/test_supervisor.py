@@ -265,6 +265,19 @@ def test_a_new_daemon_goes_on_where_the_old_one_stopped(said):
     assert steps(EventTail(said, first.offset).read()) == [2]
 
 
+def test_what_nobody_listened_to_for_long_is_given_piece_by_piece(said):
+    text = event(EventType.METRICS, text="x" * 1000)
+    append(said, text.line() * 10_000 + event(EventType.METRICS, text="x" * 10**7).line() + line(1))
+    tail, given = EventTail(said), []
+    while not tail.drained:
+        given.append(tail.read())
+    assert sum(map(len, given)) == 10_002
+    assert len(given) >= 3
+    assert steps(given[-1][-1:]) == [1]
+    append(said, line(2))
+    assert steps(tail.read()) == [2]
+
+
 def test_a_torn_line_in_the_middle_costs_only_itself(said):
     append(said, line(1) + line(2)[:20] + b"\n" + line(3))
     tail = EventTail(said)

@@ -181,7 +181,7 @@ def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
                 if event.type in SETTLE_RUNG:
                     job = replace(job, rung=dict(event.data["rung"]))
             line.show(job.progress)
-            if status is not None:
+            if status is not None and tail.drained:
                 return job, status, stopper.asked
             stopper.lose_patience()
             time.sleep(_TICK)

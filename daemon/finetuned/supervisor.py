@@ -29,6 +29,7 @@ from finetuned.lifesigns import has_open, locked, signed
 _log = structlog.get_logger()
 
 _ORPHAN_PAUSE = 0.1  # seconds between two looks at its lock
+_AT_ONCE = 4 * 2**20  # bytes of events.jsonl
 MOST_TRANSIENT = 5
 FIRST_DELAY = 30.0  # seconds before a transient end is tried again; doubled each time
 LONGEST_DELAY = 1800.0
@@ -123,14 +124,19 @@ class EventTail:
     def __init__(self, path: Path, offset: int = 0) -> None:
         self._path = path
         self.offset = offset
+        self.drained = False  # whether the last call reached the end
 
     def read(self) -> list[Event]:
-        """Give the events since the last call."""
+        """Give the events since the last call, or the first few MiB of them: nobody may have listened for long."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self.offset)
-                content = file.read()
+                content = file.read(_AT_ONCE)
+                while b"\n" not in content and (more := file.read(_AT_ONCE)):
+                    content += more
+                self.drained = not file.read(1)
         except FileNotFoundError:
+            self.drained = True
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self.offset += len(whole)
@@ -224,7 +230,7 @@ class Attempt:
             except sqlite3.Error:  # a full disk, say: they are read again
                 self._tail.offset = offset
                 raise
-        return events, status
+        return events, status if self._tail.drained else None
 
     def conclude(self, status: int) -> tuple[Decision, Ending]:
         """Judge the end. For a job that goes back into the queue the ledger is updated; the caller publishes or fails
