@@ -2,11 +2,15 @@
 
 It reads job.json and the input, does a step for each row and epoch, writes checkpoints, resumes from them, stops when
 it is asked to, says events and leaves an adapter. Its weights are a digest over all steps in order, so a step that is
-lost, repeated or torn shows. Standard library only, so it starts in a moment. Behaviour by environment:
+lost, repeated or torn shows. Of finetuned it imports the version alone, so it starts in a moment. Behaviour by
+environment:
 
 STANDIN_SECONDS   seconds a step takes (0.01)
-STANDIN_END       exit code with which it ends in place of training, once it has said an error
+STANDIN_END       exit code with which it ends in place of training, once it has said an error (with 1 it says
+                  none), or minus the signal that ends it
+STANDIN_NOISE     so many MiB it prints at the beginning
 STANDIN_DEAF      if set, it hears no request to stop
+STANDIN_VERSION   of finetuned that it says it is
 """
 
 import hashlib
@@ -18,6 +22,9 @@ import sys
 import time
 from pathlib import Path
 
+from finetuned import __version__
+
+VERSION = os.environ.get("STANDIN_VERSION", __version__)
 SECONDS = float(os.environ.get("STANDIN_SECONDS", "0.01"))
 EVERY = 5  # steps between two checkpoints
 
@@ -53,15 +60,27 @@ def safetensors(content: bytes) -> bytes:
 
 
 def main(folder: Path) -> int:
+    spec = json.loads((folder / "job.json").read_bytes())
+    (folder / "lock").write_text(f"{os.getpid()} {spec['attempt']} {VERSION}\n")
+    code = run(folder, spec)
+    write(folder / f"exit.{spec['attempt']}", f"{code}\n".encode())
+    return code
+
+
+def run(folder: Path, spec: dict) -> int:
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: None if os.environ.get("STANDIN_DEAF") else asked.append(number))
-    (folder / "lock").write_text(f"{os.getpid()}\n")
-    spec = json.loads((folder / "job.json").read_bytes())
     if end := os.environ.get("STANDIN_END"):
-        say(folder, "error", "told to", level="error", code="told_to", what="told to end so", where="", remedy="")
+        if int(end) < 0:
+            os.kill(os.getpid(), -int(end))
+        if int(end) != 1:
+            told = {"code": "told_to", "what": "told to end so", "where": "", "remedy": "mend it"}
+            say(folder, "error", "told to", level="error", **told)
         return int(end)
     rows = (folder / spec["input"]).read_bytes().splitlines()
     total = max(1, int(len(rows) * spec["settings"].get("epochs", 1)))
+    for _ in range(int(os.environ.get("STANDIN_NOISE", "0"))):
+        sys.stdout.write("noise\n" * (2**20 // 6))
     checkpoint = folder / "checkpoints" / "standin.json"
     checkpoint.parent.mkdir(exist_ok=True)
     done, digest = 0, b""

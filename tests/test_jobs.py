@@ -16,6 +16,7 @@ LEGAL = {
     ("claiming", "trained"),  # a duplicate
     ("claiming", "failing"),
     ("queued", "running"),
+    ("queued", "trained"),  # by another job meanwhile
     ("queued", "failing"),
     ("running", "queued"),
     ("running", "trained"),

@@ -152,26 +152,31 @@ def test_a_transient_end_too_many_fails():
 
 
 def test_a_bug_is_tried_once_more_and_then_fails():
-    first = decided(Ending.BUG)
-    assert (first.reason, first.counted) == (None, True)
+    first = decided(Ending.BUG, retries=MOST_TRANSIENT)  # whatever else it has been tried again for
+    assert first.reason is None
     assert "exit code 1" in first.why
-    second = decided(Ending.BUG, retries=1).reason
+    second = decided(Ending.BUG, progress=progress_for_next({}, Ending.BUG)).reason
     assert second
     assert second["code"] == "bug"
     assert "exit code 1" in second["what"]
 
 
 def test_a_file_name_that_is_no_utf8_can_be_in_a_reason():
-    reason = decided(Ending.BUG, retries=1, name=b"\xff.jsonl").reason
+    reason = decided(Ending.BUG, progress={"bugs": 1}, name=b"\xff.jsonl").reason
     assert reason
     assert reason["where"] == "\\xff.jsonl"
+
+
+def test_a_gpu_that_failed_is_not_counted_and_the_rung_stays():
+    decision = decided(Ending.DEVICE, error=SAID, retries=9, progress={"bugs": 1, "host_kills": 1})
+    assert (decision.reason, decision.counted, decision.delay, decision.rung) == (None, False, 0, None)
 
 
 # -- from attempt to attempt
 
 
 def test_the_next_attempt_does_not_inherit_the_error():
-    assert progress_for_next({"step": 3, "error": SAID}, Ending.BUG) == {"step": 3}
+    assert progress_for_next({"step": 3, "error": SAID}, Ending.TRANSIENT) == {"step": 3}
 
 
 def test_a_sigkill_is_remembered_and_not_forgotten_by_another_end():
@@ -258,6 +263,19 @@ def test_a_new_daemon_goes_on_where_the_old_one_stopped(said):
     first.read()
     append(said, line(2)[10:])
     assert steps(EventTail(said, first.offset).read()) == [2]
+
+
+def test_what_nobody_listened_to_for_long_is_given_piece_by_piece(said):
+    text = event(EventType.METRICS, text="x" * 1000)
+    append(said, text.line() * 10_000 + event(EventType.METRICS, text="x" * 10**7).line() + line(1))
+    tail, given = EventTail(said), []
+    while not tail.drained:
+        given.append(tail.read())
+    assert sum(map(len, given)) == 10_002
+    assert len(given) >= 3
+    assert steps(given[-1][-1:]) == [1]
+    append(said, line(2))
+    assert steps(tail.read()) == [2]
 
 
 def test_a_torn_line_in_the_middle_costs_only_itself(said):

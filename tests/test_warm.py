@@ -17,7 +17,7 @@ from conftest import eventually
 from finetuned.config import Config
 from finetuned.jobs import FileIdentity, Job, JobSpec, State
 from finetuned.launchers import local, warm
-from finetuned.spool.recover import locked
+from finetuned.lifesigns import locked, signed
 from finetuned.supervisor import stop_orphan
 
 # Runs in the parent before anything else; a fork runs what is registered when it ends.
@@ -192,7 +192,7 @@ def test_a_fork_that_outlived_its_daemon_is_found_by_the_lock_that_it_holds(pare
     trainer = start(parent.start, folder)
     eventually(lambda: at_work(folder))
     stranger = job()
-    stranger.lock.write_text(f"{trainer.pid}\n")  # a pid that was given again after a restart
+    stranger.lock.write_text(f"{trainer.pid} 1 0\n")  # a pid that was given again after a restart
     row = Job(folder.path.name, b"x.jsonl", "", FileIdentity(1, 2, 3, 4), State.RUNNING, 1.0, trainer_pid=trainer.pid)
     stop_orphan(home, Job(**{**row.__dict__, "id": stranger.path.name}), seconds=0)
     assert trainer.poll() is None
@@ -244,7 +244,7 @@ def test_a_parent_that_does_not_answer_is_ended_and_one_trainer_starts(parent, s
     eventually(lambda: at_work(folder))
     trainer.kill()
     assert not locked(folder)  # no fork is left that holds it
-    assert int(folder.lock.read_text()) == trainer.pid
+    assert signed(folder).pid == trainer.pid
 
 
 def test_a_parent_with_a_second_thread_is_not_forked(environment, start, job):

@@ -21,9 +21,9 @@ from finetuned.gpu import Sampler
 from finetuned.home import Home, JobFolder, find_home, safe_name
 from finetuned.jobs import FileIdentity, Job, JobSpec, State
 from finetuned.launchers.local import LocalTrainer, start, trainer_environment
+from finetuned.lifesigns import locked
 from finetuned.live import LiveLine
 from finetuned.spool.publish import check_output
-from finetuned.spool.recover import locked
 from finetuned.supervisor import SETTLE_RUNG, EventTail, decide, progress_after, progress_for_next
 
 _WORK = ".finetuned-train"  # in the output folder while it trains
@@ -181,7 +181,7 @@ def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
                 if event.type in SETTLE_RUNG:
                     job = replace(job, rung=dict(event.data["rung"]))
             line.show(job.progress)
-            if status is not None:
+            if status is not None and tail.drained:
                 return job, status, stopper.asked
             stopper.lose_patience()
             time.sleep(_TICK)

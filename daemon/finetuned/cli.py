@@ -8,6 +8,7 @@ be used.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -61,8 +62,10 @@ def init(folder: Path) -> None:
     """Make FOLDER a base directory."""
     from finetuned.base_directory import make_base_directory
     from finetuned.config import starter
+    from finetuned.durable import OTHERS_NOTHING
     from finetuned.home import Home
 
+    os.umask(OTHERS_NOTHING)
     home = Home(folder.expanduser().resolve())
     make_base_directory(home, starter())
     click.echo(
@@ -78,9 +81,11 @@ def init(folder: Path) -> None:
 )
 def run(base_dir: Path | None, once: bool) -> None:  # noqa: FBT001, click passes options by name
     """Be the daemon: watch inbox/ and train what is dropped there."""
+    from finetuned.durable import OTHERS_NOTHING
     from finetuned.logs import set_up_logging
     from finetuned.service import Service
 
+    os.umask(OTHERS_NOTHING)
     home = _home(base_dir)
     home.logs.mkdir(parents=True, exist_ok=True)
     set_up_logging(home.logs)

@@ -20,6 +20,7 @@ from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 
 NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter", "priority"})
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
 LATEST = "latest"  # as resume_adapter
 
 _AUTO_ROWS = 8  # in one optimizer step, where batch_size is auto and effective_batch does not say
@@ -141,6 +142,14 @@ class TrainingSettings(_Strict):
                 data = {**data, "tuning": meant, "use_qlora": None}
         return data
 
+    @field_validator("revision")
+    @classmethod
+    def _stays_in_its_folder(cls, revision: str | None) -> str | None:
+        """Refuse what would lead out of the folder in which the hub's library keeps revisions."""
+        if revision is not None and not re.fullmatch(r"[\w+-]+([./][\w+-]+)*", revision, re.ASCII):
+            raise ValueError("is no branch, tag or commit")
+        return revision
+
     @field_validator("use_qlora")
     @classmethod
     def _agrees_with_tuning(cls, use_qlora: bool | None, info: ValidationInfo) -> bool | None:  # noqa: FBT001
@@ -211,6 +220,15 @@ class Config(TrainingSettings):
         60.0,
         ge=1,
         description="How long a trainer may take to leave the GPU when the queue is paused or it is cancelled.",
+    )
+    most_crashes: int = Field(
+        3,
+        ge=0,
+        description="The queue pauses when so many attempts died with daemon or machine in half an hour; 0: never.",
+    )
+    keep_logs_days: PositiveInt = Field(90, description="Days for which logs are kept: the daemon's and the jobs'.")
+    keep_failed_days: PositiveInt = Field(
+        30, description="Days for which checkpoints of failed jobs are kept; their inputs are never removed."
     )
     warm_trainer: bool = Field(
         False,
@@ -305,7 +323,7 @@ def check_overrides(changes: dict[str, Any], *, where: str) -> dict[str, Any]:
             where=where,
             remedy="Set it in config.json or in a profile there.",
         )
-    if str(changes.get("model", "")).startswith(("/", ".", "~")):
+    if "model" in changes and not _HUB_ID.fullmatch(str(changes["model"])):
         raise ConfigError(
             "an override may not name a folder as its model",
             where=where,

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 FILE_MODE = 0o640
+OTHERS_NOTHING = 0o027  # as umask: files 0640, folders 0750
 
 
 def sync_file(path: Path) -> None:

@@ -5,6 +5,16 @@ Every error a user can meet is a `FinetunedError`. Bugs stay ordinary exceptions
 
 from __future__ import annotations
 
+import re
+
+# What moves a terminal's cursor, ends a line of a log in its middle, or turns the direction of what follows.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def harmless(text: str) -> str:
+    """Give text that a terminal only shows: control characters as backslash sequences, but for line ends and tabs."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
 
 def encodable(text: str) -> str:
     """Give text that SQLite and UTF-8 take: names that are no UTF-8 are in a `str` as surrogates."""
@@ -36,7 +46,7 @@ class FinetunedError(Exception):
     def as_dict(self) -> dict[str, str]:
         """Give the error as it is stored in the ledger, in events and in `reason.json`."""
         said = {"code": self.code, "what": self.what, "where": self.where, "remedy": self.remedy}
-        return {key: encodable(text) for key, text in said.items()}
+        return {key: harmless(text) for key, text in said.items()}
 
 
 class ConfigError(FinetunedError):

@@ -47,18 +47,21 @@ class Ending(StrEnum):
     PERMANENT = "permanent"  # the same input will fail again
     RESOURCE = "resource"  # out of memory, and the trainer said so
     HOST_MEMORY = "host_memory"  # killed, most likely by the kernel for memory
+    DEVICE = "device"  # the GPU failed
     TRANSIENT = "transient"
     INTERRUPTED = "interrupted"  # stopped by us
     BUG = "bug"
 
 
-def judge(returncode: int, *, stopped_by_us: bool) -> Ending:
+def judge(returncode: int, *, stopped_by_us: bool, gpu_failed: bool = False) -> Ending:
     """Say what an attempt's end means.
 
     `returncode` is as subprocess gives it: the exit code, or minus the signal's number.
     """
     if returncode == ExitCode.DONE:
         return Ending.SUCCEEDED
+    if gpu_failed and returncode not in {ExitCode.BAD_DATA, ExitCode.BAD_SETTINGS}:
+        return Ending.DEVICE
     if stopped_by_us or returncode == ExitCode.STOPPED:
         return Ending.INTERRUPTED
     return {

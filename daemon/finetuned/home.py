@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuned.errors import HomeError
+from finetuned.errors import HomeError, harmless
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class JobFolder:
     def lock(self) -> Path:
         """Locked as long as a trainer of this job lives, whatever became of the daemon."""
         return self.path / "lock"
+
+    def exit_code(self, attempt: int) -> Path:
+        """Where the trainer of an attempt says as its last act how it ends."""
+        return self.path / f"exit.{attempt}"
 
     @property
     def checkpoints(self) -> Path:
@@ -132,6 +136,16 @@ class Home:
         return self.machinery / "paused"
 
     @property
+    def crashes(self) -> Path:
+        """When attempts died with the daemon or the machine of late."""
+        return self.machinery / "crashes.json"
+
+    @property
+    def gpus_aside(self) -> Path:
+        """The GPUs that this daemon uses no longer, each with the reason."""
+        return self.machinery / "gpus-aside.json"
+
+    @property
     def folders(self) -> tuple[Path, ...]:
         """Every folder that must exist before the daemon can work."""
         return (
@@ -169,18 +183,22 @@ def find_home(base_dir: Path | None) -> Home:
 
 
 def printable(name: bytes) -> str:
-    """Give a file name, which is bytes, as text that any log can hold."""
+    """Give a file name, which is bytes, as one line of text that any log and terminal can hold."""
+    return harmless(_text(name)).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _text(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
 
 
 def data_stem(name: bytes) -> str:
     """Give a data file's name without its data extensions: `x.jsonl.gz` becomes `x`."""
-    return re.sub(r"\.(jsonl|json)(\.gz|\.zst)?$", "", printable(name), flags=re.IGNORECASE)
+    return re.sub(r"\.(jsonl|json)(\.gz|\.zst)?\Z", "", _text(name), flags=re.IGNORECASE)
 
 
 def data_extension(name: bytes) -> str:
     """Give the data extensions of a file's name in lower case: `.jsonl.gz` of `x.jsonl.gz`."""
-    return printable(name)[len(data_stem(name)) :].lower()
+    return _text(name)[len(data_stem(name)) :].lower()
 
 
 def safe_name(name: bytes, limit: int = 48) -> str:

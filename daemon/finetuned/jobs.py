@@ -37,7 +37,7 @@ class Outcome(StrEnum):
 
 FOLLOWS: dict[State, frozenset[State]] = {
     State.CLAIMING: frozenset({State.QUEUED, State.TRAINED, State.FAILING}),  # trained: a duplicate, nothing to do
-    State.QUEUED: frozenset({State.RUNNING, State.FAILING}),
+    State.QUEUED: frozenset({State.RUNNING, State.TRAINED, State.FAILING}),  # trained: by another job meanwhile
     State.RUNNING: frozenset({State.QUEUED, State.TRAINED, State.FAILING}),
     State.TRAINED: frozenset({State.FINISHED}),
     State.FAILING: frozenset({State.FINISHED}),
@@ -81,7 +81,7 @@ class Job:
     outcome: Outcome | None = None
     sha256: str | None = None
     attempt: int = 0
-    retries: int = 0  # after transient ends and bugs
+    retries: int = 0  # after transient ends
     interruptions: int = 0  # of attempts that died with the daemon or the machine; counted apart from failures
     boot_id: str | None = None
     trainer_pid: int | None = None

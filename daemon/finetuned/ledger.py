@@ -22,6 +22,7 @@ from finetuned.events import Event, EventType
 from finetuned.jobs import FileIdentity, Job, Outcome, State, check_transition
 
 _JSON_COLUMNS = frozenset({"settings", "rung", "reason", "progress"})
+_DAY = 86400.0
 
 
 _TABLES = """
@@ -267,6 +268,22 @@ class Ledger:
             "SELECT data FROM gpu_samples WHERE job_id = ? ORDER BY created_at, id", (job_id,)
         )
         return [json.loads(row["data"]) for row in rows]
+
+    def thin(self, now: float) -> None:
+        """Keep figures of steps and GPUs for a day, then one a minute, after a month one an hour. Evaluations stay."""
+        for older, span in ((now - _DAY, 60), (now - 30 * _DAY, 3600)):
+            with self._transaction():
+                self._database.execute(
+                    "DELETE FROM gpu_samples WHERE created_at < :older AND id NOT IN (SELECT min(id) FROM gpu_samples"
+                    " WHERE created_at < :older GROUP BY job_id, uuid, CAST(created_at / :span AS INTEGER))",
+                    {"older": older, "span": span},
+                )
+                metrics = "created_at < :older AND type = 'metrics' AND data NOT LIKE '%\"valid_loss\"%'"
+                self._database.execute(
+                    f"DELETE FROM events WHERE {metrics} AND id NOT IN (SELECT max(id) FROM events"
+                    f" WHERE {metrics} GROUP BY job_id, CAST(created_at / :span AS INTEGER))",
+                    {"older": older, "span": span},
+                )
 
 
 def _stored(name: str, value: Any) -> Any:

@@ -16,6 +16,8 @@ sys.modules.setdefault("rich", None)  # type: ignore[arg-type]
 import structlog  # noqa: E402
 from structlog.typing import EventDict, Processor, WrappedLogger  # noqa: E402
 
+from finetuned.errors import harmless  # noqa: E402
+
 _LOGFMT = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False)
 
 
@@ -43,6 +45,11 @@ class DailyFile:
         return event
 
 
+def _harmless(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """Let a terminal only show what names, rows and models brought along; a processor of structlog."""
+    return {key: harmless(value) if isinstance(value, str) else value for key, value in event.items()}
+
+
 class _Forgiving:
     """A stream whose full disk or closed terminal must not end the daemon."""
 
@@ -68,6 +75,7 @@ def set_up_logging(folder: Path | None = None) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=False),
         structlog.processors.format_exc_info,
+        _harmless,
     ]
     if folder is not None:
         processors.append(DailyFile(folder))

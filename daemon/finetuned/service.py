@@ -17,7 +17,8 @@ from finetuned import gpu
 from finetuned.config import Config, load_config
 from finetuned.durable import make_folder
 from finetuned.errors import ConfigError, FinetunedError, HomeError
-from finetuned.events import Ending, Event, EventType
+from finetuned.events import Ending, Event, EventType, ExitCode
+from finetuned.fleet import Fleet
 from finetuned.guard import check_one_mount, check_place, only_daemon
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, State
@@ -26,7 +27,8 @@ from finetuned.launchers.warm import WarmParent
 from finetuned.ledger import Ledger
 from finetuned.notify import notify, watchdog_seconds
 from finetuned.spool import orders
-from finetuned.spool.claim import claim, enqueue, input_path, write_spec
+from finetuned.spool.claim import claim, enqueue, input_path, settle_duplicate, write_spec
+from finetuned.spool.crashes import pause_if_too_many
 from finetuned.spool.hasher import Hasher
 from finetuned.spool.inbox import Complaint
 from finetuned.spool.orders import Verb
@@ -35,12 +37,14 @@ from finetuned.spool.recover import recover, recover_job
 from finetuned.spool.settle import Look, Settler
 from finetuned.spool.watch import Watch
 from finetuned.supervisor import Attempt, boot_id, stop_orphan
+from finetuned.tidy import keep_ends, release, tidy
 from finetuned.wake import Hints, Wake
 
 _TICK = 0.2  # seconds between two looks at a running trainer
 _IDLE = 5.0  # seconds between two looks at config.json when nothing else happens
 _RETRY_AFTER = 15.0  # seconds, after the disk was full or read-only
 _GPU_LINE_SECONDS = 60.0
+_TIDY_SECONDS = 86400.0
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 _log = structlog.get_logger()
@@ -67,10 +71,12 @@ class Service:
         self._held = False  # the queue waits, for room on the disk say
         self._held_until = 0.0
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
+        self._next_tidy = 0.0
         self._failures = 0
         self._config: Config
         self._ledger: Ledger
         self._gpus: gpu.Sampler
+        self._fleet: Fleet
 
     # -- life
 
@@ -89,6 +95,7 @@ class Service:
             check_one_mount(self._home)
             self._ledger = open_ledger(self._home)
             self._gpus = gpu.Sampler.open()
+            self._fleet = Fleet(self._home, self._gpus)
             try:
                 self._begin()
                 while not self._done():
@@ -110,9 +117,11 @@ class Service:
         else:
             _log.info("no GPU", reason=self._gpus.why_none, then="training runs on the CPU")
         try:
-            recover(self._ledger, self._home, stop_orphan=self._stop_orphan)
+            recover(self._ledger, self._home, stop_orphan=self._stop_orphan, adopt=self._adopt)
         except OSError as error:
             self._hold(error, doing="putting right what a crash left")
+        if why := pause_if_too_many(self._home, self._config.most_crashes, time.time()):
+            _log.error("paused", why=why, then="`finetuned resume` lets jobs start again")
         self._watch.renew()
         self._warm_up()
         notify(ready=1, status="waiting for files")
@@ -123,8 +132,11 @@ class Service:
             return self._attempt is None
         if not self._once or self._attempt or self._look is None:
             return False
-        if self._paused():
-            _log.error("the queue is paused", then="`finetuned resume`, and start again")
+        if self._paused() or self._fleet.all_failed:
+            why, then = (
+                ("the queue is paused", "`finetuned resume`") if self._paused() else ("no GPU is left", "mend one")
+            )
+            _log.error(why, then=f"{then}, and start again")
             self._failures += 1
             return True
         unfinished = [state for state in State if state is not State.FINISHED]
@@ -167,6 +179,7 @@ class Service:
             self._start_next,
             self._tend_attempt,
             self._sample_gpus,
+            self._tidy,
         )
         for step in steps:
             try:
@@ -200,7 +213,7 @@ class Service:
             if at_work:
                 continue
             try:
-                recover_job(self._ledger, self._home, job, stop_orphan=self._stop_orphan)
+                recover_job(self._ledger, self._home, job, stop_orphan=self._stop_orphan, adopt=self._adopt)
             except OSError as error:
                 self._hold(error, doing=f"going on with {job.id}")
                 return
@@ -300,7 +313,12 @@ class Service:
         job = enqueue(self._ledger, self._home, self._config, job, sha256)
         if job.state is State.QUEUED:
             _log.info("queued", job=job.id, sha256=sha256[:12])
-        elif job.state is State.TRAINED:
+        else:
+            self._finish_untrained(job)
+
+    def _finish_untrained(self, job: Job) -> None:
+        """Do what is left for a job that was settled without a training."""
+        if job.state is State.TRAINED:
             _log.info("trained before", job=job.id, duplicate_of=job.duplicate_of, adapter=job.adapter)
             self._archive(job)
         else:
@@ -311,8 +329,14 @@ class Service:
         if self._attempt or self._stop or time.monotonic() < self._held_until or self._paused():
             return
         job = self._ledger.next_queued(time.time())
-        if job is None:
+        if job is None or self._fleet.all_failed:
             return
+        job = settle_duplicate(self._ledger, self._home, self._config, job, str(job.sha256))
+        if job.state is not State.QUEUED:
+            self._finish_untrained(job)
+            self._wake.set()
+            return
+        environment, why = self._trainer_environment()
         try:
             job = self._ledger.update(
                 job.id,
@@ -320,10 +344,10 @@ class Service:
                 attempt=job.attempt + 1,
                 boot_id=boot_id(),
                 started_at=job.started_at or time.time(),
+                progress={**job.progress, "gpu": {**os.environ, **environment}.get("CUDA_VISIBLE_DEVICES", "")},
             )
             check_place(self._home.adapters)
             write_spec(self._home, job)
-            environment, why = self._trainer_environment()
             how = self._warm.start if self._config.warm_trainer else start
             self._attempt = Attempt.launch(self._ledger, self._home, job, start=how, environment=environment)
         except FinetunedError as error:
@@ -345,8 +369,13 @@ class Service:
         events, status = attempt.tend()
         for event in events:
             _relay(attempt.job, event)
+        keep_ends(self._home.job_log(attempt.job.id))
+        release(self._home.job(attempt.job.id).events, attempt.job.events_offset)
         if status is None:
             return
+        if status != ExitCode.DONE:
+            self._gpus.sample()  # a GPU that is gone is noticed when it is asked
+            self._heed_gpus()
         self._attempt = None
         self._wake.set()  # the next job need not wait
         decision, ending = attempt.conclude(status)
@@ -373,11 +402,28 @@ class Service:
         job = self._attempt.job
         samples = self._gpus.sample(self._attempt.trainer.pid, deep=deep)
         self._ledger.record_gpu(job.id, [(s.created_at, s.uuid, asdict(s)) for s in samples])
-        for event in self._gpus.events():
-            _log.warning("GPU trouble", gpu=event.uuid, kind=event.kind, detail=event.detail)
+        self._heed_gpus()
         if now >= self._next_gpu_line and samples:
             self._next_gpu_line = now + _GPU_LINE_SECONDS
             _log.info("GPU", job=job.id, reading=gpu.summary(samples))
+
+    def _tidy(self) -> None:
+        """Once a day, throw away what config.json keeps no longer. What cannot be done waits for the next day."""
+        now = time.monotonic()
+        if now < self._next_tidy:
+            return
+        self._next_tidy = now + _TIDY_SECONDS
+        try:
+            tidy(self._home, self._ledger, self._config)
+        except (OSError, sqlite3.OperationalError) as error:
+            _log.warning("not tidied", error=str(error), again_in_seconds=_TIDY_SECONDS)
+
+    def _heed_gpus(self) -> None:
+        """Keep away from GPUs that failed. A job at work on one is stopped and goes on elsewhere."""
+        for uuid in self._fleet.heed():
+            if self._attempt and self._fleet.serves(uuid, self._attempt.job.progress.get("gpu", "")):
+                self._attempt.gpu_failed = True
+                self._attempt.stop(self._config.pause_grace)
 
     def _tell_systemd(self) -> None:
         if self._attempt is None:
@@ -403,7 +449,7 @@ class Service:
         return orders.why_paused(self._home) is not None
 
     def _trainer_environment(self) -> tuple[dict[str, str], str]:
-        return trainer_environment(self._gpus.gpus[0].uuid if self._gpus.gpus else None)
+        return trainer_environment(self._fleet.next())
 
     def _warm_up(self) -> None:
         """Have a parent for trainers to be forked from, or none, as config.json says."""
@@ -469,6 +515,13 @@ class Service:
         self._held, self._held_until = True, time.monotonic() + _RETRY_AFTER
         _log.error("the queue waits", doing=doing, error=str(error), again_in_seconds=_RETRY_AFTER)
         notify(status=f"waiting: {error}")
+
+    def _adopt(self, job: Job) -> bool:
+        """Go on with a job whose daemon went down, if its trainer did not, or said how it ended."""
+        if self._attempt is None:
+            self._attempt = Attempt.adopt(self._ledger, self._home, job, stop_seconds=self._config.stop_seconds)
+            return self._attempt is not None
+        return False
 
     def _stop_orphan(self, job: Job) -> None:
         stop_orphan(self._home, job, seconds=self._config.stop_seconds)

@@ -11,15 +11,16 @@ from datetime import datetime
 from typing import Any
 
 from finetuned.config import load_config
-from finetuned.errors import ConfigError
+from finetuned.errors import ConfigError, harmless
+from finetuned.fleet import gpus_aside
 from finetuned.guard import daemon_pid
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
+from finetuned.lifesigns import locked
 from finetuned.live import duration, sentence
 from finetuned.spool.inbox import Complaint, Found, list_inbox
 from finetuned.spool.orders import why_paused
-from finetuned.spool.recover import locked
 
 _LAST = 10
 _LONGEST_REASON = 300  # characters
@@ -32,6 +33,7 @@ def gather(home: Home) -> dict[str, Any]:
         "daemon_pid": daemon_pid(home),
         "config_error": None,
         "paused": why_paused(home),
+        "gpus_aside": gpus_aside(home),
         "orders": [],
         "inbox": [],
         "running": [],
@@ -106,10 +108,7 @@ def render(facts: dict[str, Any]) -> str:
         if not pid:
             trainer = "its trainer is at work without a daemon" if job["trainer_alive"] else "it stands still"
             lines.append(f"          {trainer}; `finetuned run` goes on with it")
-    if facts["paused"]:
-        lines[1:1] = [f"paused: {facts['paused']}; `finetuned resume` lets jobs start again"]
-    if facts["config_error"]:
-        lines[1:1] = [f"config.json is broken, the last good one is in use: {facts['config_error']}"]
+    lines[1:1] = _hindrances(facts)
     if facts["inbox"]:
         lines += ["", *(f"in inbox  {e['path']} {e['what']}. {e['remedy']}".rstrip() for e in facts["inbox"])]
     if facts["queue"]:
@@ -121,7 +120,20 @@ def render(facts: dict[str, Any]) -> str:
         lines += ["", *map(_result, facts["finished"])]
     if len(lines) == 1:
         lines += ["", "nothing yet: drop a .jsonl file into inbox/"]
-    return "\n".join(lines)
+    return harmless("\n".join(lines))
+
+
+def _hindrances(facts: dict[str, Any]) -> list[str]:
+    """Say what keeps jobs from starting, or from starting as they should."""
+    lines = []
+    if facts["config_error"]:
+        lines.append(f"config.json is broken, the last good one is in use: {facts['config_error']}")
+    if facts["paused"]:
+        lines.append(f"paused: {facts['paused']}; `finetuned resume` lets jobs start again")
+    if facts["daemon_pid"]:
+        remedy = "Jobs use another GPU or wait; see `dmesg`, and start the daemon anew to use this one again."
+        lines += [f"GPU set aside: {why} {remedy}" for why in facts["gpus_aside"].values()]
+    return lines
 
 
 def _waiting(job: dict[str, Any]) -> str:

@@ -22,15 +22,21 @@ from finetuned.fallback import Rung, next_rung
 from finetuned.home import Home, JobFolder, printable
 from finetuned.jobs import Job, State
 from finetuned.launchers import Start, Trainer
+from finetuned.launchers.adopted import AdoptedTrainer
 from finetuned.ledger import Ledger
-from finetuned.spool.recover import locked
+from finetuned.lifesigns import has_open, locked, signed
 
 _log = structlog.get_logger()
 
 _ORPHAN_PAUSE = 0.1  # seconds between two looks at its lock
+_AT_ONCE = 4 * 2**20  # bytes of events.jsonl
 MOST_TRANSIENT = 5
 FIRST_DELAY = 30.0  # seconds before a transient end is tried again; doubled each time
 LONGEST_DELAY = 1800.0
+_UNCOUNTED = {
+    Ending.INTERRUPTED: "stopped, with a checkpoint to go on from",
+    Ending.DEVICE: "its GPU failed; it goes on from its checkpoint on another one, or waits for one",
+}
 SETTLE_RUNG = frozenset({EventType.RUNG, EventType.PLAN})  # events that tell the rung a trainer is on
 
 
@@ -43,7 +49,7 @@ class Decision:
     rung: dict[str, Any] | None = None
     why: str = ""
     delay: float = 0.0  # seconds
-    counted: bool = False  # as one of the job's retries
+    counted: bool = False  # as one of the job's retries after a transient end
 
 
 def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) -> Decision:
@@ -55,8 +61,8 @@ def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) 
     match ending:
         case Ending.SUCCEEDED:
             return Decision(publish=True)
-        case Ending.INTERRUPTED:
-            return Decision(why="stopped, with a checkpoint to go on from")
+        case Ending.INTERRUPTED | Ending.DEVICE:
+            return Decision(why=_UNCOUNTED[ending])
         case Ending.PERMANENT:
             return Decision(reason=said if error else _unexplained(job, end))
         case Ending.RESOURCE:
@@ -71,8 +77,8 @@ def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) 
         case Ending.TRANSIENT if job.retries < MOST_TRANSIENT:
             delay = min(FIRST_DELAY * 2**job.retries, LONGEST_DELAY)
             return Decision(why=said["what"] or end, delay=delay, counted=True)
-        case Ending.BUG if job.retries == 0:
-            return Decision(why=f"{end}; trying once more", counted=True)
+        case Ending.BUG if not job.progress.get("bugs"):
+            return Decision(why=f"{end}; trying once more")
     return Decision(reason=said if error else _unexplained(job, end))
 
 
@@ -108,7 +114,8 @@ def _unexplained(job: Job, end: str) -> dict[str, str]:
 def progress_for_next(progress: dict[str, Any], ending: Ending) -> dict[str, Any]:
     """Give the figures that the next attempt of a job begins with."""
     kept = {key: value for key, value in progress.items() if key != "error"}
-    return {**kept, "host_kills": 1} if ending is Ending.HOST_MEMORY else kept
+    counter = {Ending.HOST_MEMORY: "host_kills", Ending.BUG: "bugs"}.get(ending)
+    return {**kept, counter: 1} if counter else kept
 
 
 class EventTail:
@@ -117,18 +124,23 @@ class EventTail:
     def __init__(self, path: Path, offset: int = 0) -> None:
         self._path = path
         self.offset = offset
+        self.drained = False  # whether the last call reached the end
 
     def read(self) -> list[Event]:
-        """Give the events since the last call."""
+        """Give the events since the last call, or the first few MiB of them: nobody may have listened for long."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self.offset)
-                content = file.read()
+                content = file.read(_AT_ONCE)
+                while b"\n" not in content and (more := file.read(_AT_ONCE)):
+                    content += more
+                self.drained = not file.read(1)
         except FileNotFoundError:
+            self.drained = True
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self.offset += len(whole)
-        return [event for line in whole.splitlines() if (event := parse_event(line))]
+        return [event for line in whole.splitlines() if (event := parse_event(line.lstrip(b"\0")))]
 
 
 def progress_after(progress: dict[str, Any], events: list[Event]) -> dict[str, Any]:
@@ -156,6 +168,7 @@ class Attempt:
         self._ledger = ledger
         self._tail = EventTail(home.job(job.id).events, job.events_offset)
         self._stop_by: float | None = None
+        self.gpu_failed = False
 
     @classmethod
     def launch(cls, ledger: Ledger, home: Home, job: Job, *, start: Start, environment: dict[str, str]) -> Attempt:
@@ -163,6 +176,27 @@ class Attempt:
         trainer = start(home.job(job.id), log=home.job_log(job.id), environment=environment)
         job = ledger.update(job.id, trainer_pid=trainer.pid)
         return cls(ledger, home, job, trainer)
+
+    @classmethod
+    def adopt(cls, ledger: Ledger, home: Home, job: Job, *, stop_seconds: float) -> Attempt | None:
+        """Go on with the trainer of a job in state running that outlived its daemon, or ended since and said how.
+
+        One that is not healthy is asked for a checkpoint. None if there is no such trainer.
+        """
+        if job.boot_id != boot_id():  # a power loss may have taken what it said it had done
+            return None
+        trainer = AdoptedTrainer.find(home.job(job.id), job.attempt)
+        if trainer is None:
+            return None
+        attempt = cls(ledger, home, ledger.update(job.id, trainer_pid=trainer.pid), trainer)
+        if why := trainer.why_unfit():
+            _log.warning("a trainer outlived its daemon", job=job.id, pid=trainer.pid, why=why, then="it is stopped")
+            attempt.stop(0 if trainer.stands_still else stop_seconds)
+        elif trainer.poll() is None:
+            _log.info("trainer adopted", job=job.id, attempt=job.attempt, pid=trainer.pid)
+        else:
+            _log.info("a trainer ended while no daemon was there", job=job.id, attempt=job.attempt)
+        return attempt
 
     @property
     def stopping(self) -> bool:
@@ -196,13 +230,13 @@ class Attempt:
             except sqlite3.Error:  # a full disk, say: they are read again
                 self._tail.offset = offset
                 raise
-        return events, status
+        return events, status if self._tail.drained else None
 
     def conclude(self, status: int) -> tuple[Decision, Ending]:
         """Judge the end. For a job that goes back into the queue the ledger is updated; the caller publishes or fails
         it.
         """
-        ending = judge(status, stopped_by_us=self.stopping)
+        ending = judge(status, stopped_by_us=self.stopping, gpu_failed=self.gpu_failed)
         error = self.job.progress.get("error")
         decision = decide(self.job, ending, error=error, end=describe_end(status))
         if decision.publish or decision.reason:
@@ -225,7 +259,9 @@ def boot_id() -> str:
 
 
 def stop_orphan(home: Home, job: Job, *, seconds: float) -> None:
-    """End a trainer that outlived its daemon: asked for a checkpoint first, after so many seconds by force."""
+    """End a trainer that outlived its daemon and cannot be adopted: asked for a checkpoint first, after so many
+    seconds by force.
+    """
     _log.warning(
         "a trainer outlived its daemon", job=job.id, pid=job.trainer_pid, then="it writes a checkpoint and ends"
     )
@@ -237,17 +273,8 @@ def stop_orphan(home: Home, job: Job, *, seconds: float) -> None:
 
 
 def _signal_trainer(folder: JobFolder, number: signal.Signals) -> None:
-    """Signal the process that wrote its pid into the lock, if it is still that trainer."""
-    with suppress(OSError, ValueError):
-        pid = int(folder.lock.read_text(encoding="ascii"))
-        if _has_open(pid, folder.lock):
-            os.kill(pid, number)
-
-
-def _has_open(pid: int, path: Path) -> bool:
-    """Whether a process has a file open. Its command line would not do: a forked trainer has that of its parent."""
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):  # closed in the meantime
-            if descriptor.samefile(path):
-                return True
-    return False
+    """Signal the process that signed the lock, if it is still that trainer."""
+    who = signed(folder)
+    with suppress(OSError):
+        if who is not None and has_open(who.pid, folder.lock):
+            os.kill(who.pid, number)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from finetuned.errors import HomeError
+from finetuned.errors import HomeError, harmless
 from finetuned.home import Home
 
 _PAUSE = 0.25  # seconds between two looks
@@ -31,24 +32,29 @@ def find_log(home: Home, job: str | None) -> Path:
 def tail(find: Callable[[], Path], *, lines: int, follow: bool) -> Iterator[str]:
     """Give the last lines of a file and, if asked, each new one; goes over to a newer file when `find` names one."""
     path = find()
-    file = path.open(encoding="utf-8", errors="replace")
-    torn = ""
+    file = path.open("rb")
+    torn = b""
     for line in deque(file, maxlen=lines):
-        if follow and not line.endswith("\n"):
+        if follow and not line.endswith(b"\n"):
             torn = line
         else:
-            yield line.rstrip("\n")
+            yield _text(line)
     while follow:
         if line := file.readline():
             torn += line
-            if torn.endswith("\n"):
-                yield torn.rstrip("\n")
-                torn = ""
-            continue
-        if (newest := find()) != path:
+            if torn.endswith(b"\n"):
+                yield _text(torn)
+                torn = b""
+        elif file.tell() > os.fstat(file.fileno()).st_size:  # its middle was cut out: go on behind its newest line
+            file.seek(0, os.SEEK_END)
+        elif (newest := find()) != path:
             path = newest
             file.close()
-            file = path.open(encoding="utf-8", errors="replace")
-            continue
-        time.sleep(_PAUSE)
+            file = path.open("rb")
+        else:
+            time.sleep(_PAUSE)
     file.close()
+
+
+def _text(line: bytes) -> str:
+    return harmless(line.decode("utf-8", "replace").rstrip("\r\n"))

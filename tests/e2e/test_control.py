@@ -27,8 +27,12 @@ def finetuned(home, *words: str, code: int = 0) -> str:
 
 @pytest.fixture
 def drop(home):
-    def put(name: str, count: int = 20, start: int = 0):
-        staged = write_jsonl(home.root / f"staged-{Path(name).name}", chat_rows(count, start=start))
+    dropped: list[str] = []
+
+    def put(name: str, count: int = 20):
+        dropped.append(name)  # no two files alike, or the second would not be trained
+        rows = chat_rows(count, start=1000 * len(dropped))
+        staged = write_jsonl(home.root / f"staged-{Path(name).name}", rows)
         return staged.rename(home.inbox / name)
 
     return put

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from functools import cache
 from pathlib import Path
 
 from finetuned.home import JobFolder
+from finetuned.launchers import Trainer
+
+_PATIENCE = 1.0  # seconds
 
 # glibc keeps freed memory in its own address space, so that after a failed allocation a smaller one fails too;
 # jemalloc gives it back when the trainer asks for that, and until then keeps it: pages given back after every step and
@@ -46,7 +50,7 @@ class LocalTrainer:
         """End it and its children at once."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            _wait_a_moment(self)
 
 
 @dataclass
@@ -58,7 +62,10 @@ class ForkedTrainer:
 
     def poll(self) -> int | None:
         """Give its exit status as subprocess does, or None while it runs."""
-        return self._wait(os.WNOHANG)
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
 
     def ask_to_stop(self) -> None:
         """Ask for a checkpoint and an end."""
@@ -69,13 +76,14 @@ class ForkedTrainer:
         """End it and its children at once."""
         if self.poll() is None:
             os.killpg(self.pid, signal.SIGKILL)
-            self._wait(0)
+            _wait_a_moment(self)
 
-    def _wait(self, options: int) -> int | None:
-        if self._status is None:
-            pid, status = os.waitpid(self.pid, options)
-            self._status = os.waitstatus_to_exitcode(status) if pid else None
-        return self._status
+
+def _wait_a_moment(trainer: Trainer) -> None:
+    """Wait for a killed trainer's end, but not for ever: one that hangs in the driver of a GPU that is gone stays."""
+    deadline = time.monotonic() + _PATIENCE
+    while trainer.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def start(folder: JobFolder, *, log: Path, environment: Mapping[str, str]) -> LocalTrainer:
@@ -127,6 +135,7 @@ def trainer_environment(gpu: str | None) -> tuple[dict[str, str], str]:
         "TOKENIZERS_PARALLELISM": "true",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TQDM_DISABLE": "1",
+        "DISABLE_SAFETENSORS_CONVERSION": "1",  # weights come from the model's own authors, or not at all
     }
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen:

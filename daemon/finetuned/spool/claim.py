@@ -180,10 +180,18 @@ def enqueue(ledger: Ledger, home: Home, config: Config, job: Job, sha256: str) -
     """Queue a claimed and hashed job (D5), or settle it at once if it was trained before."""
     if job.reason:  # its settings are broken, and a crash came between taking it and failing it
         return ledger.update(job.id, state=State.FAILING, sha256=sha256)
+    job = settle_duplicate(ledger, home, config, job, sha256)
+    return ledger.update(job.id, state=State.QUEUED, sha256=sha256) if job.state is State.CLAIMING else job
+
+
+def settle_duplicate(ledger: Ledger, home: Home, config: Config, job: Job, sha256: str) -> Job:
+    """Settle a job whose content was trained before with the same settings, as `duplicates` says; any other is given
+    back as it is. Asked again before it starts: of two that were dropped together the first may have been trained.
+    """
     before = None if config.duplicates == "run" else ledger.trained_before(sha256, job.settings)
     kept = before and belongs_to(home.adapters / str(before.adapter), before.id)  # it may have been thrown away
     if before is None or not kept:
-        return ledger.update(job.id, state=State.QUEUED, sha256=sha256)
+        return job
     if config.duplicates == "skip":
         return ledger.update(job.id, state=State.TRAINED, sha256=sha256, duplicate_of=before.id, adapter=before.adapter)
     reason = ConfigError(

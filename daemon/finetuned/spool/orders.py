@@ -52,7 +52,8 @@ def pause(home: Home, why: str) -> None:
 
 
 def resume(home: Home) -> None:
-    """Let jobs start again."""
+    """Let jobs start again, and forget the crashes for which they may have been stopped."""
+    home.crashes.unlink(missing_ok=True)
     home.paused.unlink(missing_ok=True)
     sync_folder(home.machinery)
 

@@ -5,9 +5,9 @@ Runs before the watcher starts. It may itself crash at any point and run again.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from finetuned.errors import FinetunedError
 from finetuned.home import Home, JobFolder, printable
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
+from finetuned.lifesigns import locked
 from finetuned.spool.claim import input_path, read_spec, restore, take_override
+from finetuned.spool.crashes import note_crash
 from finetuned.spool.inbox import Found
 from finetuned.spool.orders import take_back
 from finetuned.spool.publish import archive, archived_name, fail, publish, published
@@ -29,14 +31,21 @@ MOST_INTERRUPTIONS = 5  # of one job; after that it is the job that takes the ma
 _log = structlog.get_logger()
 
 
-def recover(ledger: Ledger, home: Home, *, stop_orphan: Callable[[Job], None]) -> None:
+def _nobody(_: Job) -> bool:
+    return False
+
+
+def recover(
+    ledger: Ledger, home: Home, *, stop_orphan: Callable[[Job], None], adopt: Callable[[Job], bool] = _nobody
+) -> None:
     """Bring ledger and folders into agreement.
 
-    `stop_orphan` ends a trainer that outlived its daemon and returns when it is gone.
+    `adopt` takes on a job whose trainer outlived its daemon, or said how it ended, and tells whether it could.
+    `stop_orphan` ends a trainer that nobody adopts and returns when it is gone.
     """
     _adopt_lost(ledger, home)
     for job in ledger.jobs(State.CLAIMING, State.QUEUED, State.RUNNING, State.TRAINED, State.FAILING):
-        recover_job(ledger, home, job, stop_orphan=stop_orphan)
+        recover_job(ledger, home, job, stop_orphan=stop_orphan, adopt=adopt)
     known = {job.id for job in ledger.jobs(*(state for state in State if state is not State.FINISHED))}
     for folder in home.jobs.iterdir():
         if folder.is_dir() and folder.name not in known and not _holds_input(folder):
@@ -71,13 +80,21 @@ def _adopt_lost(ledger: Ledger, home: Home) -> None:
             ledger.add(job)
 
 
-def recover_job(ledger: Ledger, home: Home, job: Job, *, stop_orphan: Callable[[Job], None]) -> None:
+def recover_job(
+    ledger: Ledger, home: Home, job: Job, *, stop_orphan: Callable[[Job], None], adopt: Callable[[Job], bool] = _nobody
+) -> None:
     """Put one job right. A row of the table a case."""
     match job.state:
         case State.CLAIMING:
             _recover_claim(ledger, home, job)
         case State.RUNNING:
-            _recover_run(ledger, home, job, stop_orphan)
+            if adopt(job):
+                return
+            if locked(home.job(job.id)):
+                stop_orphan(job)
+                if adopt(job):  # it has said how it ended
+                    return
+            _recover_run(ledger, home, job)
         case State.TRAINED:
             archive(ledger, home, job)
         case State.FAILING:
@@ -113,9 +130,8 @@ def _same_inode(path: Path, job: Job) -> bool:
     return there == (job.identity.device, job.identity.inode, job.identity.size, job.identity.mtime_ns)
 
 
-def _recover_run(ledger: Ledger, home: Home, job: Job, stop_orphan: Callable[[Job], None]) -> None:
-    if locked(home.job(job.id)):
-        stop_orphan(job)
+def _recover_run(ledger: Ledger, home: Home, job: Job) -> None:
+    """Go on behind an attempt that is over and did not say how it ended."""
     if published(home, job):
         archive(ledger, home, publish(ledger, home, job))
     elif belongs_to(home.job(job.id).staged_adapter(job.attempt), job.id):  # the trainer had come to its end
@@ -123,7 +139,13 @@ def _recover_run(ledger: Ledger, home: Home, job: Job, stop_orphan: Callable[[Jo
             archive(ledger, home, publish(ledger, home, job))
         except FinetunedError as error:
             fail(ledger, home, job, error.as_dict())
-    elif job.interruptions + 1 >= MOST_INTERRUPTIONS:
+    else:
+        note_crash(home, job.id, time.time())
+        _count_interruption(ledger, home, job)
+
+
+def _count_interruption(ledger: Ledger, home: Home, job: Job) -> None:
+    if job.interruptions + 1 >= MOST_INTERRUPTIONS:
         fail(
             ledger,
             home,
@@ -140,18 +162,3 @@ def _recover_run(ledger: Ledger, home: Home, job: Job, stop_orphan: Callable[[Jo
             "job was interrupted", job=job.id, attempt=job.attempt, then="it resumes from its newest checkpoint"
         )
         ledger.update(job.id, state=State.QUEUED, interruptions=job.interruptions + 1, trainer_pid=None)
-
-
-def locked(folder: JobFolder) -> bool:
-    """Whether a trainer of this job is alive: it holds the lock, whatever became of the daemon."""
-    try:
-        descriptor = os.open(folder.lock, os.O_RDWR | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False

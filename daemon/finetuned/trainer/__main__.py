@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 from finetuned.config import TrainingSettings, settings_from
 from finetuned.dataset.checks import Row
 from finetuned.dataset.report import Report, judge, read_file
+from finetuned.durable import OTHERS_NOTHING
 from finetuned.errors import ConfigError, DataError, FinetunedError, ModelError, OutOfMemoryError
 from finetuned.events import EventType, ExitCode
 from finetuned.fallback import Rung
 from finetuned.home import JobFolder, printable
 from finetuned.jobs import JobSpec
+from finetuned.lifesigns import leave_exit_code, sign
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.reporter import Reporter
 
@@ -34,12 +36,22 @@ _WORTH_KEEPING = 60.0  # seconds of steps; the count behind a record takes a few
 _stop_asked = False
 
 
-def main(folder: JobFolder) -> ExitCode:
-    """Run one attempt."""
+def main(folder: JobFolder) -> int:
+    """Run one attempt, and say who does and how it ended for a daemon that comes after ours and is not our parent."""
     signal.signal(signal.SIGTERM, _ask_to_stop)
     signal.signal(signal.SIGINT, _ask_to_stop)
-    folder.lock.write_text(f"{os.getpid()}\n", encoding="ascii")  # who holds it, for a daemon that comes after ours
+    sign(folder)
     spec = JobSpec.decode(folder.spec.read_bytes())
+    sign(folder, spec.attempt)
+    code = 1  # Python's own, when an exception gets as far as here
+    try:
+        code = int(_run(folder, spec))
+    finally:
+        leave_exit_code(folder, spec.attempt, code)
+    return code
+
+
+def _run(folder: JobFolder, spec: JobSpec) -> ExitCode:
     spec = replace(spec, name=printable(os.fsencode(spec.name)))  # what is said must be text
     say = Reporter(folder.events)
     with _told(say) as end:
@@ -202,5 +214,5 @@ def _ask_to_stop(_: int, __: object) -> None:
 
 
 if __name__ == "__main__":
-    os.umask(0o027)
+    os.umask(OTHERS_NOTHING)
     sys.exit(main(JobFolder(Path(sys.argv[1]).resolve())))

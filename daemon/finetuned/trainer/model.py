@@ -110,6 +110,7 @@ def load_model(
             config=config,
             dtype=precision.weights,
             device_map={"": device},
+            use_safetensors=True,  # other formats hold programs
             **quantised,
             **_hub(settings),
         )
@@ -220,6 +221,13 @@ def _loading(base: Base) -> Iterator[None]:
                 "the model is neither a folder nor downloaded, and the hub cannot be reached",
                 where=base.name,
                 remedy="Check the name and the network, or put the model into a folder.",
+            ) from error
+        if "model.safetensors" in text and ("no file named" in text or "does not appear to have a file" in text):
+            raise ModelError(
+                "it has no weights in safetensors, and other formats can hold programs that run when they are read",
+                where=base.name,
+                remedy="Take a model with safetensors, or convert it where you trust it.",
+                code="no_safetensors",
             ) from error
         raise ModelError(
             f"the model cannot be loaded: {text}", where=base.name, remedy="Check the name in config.json."

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetuned.errors import FinetunedError
+from finetuned.errors import FinetunedError, harmless
 from finetuned.events import Event, EventType
 
 
@@ -25,6 +25,7 @@ class Reporter:
 
     def say(self, kind: EventType, message: str, *, level: str = "info", **data: Any) -> None:
         """Say something, with figures for machines in `data`."""
+        message = harmless(message)  # it may hold what stands in a row or a model's answer
         event = Event(time.time(), kind, message, level, data)
         os.write(self._descriptor, event.line())
         mark = "" if level == "info" else f"{level}: "

@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from finetuned.durable import OTHERS_NOTHING
 from finetuned.home import JobFolder
 
 # What a trainer imports before its first step, on a plain base. Seconds, as each adds to those before it.
@@ -134,5 +135,5 @@ if __name__ == "__main__":
         sys.exit(0)
     from finetuned.trainer.__main__ import main as train
 
-    os.umask(0o027)
+    os.umask(OTHERS_NOTHING)
     sys.exit(train(folder))
