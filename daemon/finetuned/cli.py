@@ -185,6 +185,20 @@ def logs(base_dir: Path | None, job: str | None, follow: bool, lines: int) -> No
 
 @cli.command()
 @_base_dir
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def doctor(base_dir: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """Check this machine and the base directory; exit 1 if something must be mended."""
+    from finetuned.doctor.examine import examine, render
+    from finetuned.doctor.finding import Verdict
+
+    findings = examine(base_dir)
+    facts = [finding.as_dict() for finding in findings]
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(findings))
+    sys.exit(any(finding.verdict is Verdict.FAIL for finding in findings))
+
+
+@cli.command()
+@_base_dir
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
 @click.option("--model", help="A hub id, a folder, or smollm2-135m, in place of the configured one.")
