@@ -197,6 +197,32 @@ def doctor(base_dir: Path | None, as_json: bool) -> None:  # noqa: FBT001
     sys.exit(any(finding.verdict is Verdict.FAIL for finding in findings))
 
 
+@cli.group()
+def service() -> None:
+    """Run the daemon under systemd."""
+
+
+@service.command()
+@_base_dir
+@click.option("--user", is_flag=True, help="A service of your own, without root and without the sandbox.")
+@click.option("--run-as", metavar="USER", help="Who the daemon is; else who owns the base directory.")
+@click.option(
+    "--output-dir", type=click.Path(path_type=Path, file_okay=False), help="Write the units there, to look at them."
+)
+@click.option("--print", "only_print", is_flag=True, help="Write nothing, show the units.")
+def install(
+    base_dir: Path | None,
+    user: bool,  # noqa: FBT001
+    run_as: str | None,
+    output_dir: Path | None,
+    only_print: bool,  # noqa: FBT001
+) -> None:
+    """Write systemd units with this machine's paths, and say what to run next. Starts and enables nothing."""
+    from finetuned.units import install_units
+
+    sys.exit(install_units(_home(base_dir), user=user, run_as=run_as, folder=output_dir, only_print=only_print))
+
+
 @cli.command()
 @_base_dir
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
