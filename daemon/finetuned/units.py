@@ -20,11 +20,11 @@ import click
 
 from finetuned.errors import HomeError
 from finetuned.home import Home
-from finetuned.shipped import shipped
 
 DAEMON = "finetuned.service"
 GPU_NODES = "finetuned-gpu-nodes.service"
 SYSTEM_FOLDER = Path("/etc/systemd/system")
+_PACKAGE = Path(__file__).resolve().parent
 _STATE = Path("/var/lib")
 _HIDDEN = tuple(map(Path, ("/tmp", "/var/tmp", "/run/user", "/dev", "/proc", "/sys")))  # noqa: S108
 _HOMES = (Path("/home"), Path("/root"))  # ProtectHome=
@@ -166,10 +166,7 @@ def next_steps(home: Home, units: Mapping[str, str], *, user: bool) -> list[str]
 
 
 def _template(name: str) -> str:
-    folder = shipped("systemd")
-    if folder is None:
-        raise HomeError("the units are not with this installation", remedy="Install finetuned again.")
-    return (folder / name).read_text(encoding="utf-8")
+    return (_PACKAGE / "systemd" / name).read_text(encoding="utf-8")
 
 
 def _with(unit: str, changes: Mapping[str, str]) -> str:
@@ -181,8 +178,8 @@ def _with(unit: str, changes: Mapping[str, str]) -> str:
 
 
 def _documentation() -> str:
-    page = shipped("docs/systemd.md")
-    return f"Documentation=file://{page}" if page and " " not in str(page) else ""
+    page = _PACKAGE.parents[1] / "docs/systemd.md"  # a wheel brings none
+    return f"Documentation={page.as_uri().replace('%', '%%')}" if page.exists() else ""
 
 
 def _start(base: Path) -> str:
@@ -193,7 +190,7 @@ def _start(base: Path) -> str:
 
 def _protect_home(base: Path) -> str:
     """Hide all homes, but for what the daemon itself stands on where that lies in one."""
-    code = {Path(sys.prefix), Path(sys.prefix).resolve(), Path(sys.base_prefix), Path(__file__).resolve().parents[1]}
+    code = {Path(sys.prefix), Path(sys.prefix).resolve(), Path(sys.base_prefix), _PACKAGE.parent}
     needed = {path for path in code if _in_a_home(path)}
     lines = [f"BindReadOnlyPaths={_quoted(path)}" for path in sorted(needed) if not path.is_relative_to(base)]
     if _in_a_home(base):

@@ -6,7 +6,6 @@ import importlib.metadata
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 from finetuned import gpu
 from finetuned.doctor.finding import Finding, Verdict
 from finetuned.launchers.local import find_jemalloc
-from finetuned.shipped import shipped
 
+_PINS = Path(__file__).parents[1] / "constraints.txt"
 _TRAINER_NEEDS = ("torch", "transformers", "peft", "bitsandbytes")
 _CUDA_SECONDS = 60
 _IMPORT_SECONDS = 180
@@ -31,7 +30,7 @@ def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
 
 def check_versions() -> Finding:
     """Whether the libraries are there, and are those that were tested together."""
-    pins = dict(_pins())
+    pins = dict(re.findall(r"^([\w.-]+)==(\S+)$", _PINS.read_text(encoding="utf-8"), re.MULTILINE))
     found = {name: _version(name) for name in (*_TRAINER_NEEDS, "watchdog")}
     missing = [name for name, version in found.items() if version is None]
     if missing:
@@ -54,11 +53,6 @@ def check_versions() -> Finding:
             "If something is odd, install with `--constraint constraints.txt`.",
         )
     return Finding("versions", Verdict.OK, ", ".join(f"{name} {version}" for name, version in found.items()))
-
-
-def _pins() -> Iterator[tuple[str, str]]:
-    path = shipped("constraints.txt")
-    return iter(re.findall(r"^([\w.-]+)==(\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE) if path else [])
 
 
 def _version(name: str) -> str | None:
