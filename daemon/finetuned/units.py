@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -152,16 +153,17 @@ def next_steps(home: Home, units: Mapping[str, str], *, user: bool) -> list[str]
             "loginctl enable-linger    # or it stops when you log out",
         ]
     (name,) = re.findall(r"^User=(.*)$", units[DAEMON], flags=re.MULTILINE)
+    base = shlex.quote(str(home.root))
     steps = []
     try:
         identity = pwd.getpwnam(name).pw_uid
     except KeyError:
         identity = -1
         steps.append(
-            f"useradd --system --user-group --home-dir {home.root} --no-create-home --shell /usr/sbin/nologin {name}"
+            f"useradd --system --user-group --home-dir {base} --no-create-home --shell /usr/sbin/nologin {name}"
         )
     if home.root.stat().st_uid != identity:
-        steps.append(f"chown -R {name}: {home.root}")
+        steps.append(f"chown -R {name}: {base}")
     return [*steps, "systemctl daemon-reload", f"systemctl enable --now {' '.join(sorted(units))}"]
 
 

@@ -26,13 +26,27 @@ QUICK = ("WatchdogSec=15", "RestartSec=1", "TimeoutStopSec=5", STANDIN, "Environ
 class Machine(Debian):
     """A machine on which finetuned is a service."""
 
+    base = BASE
+
     @property
     def home(self) -> Home:
         """The base directory, seen from outside."""
-        return Home(self.root / BASE.removeprefix("/"))
+        return Home(self.root / self.base.removeprefix("/"))
 
     def finetuned(self, *words: str) -> str:
         return self.run(PYTHON, "-P", "-m", "finetuned", *words)
+
+    def install(self, base: str) -> None:
+        """Make it a service in this base directory."""
+        self.base = base
+        self.finetuned("init", base)
+        self.home.config_file.write_text(json.dumps(SETTINGS))
+        before = self.show(UNIT, "ActiveState")
+        said = self.finetuned("service", "install", "--base-dir", base)
+        assert "verified  by systemd-analyze" in said
+        assert self.show(UNIT, "ActiveState") == before  # nothing starts by itself
+        for step in re.findall(r"^    (.+)$", said, flags=re.MULTILINE):
+            self.run("sh", "-c", step)
 
     def drop_in(self, name: str, *lines: str) -> None:
         """Add lines to the unit's [Service]; none takes the file away."""
@@ -56,7 +70,7 @@ class Machine(Debian):
         staged.rename(self.home.inbox / name)
 
     def jobs(self) -> list[dict]:
-        facts = json.loads(self.finetuned("status", "--base-dir", BASE, "--json"))
+        facts = json.loads(self.finetuned("status", "--base-dir", self.base, "--json"))
         return [*facts["running"], *facts["queue"], *facts["finished"]]
 
     def job(self, name: str) -> dict:
@@ -100,7 +114,7 @@ class Machine(Debian):
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    """Install as docs/systemd.md says, by the commands that `service install` prints."""
+    """Install as docs/systemd.md says, with the commands that `service install` prints."""
     if missing := what_is_missing():
         pytest.fail(f"not here: {', '.join(missing)}")
     make_debian(CACHE)
@@ -109,14 +123,8 @@ def machine(tmp_path_factory):
         machine.copy(CACHE)
         machine.install_package()
         machine.boot()
-        machine.finetuned("init", BASE)
-        machine.home.config_file.write_text(json.dumps(SETTINGS))
-        said = machine.finetuned("service", "install", "--base-dir", BASE)
-        assert "verified  by systemd-analyze" in said
-        assert machine.show(UNIT, "ActiveState") == "inactive"  # nothing starts by itself
         machine.drop_in("0-quick", *QUICK)
-        for step in re.findall(r"^    (.+)$", said, flags=re.MULTILINE):
-            machine.run("sh", "-c", step)
+        machine.install(BASE)
         yield machine
     finally:
         machine.discard()
@@ -133,11 +141,27 @@ def test_it_starts_at_boot_and_a_file_becomes_an_adapter(machine):
     machine.power_off()
     machine.boot()
     eventually(lambda: machine.show(UNIT, "ActiveState") == "active", why="started at boot")
-    assert machine.show("finetuned-gpu-nodes.service", "Result") == "success"
     assert machine.show(UNIT, "StatusText") == "waiting for files"
     machine.drop("boot.jsonl", 20)
     assert machine.finished("boot.jsonl")["outcome"] == "succeeded"
     assert machine.undisturbed("boot.jsonl")
+
+
+def test_the_gpu_s_nodes_are_made_by_root_before_the_daemon_starts(machine):
+    """A program of the test's own for nvidia-modprobe; without one, as before, the unit does nothing."""
+    nodes = "finetuned-gpu-nodes.service"
+    assert machine.show(nodes, "Result") == "success"
+    program = machine.root / "usr/bin/nvidia-modprobe"
+    program.write_text('#!/bin/sh\necho "$(id -u) $*" > /dev/finetuned-probe; sleep 2\n')
+    program.chmod(0o755)
+    try:
+        machine.run("systemctl", "stop", UNIT, nodes)
+        machine.run("systemctl", "start", UNIT)
+    finally:
+        program.unlink()
+    assert machine.run("cat", "/dev/finetuned-probe") == "0 -c0 -u\n"
+    made = int(machine.show(nodes, "ActiveEnterTimestampMonotonic"))
+    assert 0 < made < int(machine.show(UNIT, "ExecMainStartTimestampMonotonic"))
 
 
 def test_systemctl_status_tells_job_step_and_time_left(machine):
@@ -201,6 +225,21 @@ def test_a_trainer_killed_for_memory_leaves_the_daemon_alive(machine):
     assert "ran out of memory" in job["reason"]["what"]
     machine.drop_in("hungry")
     assert (machine.pid(), machine.restarts(), machine.show(UNIT, "ActiveState")) == (pid, before, "active")
+
+
+@pytest.mark.parametrize("base", ["/srv/my 100% tuning", "/home/alice/tuning"])
+def test_a_base_directory_elsewhere_works_as_well(machine, base):
+    """Nothing else of /home is seen, and nothing else of the disk is written to."""
+    machine.run("systemctl", "stop", UNIT)
+    machine.install(base)
+    try:
+        machine.drop("elsewhere.jsonl", 10)
+        assert machine.finished("elsewhere.jsonl")["outcome"] == "succeeded"
+        assert machine.undisturbed("elsewhere.jsonl")
+        assert machine.show(UNIT, "User") == "finetuned"
+    finally:
+        machine.run("systemctl", "stop", UNIT)
+        machine.install(BASE)
 
 
 # -- the hardening
