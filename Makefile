@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo test lint gpu-test bench bench-train bench-plan schema clean
+.PHONY: .venv demo test test-systemd lint gpu-test bench bench-train bench-plan schema clean
 
 .venv: .venv/ready
 
@@ -28,6 +28,11 @@ demo: .venv
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# As root, with debootstrap and systemd-container: the units under a real systemd, in a container. The first time it
+# makes a Debian in ~/.cache/finetuned.
+test-systemd: .venv
+	$(BIN)/pytest -m systemd tests/systemd
 
 lint: .venv
 	$(BIN)/ruff check --quiet

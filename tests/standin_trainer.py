@@ -11,6 +11,8 @@ STANDIN_END       exit code with which it ends in place of training, once it has
 STANDIN_NOISE     so many MiB it prints at the beginning
 STANDIN_DEAF      if set, it hears no request to stop
 STANDIN_VERSION   of finetuned that it says it is
+STANDIN_SAVE      seconds that writing a checkpoint at a stop takes (0)
+STANDIN_EAT_MB    megabytes of memory that it fills before the first step
 """
 
 import hashlib
@@ -89,15 +91,18 @@ def run(folder: Path, spec: dict) -> int:
         done, digest = state["step"], bytes.fromhex(state["digest"])
         say(folder, "message", f"resumed after step {done} of {total}", step=done)
     say(folder, "phase", "training", phase="training")
+    hoard = b"x" * (int(os.environ.get("STANDIN_EAT_MB", "0")) << 20)  # noqa: F841
     while done < total:
         if asked:
+            time.sleep(float(os.environ.get("STANDIN_SAVE", "0")))
             write(checkpoint, json.dumps({"step": done, "digest": digest.hex()}).encode())
             say(folder, "checkpoint", f"checkpoint after step {done}", checkpoint_step=done)
             return 130
         time.sleep(SECONDS)
         digest = hashlib.sha256(digest + rows[done % len(rows)]).digest()
         done += 1
-        say(folder, "metrics", f"step {done} of {total}", step=done, total_steps=total, train_loss=1 / done)
+        figures = {"step": done, "total_steps": total, "train_loss": 1 / done, "seconds_left": (total - done) * SECONDS}
+        say(folder, "metrics", f"step {done} of {total}", **figures)
         if done % EVERY == 0:
             write(checkpoint, json.dumps({"step": done, "digest": digest.hex()}).encode())
             say(folder, "checkpoint", f"checkpoint after step {done}", checkpoint_step=done)

@@ -190,6 +190,46 @@ def logs(base_dir: Path | None, job: str | None, follow: bool, lines: int) -> No
 
 @cli.command()
 @_base_dir
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def doctor(base_dir: Path | None, as_json: bool) -> None:  # noqa: FBT001
+    """Check this machine and the base directory; exit 1 if something must be mended."""
+    from finetuned.doctor.examine import examine, render
+    from finetuned.doctor.finding import Verdict
+
+    findings = examine(base_dir)
+    facts = [finding.as_dict() for finding in findings]
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(findings))
+    sys.exit(any(finding.verdict is Verdict.FAIL for finding in findings))
+
+
+@cli.group()
+def service() -> None:
+    """Run the daemon under systemd."""
+
+
+@service.command()
+@_base_dir
+@click.option("--user", is_flag=True, help="A service of your own, without root and without the sandbox.")
+@click.option("--run-as", metavar="USER", help="Who the daemon is; else who owns the base directory.")
+@click.option(
+    "--output-dir", type=click.Path(path_type=Path, file_okay=False), help="Write the units there, to look at them."
+)
+@click.option("--print", "only_print", is_flag=True, help="Write nothing, show the units.")
+def install(
+    base_dir: Path | None,
+    user: bool,  # noqa: FBT001
+    run_as: str | None,
+    output_dir: Path | None,
+    only_print: bool,  # noqa: FBT001
+) -> None:
+    """Write systemd units with this machine's paths, and say what to run next. Starts and enables nothing."""
+    from finetuned.units import install_units
+
+    sys.exit(install_units(_home(base_dir), user=user, run_as=run_as, folder=output_dir, only_print=only_print))
+
+
+@cli.command()
+@_base_dir
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
 @click.option("--model", help="A hub id, a folder, or smollm2-135m, in place of the configured one.")

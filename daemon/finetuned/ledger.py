@@ -134,6 +134,11 @@ class Ledger:
         """Close the connection."""
         self._database.close()
 
+    def prove_writable(self) -> None:
+        """Commit what is there already. Raises sqlite3.Error if the file takes no writes."""
+        with self._transaction():
+            self._database.execute(f"PRAGMA user_version={len(MIGRATIONS)}")
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._database.execute("BEGIN IMMEDIATE")

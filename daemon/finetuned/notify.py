@@ -1,5 +1,5 @@
-"""Telling systemd how the daemon is: READY, STATUS, WATCHDOG, STOPPING, as sd_notify(3) describes. Without systemd,
-nothing happens.
+"""Telling systemd how the daemon is: READY, STATUS, WATCHDOG, EXTEND_TIMEOUT_USEC, STOPPING, as sd_notify(3) describes.
+Without systemd, nothing happens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ def notify(**state: str | int) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    message = "\n".join(f"{key.upper()}={value}" for key, value in state.items())
+    lines = ((key.upper(), str(value).replace("\n", " ")) for key, value in state.items())  # a line is a message
+    message = "\n".join("=".join(line) for line in lines)
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
             channel.sendto(message.encode(), address)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sqlite3
@@ -25,7 +24,9 @@ from finetuned.jobs import Job, State
 from finetuned.launchers.local import start, trainer_environment
 from finetuned.launchers.warm import WarmParent
 from finetuned.ledger import Ledger
+from finetuned.live import sentence
 from finetuned.notify import notify, watchdog_seconds
+from finetuned.pulse import Signs, no_room, trouble
 from finetuned.spool import orders
 from finetuned.spool.claim import claim, enqueue, input_path, settle_duplicate, write_spec
 from finetuned.spool.crashes import pause_if_too_many
@@ -43,9 +44,9 @@ from finetuned.wake import Hints, Wake
 _TICK = 0.2  # seconds between two looks at a running trainer
 _IDLE = 5.0  # seconds between two looks at config.json when nothing else happens
 _RETRY_AFTER = 15.0  # seconds, after the disk was full or read-only
+_STOP_WORD = 60.0  # seconds that systemd shall wait for the next word of a daemon that stops
 _GPU_LINE_SECONDS = 60.0
 _TIDY_SECONDS = 86400.0
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
 _log = structlog.get_logger()
 
@@ -70,6 +71,9 @@ class Service:
         self._next_look = 0.0
         self._held = False  # the queue waits, for room on the disk say
         self._held_until = 0.0
+        self._held_by: Exception | None = None
+        self._looked_at = time.monotonic()
+        self._next_word = self._next_beat = 0.0  # to systemd: what is going on, and a sign of life
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
         self._next_tidy = 0.0
         self._failures = 0
@@ -278,13 +282,14 @@ class Service:
         make_folder(self._home.inbox)
         self._watch.renew()
         look = self._look = self._settler.look(self._config, now)
+        self._looked_at = now
         for complaint in look.complaints:
             _complain(complaint)
         for found in look.ready:
             try:
                 job = claim(self._ledger, self._home, found, self._config)
             except OSError as error:
-                if error.errno in _NO_ROOM:
+                if no_room(error):
                     self._hold(error, doing=f"taking {found.path.name}")
                     return
                 _complain(Complaint(found.path, f"cannot be taken: {error.strerror}", "Mend the folder's permissions."))
@@ -426,19 +431,56 @@ class Service:
                 self._attempt.stop(self._config.pause_grace)
 
     def _tell_systemd(self) -> None:
-        if self._attempt is None:
-            status = "paused" if self._paused() else "waiting for files"
-        else:
-            figures = self._attempt.job.progress
-            status = f"{self._attempt.job.id}: step {figures.get('step', 0)} of {figures.get('total_steps', '?')}"
-        notify(watchdog=1, status=status)
+        """Say what is going on, ask for patience while a checkpoint is written, and give a sign of life if all is well.
+
+        Called by the loop and by nothing else, so a stuck loop is silent.
+        """
+        now = time.monotonic()
+        if now < self._next_word:
+            return
+        beat = watchdog_seconds()
+        self._next_word = now + min(_IDLE, beat or _IDLE)
+        notify(status=self._doing())
+        if self._stop:
+            notify(watchdog=1, extend_timeout_usec=int(_STOP_WORD * 1e6))
+        elif beat and now >= self._next_beat:
+            why = trouble(self._signs(now))
+            if why:
+                _log.error("not well", why=why, then="systemd starts the daemon again unless it passes soon")
+                self._hints.set()  # the look renews the watch
+            else:
+                notify(watchdog=1)
+                self._next_beat = now + beat
+
+    def _doing(self) -> str:
+        """Say in a sentence what is going on: the job, its step, the time that is left."""
+        if self._attempt is not None:
+            job = self._attempt.job
+            return f"{job.id}: {'writing a checkpoint' if self._attempt.stopping else sentence(job.progress)}"
+        if self._held:
+            return f"waiting: {self._held_by}"
+        return "paused" if self._paused() else "waiting for files"
+
+    def _signs(self, now: float) -> Signs:
+        unwritten = None
+        try:
+            self._ledger.prove_writable()
+        except sqlite3.Error as error:
+            unwritten = error
+        return Signs(
+            watching=self._watch.alive,
+            since_look=now - self._looked_at,
+            look_every=self._config.rescan_seconds,
+            unwritten=unwritten,
+            waits_for=self._held_by if self._held else None,
+        )
 
     def _pause(self) -> float:
         """Seconds to rest: until the next thing that can happen by itself."""
         if self._attempt is not None:
             return _TICK
         now = time.monotonic()
-        pauses = [_IDLE, max(self._next_look, self._held_until) - now, watchdog_seconds() or _IDLE]
+        pauses = [_IDLE, max(self._next_look, self._held_until) - now, self._next_word - now]
         if again_at := self._hasher.again_at():
             pauses.append(max(again_at, self._held_until) - now)
         return max(0.01, min(pauses))
@@ -462,7 +504,8 @@ class Service:
         if self._attempt is not None:
             if not self._attempt.stopping:
                 _log.info("stopping", job=self._attempt.job.id, seconds=self._config.stop_seconds)
-                notify(stopping=1, extend_timeout_usec=int((self._config.stop_seconds + 30) * 1e6))
+                notify(stopping=1)
+                self._next_word = 0.0
             self._attempt.stop(self._config.stop_seconds)
 
     def _publish(self, job: Job) -> None:
@@ -472,7 +515,7 @@ class Service:
         except FinetunedError as error:
             self._fail(job, error.as_dict())
         except OSError as error:
-            if error.errno in _NO_ROOM:
+            if no_room(error):
                 self._hold(error, doing=f"publishing {job.id}")
             else:
                 self._fail(job, _unwritable(error))
@@ -512,9 +555,9 @@ class Service:
 
     def _hold(self, error: Exception, *, doing: str) -> None:
         """Let the queue wait: nothing is lost, and it goes on by itself when the cause is gone."""
-        self._held, self._held_until = True, time.monotonic() + _RETRY_AFTER
+        self._held, self._held_by, self._held_until = True, error, time.monotonic() + _RETRY_AFTER
         _log.error("the queue waits", doing=doing, error=str(error), again_in_seconds=_RETRY_AFTER)
-        notify(status=f"waiting: {error}")
+        self._next_word = 0.0
 
     def _adopt(self, job: Job) -> bool:
         """Go on with a job whose daemon went down, if its trainer did not, or said how it ended."""

@@ -142,7 +142,7 @@ def trainer_environment(gpu: str | None) -> tuple[dict[str, str], str]:
         return quiet, f"GPU {chosen}, as CUDA_VISIBLE_DEVICES says"
     if gpu is not None and chosen is None:
         return {**quiet, "CUDA_VISIBLE_DEVICES": gpu}, f"GPU {gpu}"
-    library = _jemalloc()
+    library = find_jemalloc()
     if library is None:
         return quiet, "no GPU; glibc's allocator (with libjemalloc2 more memory would come back after an out-of-memory)"
     preload = " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
@@ -150,7 +150,7 @@ def trainer_environment(gpu: str | None) -> tuple[dict[str, str], str]:
 
 
 @cache
-def _jemalloc() -> Path | None:
+def find_jemalloc(usr: Path = Path("/usr")) -> Path | None:
     """Find the library without loading it into this process."""
     folders = ("lib/*", "lib", "lib64", "local/lib")
-    return next((path for folder in folders for path in Path("/usr").glob(f"{folder}/libjemalloc.so.2")), None)
+    return next((path for folder in folders for path in usr.glob(f"{folder}/libjemalloc.so.2")), None)

@@ -50,7 +50,7 @@ class Watch:
             self.stop()
             return
         folder = (facts.st_dev, facts.st_ino)
-        if self._observer is not None and self._observer.is_alive() and folder == self._watched:
+        if self._observer is not None and self.alive and folder == self._watched:
             return
         self.stop()
         observer = Observer()
@@ -63,6 +63,12 @@ class Watch:
             return
         self._observer, self._watched = observer, folder
         self._changed.set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether its threads live. Where the kernel refused to watch there are none, and the rescan has to do."""
+        observer = self._observer
+        return observer is None or all(thread.is_alive() for thread in (observer, *observer.emitters))
 
     def stop(self) -> None:
         """Stop watching."""

@@ -1,0 +1,1 @@
+"""`finetuned doctor`: whether this machine and this base directory are fit for training. One function a check."""
