@@ -19,10 +19,11 @@ from finetuned.errors import FinetunedError
 from finetuned.home import Home, JobFolder, printable
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
-from finetuned.spool.claim import input_path, read_spec, restore, take_override
+from finetuned.spool.claim import input_path, read_spec, take_override
 from finetuned.spool.inbox import Found
 from finetuned.spool.orders import take_back
 from finetuned.spool.publish import archive, archived_name, fail, publish, published
+from finetuned.spool.rebuild import holds_input, rebuild
 
 MOST_INTERRUPTIONS = 5  # of one job; after that it is the job that takes the machine down
 
@@ -34,41 +35,13 @@ def recover(ledger: Ledger, home: Home, *, stop_orphan: Callable[[Job], None]) -
 
     `stop_orphan` ends a trainer that outlived its daemon and returns when it is gone.
     """
-    _adopt_lost(ledger, home)
+    rebuild(ledger, home)
     for job in ledger.jobs(State.CLAIMING, State.QUEUED, State.RUNNING, State.TRAINED, State.FAILING):
         recover_job(ledger, home, job, stop_orphan=stop_orphan)
     known = {job.id for job in ledger.jobs(*(state for state in State if state is not State.FINISHED))}
     for folder in home.jobs.iterdir():
-        if folder.is_dir() and folder.name not in known and not _holds_input(folder):
+        if folder.is_dir() and folder.name not in known and not holds_input(folder):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _holds_input(folder: Path) -> bool:
-    return any(folder.glob("input.*"))
-
-
-def _adopt_lost(ledger: Ledger, home: Home) -> None:
-    """Rebuild the rows of jobs that have a folder with an input but no row: the ledger was lost."""
-    for path in sorted(home.jobs.iterdir()):
-        if not _holds_input(path):
-            continue
-        try:
-            ledger.job(path.name)
-        except KeyError:
-            try:
-                job = restore(read_spec(JobFolder(path)))
-            except (OSError, ValueError, TypeError, KeyError):
-                _log.error(
-                    "job folder without a readable job.json",
-                    folder=str(path),
-                    remedy="Move its input back into inbox/.",
-                )
-                continue
-            if job.id != path.name:
-                _log.error("job folder of another job", folder=str(path), remedy="Move its input back into inbox/.")
-                continue
-            _log.warning("job rebuilt from its folder", job=job.id)
-            ledger.add(job)
 
 
 def recover_job(ledger: Ledger, home: Home, job: Job, *, stop_orphan: Callable[[Job], None]) -> None:
