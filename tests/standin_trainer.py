@@ -7,8 +7,10 @@ lost, repeated or torn shows. Standard library only, so it starts in a moment. B
 STANDIN_SECONDS   seconds a step takes (0.01)
 STANDIN_END       exit code with which it ends in place of training, once it has said an error
 STANDIN_DEAF      if set, it hears no request to stop
+STANDIN_WEIGHT    bytes that are added to its weights
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +18,7 @@ import signal
 import struct
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 SECONDS = float(os.environ.get("STANDIN_SECONDS", "0.01"))
@@ -24,7 +27,7 @@ EVERY = 5  # steps between two checkpoints
 
 def say(folder: Path, kind: str, message: str, *, level: str = "info", **data) -> None:
     line = {"created_at": time.time(), "type": kind, "message": message, "level": level, "data": data}
-    with (folder / "events.jsonl").open("ab") as file:
+    with (folder / "events.jsonl").open("ab", buffering=0) as file:
         file.write(json.dumps(line).encode() + b"\n")
 
 
@@ -46,6 +49,7 @@ def weights_of(rows: list[bytes], steps: int) -> bytes:
 
 
 def safetensors(content: bytes) -> bytes:
+    content += bytes(int(os.environ.get("STANDIN_WEIGHT", "0")))
     header = json.dumps(
         {"digest": {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}}
     ).encode()
@@ -86,10 +90,38 @@ def main(folder: Path) -> int:
     adapter.mkdir(parents=True, exist_ok=True)
     write(adapter / "adapter_model.safetensors", safetensors(digest))
     write(adapter / "adapter_config.json", b'{"peft_type": "LORA"}')
-    write(adapter / "finetuned.json", json.dumps({"job_id": spec["id"], "sha256": spec["sha256"]}).encode())
+    story = {key: spec[key] for key in ("sha256", "profile", "settings", "rung")}
+    story |= {
+        "job_id": spec["id"],
+        "file": spec["name"],
+        "finished_at": time.time(),
+        "metrics": {"train_loss": 1 / done},
+    }
+    write(adapter / "finetuned.json", json.dumps(story).encode())
     say(folder, "result", "trained", step=done, total_steps=total)
     return 0
 
 
+def told(folder: Path) -> int:
+    """Train; without room on the disk say so, if there is room for that, and end as temporary."""
+    try:
+        return main(folder)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+            raise
+        with suppress(OSError):
+            say(
+                folder,
+                "error",
+                "no room",
+                level="error",
+                code="no_space",
+                what="no room on the disk",
+                where="",
+                remedy="",
+            )
+        return 75
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(told(Path(sys.argv[1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import textwrap
@@ -10,19 +11,24 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
-from finetuned.config import load_config
+from finetuned.checked import is_checked
 from finetuned.errors import ConfigError
-from finetuned.guard import daemon_pid
+from finetuned.guard import daemon_pid, why_paused, why_waiting
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
 from finetuned.live import duration, sentence
 from finetuned.spool.inbox import Complaint, Found, list_inbox
-from finetuned.spool.orders import why_paused
 from finetuned.spool.recover import locked
 
-_LAST = 10
+_LAST = 10  # finished jobs
+_FIRST = 30  # waiting jobs, for people; machines get all
 _LONGEST_REASON = 300  # characters
+_STANDSTILLS = {
+    "config_error": "config.json is broken, the last good one is in use: {}",
+    "waits": "waiting: {}; it goes on by itself when that is over",
+    "paused": "paused: {}; `finetuned resume` lets jobs start again",
+}
 
 
 def gather(home: Home) -> dict[str, Any]:
@@ -32,15 +38,18 @@ def gather(home: Home) -> dict[str, Any]:
         "daemon_pid": daemon_pid(home),
         "config_error": None,
         "paused": why_paused(home),
+        "waits": None,
         "orders": [],
         "inbox": [],
         "running": [],
         "queue": [],
         "finished": [],
     }
+    if facts["daemon_pid"]:
+        facts["waits"] = why_waiting(home)
     profiles: Collection[str] = ()
     try:
-        profiles = load_config(home.config_file).profiles
+        profiles = _profiles(home)
     except ConfigError as error:
         facts["config_error"] = error.sentence()
     facts["inbox"] = [_lying(entry) for entry in list_inbox(home.inbox, profiles)]
@@ -59,6 +68,15 @@ def gather(home: Home) -> dict[str, Any]:
     finally:
         ledger.close()
     return facts
+
+
+def _profiles(home: Home) -> Collection[str]:
+    """Give the names of the profiles. Raises ConfigError with everything that is wrong in config.json."""
+    if is_checked(home):
+        return dict(json.loads(home.config_file.read_bytes()).get("profiles", {}))
+    from finetuned.config import load_config
+
+    return load_config(home.config_file).profiles
 
 
 def _lying(entry: Found | Complaint) -> dict[str, str]:
@@ -106,14 +124,12 @@ def render(facts: dict[str, Any]) -> str:
         if not pid:
             trainer = "its trainer is at work without a daemon" if job["trainer_alive"] else "it stands still"
             lines.append(f"          {trainer}; `finetuned run` goes on with it")
-    if facts["paused"]:
-        lines[1:1] = [f"paused: {facts['paused']}; `finetuned resume` lets jobs start again"]
-    if facts["config_error"]:
-        lines[1:1] = [f"config.json is broken, the last good one is in use: {facts['config_error']}"]
+    lines[1:1] = [text.format(facts[key]) for key, text in _STANDSTILLS.items() if facts[key]]
     if facts["inbox"]:
         lines += ["", *(f"in inbox  {e['path']} {e['what']}. {e['remedy']}".rstrip() for e in facts["inbox"])]
-    if facts["queue"]:
-        lines += ["", *map(_waiting, facts["queue"])]
+    if queue := facts["queue"]:
+        more = [f"          and {len(queue) - _FIRST:,} more"] if len(queue) > _FIRST else []
+        lines += ["", *map(_waiting, queue[:_FIRST]), *more]
     if facts["orders"]:
         asked = (f"{order['verb']} {order['job'] or ''}".strip() for order in facts["orders"])
         lines += ["", f"asked for {', '.join(asked)}"]
