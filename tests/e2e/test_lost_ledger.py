@@ -77,4 +77,4 @@ def test_a_ledger_that_is_lost_is_made_again_and_all_goes_on(home, daemon, stand
     order(home, Verb.RETRY, "cancelled")  # its file is found
     eventually(lambda: two.job("cancelled.jsonl").outcome is Outcome.SUCCEEDED, why="the second try")
     assert {path.name for path in home.adapters.iterdir()} == {"done", "running", "queued", "cancelled", "latest"}
-    assert not list(home.jobs.iterdir())
+    eventually(lambda: not list(home.jobs.iterdir()), why="nothing is left behind")
