@@ -62,7 +62,7 @@ class Service:
         self._attempt: Attempt | None = None
         self._stop = self._hurry = self._reload = False
         self._config_state: tuple[int, ...] = ()
-        self._waiting: bool | None = None  # whether the last look found files that are not ready yet
+        self._waiting: bool | None = None  # whether the last look left files that it will be worth looking at again
         self._ready: deque[Found] = deque()  # what the last look found ready and is not taken yet
         self._next_look = 0.0
         self._held = False  # the queue waits, for room on the disk say
@@ -291,7 +291,7 @@ class Service:
         make_folder(self._home.inbox)
         self._watch.renew()
         look = self._settler.look(self._config, now)
-        self._waiting = bool(look.waiting)
+        self._waiting = look.again is not None
         for complaint in look.complaints:
             _complain(complaint)
         self._ready.extend(look.ready)
@@ -302,7 +302,8 @@ class Service:
         until = time.monotonic() + _ROUND
         while self._ready and not self._stop and self._held_until <= time.monotonic() < until:
             found = self._ready.popleft()
-            if not self._settler.is_as_seen(found):  # it waited for its turn; the next look judges it anew
+            if not self._settler.is_as_seen(found):  # it changed before its turn; the next look judges it anew
+                self._waiting, self._next_look = True, 0.0
                 continue
             try:
                 job = claim(self._ledger, self._home, found, self._config)
