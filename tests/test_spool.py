@@ -24,6 +24,7 @@ from finetuned.errors import FinetunedError
 from finetuned.home import Home
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
+from finetuned.spool import orders
 from finetuned.spool.claim import claim, enqueue, fingerprint, input_path, read_spec, write_spec
 from finetuned.spool.inbox import Found
 from finetuned.spool.publish import BadOutputError, archive, fail, publish
@@ -689,6 +690,17 @@ def test_claiming_with_the_override_left_behind_takes_it_along(spool, home):
     spool.recover()
     assert files(home.inbox) == []
     assert json.loads(home.job(job.id).overrides.read_text()) == {"epochs": 1}
+
+
+def test_a_retry_that_was_cut_off_after_the_input_was_moved_leaves_no_old_reason_behind(spool, home):
+    job = spool.fail(spool.running(), REASON)
+    orders.retry(spool.ledger, home, spool.config, job)
+    (home.failed / job.id).mkdir()
+    (home.failed / job.id / "reason.json").write_text("{}")
+    spool.recover()
+    assert [job.state for job in spool.jobs()] == [State.CLAIMING]
+    assert (spool.job_folder(job) / "input.jsonl").read_bytes() == CONTENT
+    assert list(home.failed.iterdir()) == []
 
 
 def test_claiming_leaves_a_newer_override_to_the_file_that_it_was_dropped_for(spool, home):

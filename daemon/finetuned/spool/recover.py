@@ -22,7 +22,7 @@ from finetuned.ledger import Ledger
 from finetuned.spool.claim import input_path, read_spec, take_override
 from finetuned.spool.inbox import Found
 from finetuned.spool.orders import take_back
-from finetuned.spool.publish import archive, archived_name, fail, publish, published
+from finetuned.spool.publish import archive, fail, publish, published
 from finetuned.spool.rebuild import holds_input, rebuild
 
 MOST_INTERRUPTIONS = 5  # of one job; after that it is the job that takes the machine down
@@ -61,9 +61,9 @@ def recover_job(ledger: Ledger, home: Home, job: Job, *, stop_orphan: Callable[[
 
 def _recover_claim(ledger: Ledger, home: Home, job: Job) -> None:
     source = home.inbox / job.profile / os.fsdecode(job.name)
-    if (home.failed / job.id / archived_name(job)).exists():
+    if (home.failed / job.id).is_dir():
         take_back(home, job)
-    elif _same_inode(source, job):
+    if not job.attempt and _same_inode(source, job):
         shutil.rmtree(home.job(job.id).path, ignore_errors=True)
         ledger.drop(job.id)
     elif input_path(home, job).exists():
