@@ -35,7 +35,7 @@ lint: .venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# A real daemon and its trainers, killed N times at random moments; SEED does the same again.
+# A real daemon and its trainers, killed N times at random moments; SEED begins the same way.
 N ?= 300
 torture: .venv
 	$(BIN)/python tests/torture.py $(N) $(if $(SEED),--seed $(SEED))

@@ -1,6 +1,6 @@
 """Kill a real daemon and its trainers again and again while files keep dropping and orders come, then count.
 
-`python tests/torture.py 300` (`make torture N=300`), with `--seed` to do the same again. The trainer is the stand-in,
+`python tests/torture.py 300` (`make torture N=300`), with `--seed` to begin the same way. The trainer is the stand-in,
 whose weights tell every step that was lost, done twice or torn. tests/e2e/test_torture.py runs a little of it.
 """
 
