@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo test test-systemd lint gpu-test bench bench-train bench-plan schema clean
+.PHONY: .venv demo test test-systemd torture lint gpu-test bench bench-spool bench-train bench-plan schema clean
 
 .venv: .venv/ready
 
@@ -40,12 +40,21 @@ lint: .venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# A real daemon and its trainers, killed N times at random moments; SEED begins the same way.
+N ?= 300
+torture: .venv
+	$(BIN)/python tests/torture.py $(N) $(if $(SEED),--seed $(SEED))
+
 # On a machine with a CUDA device.
 gpu-test: .venv
 	$(BIN)/pytest -m gpu tests/gpu
 
 bench: .venv
 	$(BIN)/python benchmarks/daemon.py
+
+# Latency, storm, status, memory, cost of the durable path.
+bench-spool: .venv
+	$(BIN)/python benchmarks/spool.py
 
 # Beside trl and LLaMA-Factory, each installed into an environment of its own the first time. A quarter of an hour a round.
 bench-train: .venv

@@ -60,6 +60,10 @@ def write_jsonl(path: Path, rows: list) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A random Llama of two layers with a byte-level tokenizer and a ChatML template, as a folder."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+def make_tiny_model(folder: Path) -> Path:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -87,7 +91,6 @@ def tiny_model(tmp_path_factory) -> Path:
             eos_token_id=1,
         )
     )
-    folder = tmp_path_factory.mktemp("tiny-model")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -96,7 +99,11 @@ def tiny_model(tmp_path_factory) -> Path:
 @pytest.fixture
 def home(tmp_path) -> Home:
     """An empty base directory, with a config.json that makes a daemon quick."""
-    home = Home(tmp_path / "base")
+    return make_home(tmp_path / "base")
+
+
+def make_home(root: Path) -> Home:
+    home = Home(root)
     for folder in home.folders:
         folder.mkdir(parents=True)
     write_config(home)

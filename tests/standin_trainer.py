@@ -13,8 +13,10 @@ STANDIN_DEAF      if set, it hears no request to stop
 STANDIN_VERSION   of finetuned that it says it is
 STANDIN_SAVE      seconds that writing a checkpoint at a stop takes (0)
 STANDIN_EAT_MB    megabytes of memory that it fills before the first step
+STANDIN_WEIGHT    bytes that are added to its weights
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +24,7 @@ import signal
 import struct
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from finetuned import __version__
@@ -33,7 +36,7 @@ EVERY = 5  # steps between two checkpoints
 
 def say(folder: Path, kind: str, message: str, *, level: str = "info", **data) -> None:
     line = {"created_at": time.time(), "type": kind, "message": message, "level": level, "data": data}
-    with (folder / "events.jsonl").open("ab") as file:
+    with (folder / "events.jsonl").open("ab", buffering=0) as file:
         file.write(json.dumps(line).encode() + b"\n")
 
 
@@ -55,6 +58,7 @@ def weights_of(rows: list[bytes], steps: int) -> bytes:
 
 
 def safetensors(content: bytes) -> bytes:
+    content += bytes(int(os.environ.get("STANDIN_WEIGHT", "0")))
     header = json.dumps(
         {"digest": {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}}
     ).encode()
@@ -110,10 +114,38 @@ def run(folder: Path, spec: dict) -> int:
     adapter.mkdir(parents=True, exist_ok=True)
     write(adapter / "adapter_model.safetensors", safetensors(digest))
     write(adapter / "adapter_config.json", b'{"peft_type": "LORA"}')
-    write(adapter / "finetuned.json", json.dumps({"job_id": spec["id"], "sha256": spec["sha256"]}).encode())
+    story = {key: spec[key] for key in ("sha256", "profile", "settings", "rung")}
+    story |= {
+        "job_id": spec["id"],
+        "file": spec["name"],
+        "finished_at": time.time(),
+        "metrics": {"train_loss": 1 / done},
+    }
+    write(adapter / "finetuned.json", json.dumps(story).encode())
     say(folder, "result", "trained", step=done, total_steps=total)
     return 0
 
 
+def told(folder: Path) -> int:
+    """Train; without room on the disk say so, if there is room for that, and end as temporary."""
+    try:
+        return main(folder)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+            raise
+        with suppress(OSError):
+            say(
+                folder,
+                "error",
+                "no room",
+                level="error",
+                code="no_space",
+                what="no room on the disk",
+                where="",
+                remedy="",
+            )
+        return 75
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(told(Path(sys.argv[1])))

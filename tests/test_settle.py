@@ -140,6 +140,27 @@ def test_the_window_starts_again_with_every_change(inbox, change):
     assert inbox.ready(after=0.2) == ["x.jsonl"]
 
 
+@pytest.mark.parametrize("change", [grown, rewritten_in_place, put_in_its_place, mode_changed, Path.unlink])
+def test_a_ready_file_that_changes_before_its_turn_is_not_as_it_was_seen(inbox, change):
+    path = inbox.drop("x.jsonl")
+    inbox.look()
+    (found,) = inbox.look(after=3).ready
+    assert inbox.settler.is_as_seen(found)
+    change(path)
+    assert not inbox.settler.is_as_seen(found)
+
+
+def test_of_very_many_ready_files_some_are_given_at_a_time_and_the_rest_need_not_wait_again(inbox):
+    paths = [inbox.drop(f"{number:04}.jsonl") for number in range(1003)]
+    inbox.look()
+    look = inbox.look(after=3)
+    assert [found.path for found in look.ready] == paths[:1000]
+    assert 0 < look.again < 0.1
+    for path in paths[:1000]:
+        path.unlink()
+    assert [found.path for found in inbox.look().ready] == paths[1000:]
+
+
 def test_a_new_file_under_an_old_name_waits_for_itself(inbox):
     path = inbox.drop("x.jsonl")
     assert inbox.settled() == ["x.jsonl"]

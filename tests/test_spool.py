@@ -24,6 +24,7 @@ from finetuned.errors import FinetunedError
 from finetuned.home import Home
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
+from finetuned.spool import orders
 from finetuned.spool.claim import claim, enqueue, fingerprint, input_path, read_spec, write_spec
 from finetuned.spool.inbox import Found
 from finetuned.spool.publish import BadOutputError, archive, fail, publish
@@ -513,27 +514,103 @@ def test_no_row_and_the_file_in_its_jobs_folder_the_ledger_was_lost(spool, home)
     spool.lose_the_ledger()
     spool.recover()
     (restored,) = spool.jobs()
-    assert restored.state is State.CLAIMING
-    for name in ("id", "name", "profile", "identity", "created_at", "settings", "rung", "attempt"):
+    assert (restored.state, restored.interruptions) == (State.QUEUED, 1)
+    for name in ("id", "name", "profile", "identity", "created_at", "settings", "rung", "attempt", "sha256"):
         assert getattr(restored, name) == getattr(job, name), name
-    again = spool.archive(spool.publish(spool.train(spool.start(spool.enqueue(restored)))))
+    again = spool.archive(spool.publish(spool.train(spool.start(restored))))
     assert again.attempt == 2
     assert spool.archived(again).read_bytes() == CONTENT
 
 
-def test_a_lost_ledger_is_rebuilt_from_all_folders(spool, home):
-    jobs = {
-        spool.claim("a.jsonl", b"a\n").id,
-        spool.enqueue(spool.claim("b.jsonl", b"b\n")).id,
-        spool.running("c.jsonl", b"c\n").id,
-        spool.publish(spool.train(spool.running("d.jsonl", b"d\n"))).id,
-    }
-    done = spool.trained_and_archived("e.jsonl", b"e\n")
+def test_a_lost_ledger_is_rebuilt_from_all_folders_wherever_the_jobs_were(spool, home):
+    claimed = spool.claim("a.jsonl", b"a\n")
+    queued = spool.enqueue(spool.claim("b.jsonl", b"b\n"))
+    running = spool.running("c.jsonl", b"c\n")
+    published = spool.publish(spool.train(spool.running("d.jsonl", b"d\n")))
+    whole = spool.train(spool.running("e.jsonl", b"e\n"))
+    failing = spool.running("f.jsonl", b"f\n")
+    (home.failed / failing.id).mkdir()
+    (home.failed / failing.id / "reason.json").write_text(json.dumps({"reason": REASON}))
+    done = spool.trained_and_archived("g.jsonl", b"g\n")
     spool.lose_the_ledger()
     spool.recover()
-    assert {job.id for job in spool.jobs()} == jobs
-    assert {job.state for job in spool.jobs()} == {State.CLAIMING}
-    assert spool.archived(done).read_bytes() == b"e\n"
+    jobs = {job.id: job for job in spool.jobs()}
+    assert {job_id: (job.state, job.outcome) for job_id, job in jobs.items()} == {
+        claimed.id: (State.CLAIMING, None),
+        queued.id: (State.CLAIMING, None),  # it is hashed again
+        running.id: (State.QUEUED, None),
+        published.id: (State.FINISHED, Outcome.SUCCEEDED),
+        whole.id: (State.FINISHED, Outcome.SUCCEEDED),
+        failing.id: (State.FINISHED, Outcome.FAILED),
+        done.id: (State.FINISHED, Outcome.SUCCEEDED),
+    }
+    assert sorted(path.name for path in home.adapters.iterdir()) == ["d", "e", "g", "latest"]  # none of them twice
+    assert jobs[failing.id].reason == REASON
+    for job in (published, whole, done):
+        assert spool.archived(job).read_bytes() == jobs[job.id].name[:1] + b"\n"
+
+
+FINISHED = ("name", "profile", "settings", "rung", "outcome", "sha256", "adapter", "duplicate_of", "reason", "attempt")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", b"caf\xe9.jsonl", "job.json", "input-x.json"])
+def test_finished_jobs_are_known_again_when_the_ledger_was_lost(spool, home, name):
+    spool.trained_and_archived(name)
+    spool.archive(spool.enqueue(spool.claim("again.jsonl")))
+    spool.fail(spool.running("bad.jsonl", b"bad\n"), REASON)
+    spool.fail(spool.running("cancelled.jsonl", b"c\n"), {**REASON, "code": "cancelled"})
+    before = spool.jobs()
+    assert len({(job.outcome, job.duplicate_of) for job in before}) == 4
+    spool.lose_the_ledger()
+    spool.recover()
+    for job, known in zip(before, spool.jobs(), strict=True):
+        assert {name: getattr(known, name) for name in FINISHED} == {name: getattr(job, name) for name in FINISHED}
+        assert abs(known.finished_at - job.finished_at) < 60
+    assert spool.enqueue(spool.claim("third.jsonl")).duplicate_of == before[0].id
+
+
+def test_an_adapter_is_known_again_though_the_archive_was_cleared(spool, home):
+    settings = Config().training().model_dump()
+    story = {
+        "file": "x.jsonl",
+        "profile": "",
+        "finished_at": 7.0,
+        "settings": settings,
+        "rung": {},
+        "metrics": {"a": 1},
+    }
+    job = spool.running()
+    story |= {"job_id": job.id, "sha256": job.sha256}
+    spool.archive(spool.publish(spool.train(job, manifest=story)))
+    shutil.rmtree(home.archive / time.strftime("%Y-%m"))
+    spool.lose_the_ledger()
+    spool.recover()
+    (known,) = spool.jobs()
+    assert (known.id, known.outcome, known.adapter) == (job.id, Outcome.SUCCEEDED, "x")
+    assert (known.progress, known.finished_at) == ({"a": 1}, 7.0)
+    assert spool.enqueue(spool.claim("again.jsonl")).duplicate_of == job.id
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"job_id": 1}', b"\xff"])
+def test_an_archive_with_foreign_things_in_it_does_not_stop_the_daemon(spool, home, content):
+    done = spool.trained_and_archived()
+    for folder in (home.archive / "2026-01" / "theirs", home.failed / "theirs", home.adapters / "theirs"):
+        folder.mkdir(parents=True)
+        for name in ("job.json", "reason.json", "finetuned.json"):
+            (folder / name).write_bytes(content)
+    spool.lose_the_ledger()
+    spool.recover()
+    assert [job.id for job in spool.jobs()] == [done.id]
+
+
+def test_a_ledger_that_knows_a_job_is_not_filled_from_the_archive(spool, home):
+    done = spool.trained_and_archived()
+    (story,) = home.archive.glob("*/*/job.json")
+    other = story.parent.with_name("other")
+    other.mkdir()
+    (other / "job.json").write_bytes(story.read_bytes().replace(done.id.encode(), b"other"))
+    spool.recover()
+    assert [job.id for job in spool.jobs()] == [done.id]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"identity": null}', b"\xff"])
@@ -613,6 +690,17 @@ def test_claiming_with_the_override_left_behind_takes_it_along(spool, home):
     spool.recover()
     assert files(home.inbox) == []
     assert json.loads(home.job(job.id).overrides.read_text()) == {"epochs": 1}
+
+
+def test_a_retry_that_was_cut_off_after_the_input_was_moved_leaves_no_old_reason_behind(spool, home):
+    job = spool.fail(spool.running(), REASON)
+    orders.retry(spool.ledger, home, spool.config, job)
+    (home.failed / job.id).mkdir()
+    (home.failed / job.id / "reason.json").write_text("{}")
+    spool.recover()
+    assert [job.state for job in spool.jobs()] == [State.CLAIMING]
+    assert (spool.job_folder(job) / "input.jsonl").read_bytes() == CONTENT
+    assert list(home.failed.iterdir()) == []
 
 
 def test_claiming_leaves_a_newer_override_to_the_file_that_it_was_dropped_for(spool, home):

@@ -88,8 +88,8 @@ def train_by_hand(
         if stopped:
             click.echo("Stopped with a checkpoint. The same command goes on from there.", err=True)
             return 130
-        # By hand nobody waits for a hub that is out of reach: the user tries again.
-        reason = decision.reason or (job.progress.get("error") if decision.delay else None)
+        # By hand nobody waits for a hub that is out of reach, or for room: the user tries again.
+        reason = decision.reason or (job.progress.get("error") if decision.delay or decision.no_room else None)
         if reason:
             click.echo(f"finetuned: {FinetunedError(**_spoken(reason))}", err=True)
             click.echo(f"The trainer's log: {folder.path / _LOG}", err=True)

@@ -74,7 +74,7 @@ def _find(ledger: Ledger, name: str) -> Job:
 def _ledger(home: Home) -> Iterator[Ledger]:
     home.machinery.mkdir(mode=0o750, exist_ok=True)
     try:
-        ledger = Ledger.open(home.ledger)
+        ledger = Ledger.open(home.ledger, check=False)
     except sqlite3.OperationalError as error:
         raise HomeError(
             f"the ledger cannot be written: {error}",

@@ -6,11 +6,13 @@ protocol (docs/protocol.md) and every checkpoint goes through these few function
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 FILE_MODE = 0o640
 OTHERS_NOTHING = 0o027  # as umask: files 0640, folders 0750
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # of an OSError that may pass by itself
 
 
 def sync_file(path: Path) -> None:
@@ -37,6 +39,13 @@ def sync_tree(path: Path) -> None:
         for name in names:
             sync_file(Path(folder, name))
         sync_folder(Path(folder))
+
+
+def has_room(folder: Path) -> bool:
+    """Whether a little can be written there: 1 MiB, in a new file, on a disk that is not read-only."""
+    facts = os.statvfs(folder)
+    files_left = facts.f_favail > 0 or facts.f_files == 0  # where they are not counted, there is room for them
+    return not facts.f_flag & os.ST_RDONLY and facts.f_bavail * facts.f_frsize >= 2**20 and files_left
 
 
 def make_folder(path: Path) -> None:

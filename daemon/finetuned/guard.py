@@ -10,28 +10,50 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from finetuned.durable import NO_ROOM, make_folder
 from finetuned.errors import HomeError
 from finetuned.home import Home
+
+_LONGEST = 1024  # bytes of the lock
 
 
 @contextmanager
 def only_daemon(home: Home) -> Iterator[None]:
-    """Hold the base directory's lock. Raises HomeError with the holder's pid if another daemon has it."""
-    descriptor = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    """Make the folders and hold the base directory's lock.
+
+    Raises HomeError: with the holder's pid if another daemon has it, with the code `no_room` on a full disk.
+    """
+    with _writing(home):
+        for folder in home.folders:
+            make_folder(folder)
+        descriptor = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
         if not _locked_soon(descriptor):
-            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            holder = _read(descriptor)[0] or "unknown"
             raise HomeError(
                 f"another daemon is at work here, pid {holder}",
                 where=str(home.root),
                 remedy=f"Stop it with `kill {holder}`, or use another base directory.",
                 code="already_running",
             )
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        with _writing(home):
+            _write(descriptor, f"{os.getpid()}\n")
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _writing(home: Home) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HomeError(
+            f"cannot be written: {error.strerror}",
+            where=str(error.filename or home.root),
+            remedy="Make room on the disk, or mend its rights.",
+            code="no_room" if error.errno in NO_ROOM else "",
+        ) from error
 
 
 def daemon_pid(home: Home) -> int | None:
@@ -43,10 +65,55 @@ def daemon_pid(home: Home) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return int(os.pread(descriptor, 32, 0) or 0) or None
+        return int(_read(descriptor)[0] or 0) or None
     finally:
         os.close(descriptor)
     return None
+
+
+def say_waiting(home: Home, why: str) -> None:
+    """Leave behind the daemon's pid why its queue waits; nothing if it does not.
+
+    There, because the lock has its block on the disk already: where that is full, no other file could say so.
+    """
+    with suppress(OSError):
+        descriptor = os.open(home.lock, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _write(descriptor, f"{_read(descriptor)[0]}\n{why}")
+        finally:
+            os.close(descriptor)
+
+
+def why_paused(home: Home) -> str | None:
+    """Say why no job starts until `finetuned resume`, or None if they do."""
+    try:
+        return home.paused.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return None
+
+
+def why_waiting(home: Home) -> str | None:
+    """Say why the queue waits for better times, or None if it does not."""
+    try:
+        descriptor = os.open(home.lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return _read(descriptor)[1] or None
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int) -> tuple[str, str]:
+    """Give the holder's pid and why it waits, as far as they are there."""
+    pid, _, why = os.pread(descriptor, _LONGEST, 0).decode("utf-8", "replace").partition("\n")
+    return pid.strip(), why.strip()
+
+
+def _write(descriptor: int, text: str) -> None:
+    content = text.encode("utf-8", "backslashreplace")[:_LONGEST]
+    os.pwrite(descriptor, content, 0)  # and only then cut, for on a full disk a block given back is gone
+    os.ftruncate(descriptor, len(content))
 
 
 def _locked_soon(descriptor: int) -> bool:

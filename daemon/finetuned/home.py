@@ -131,6 +131,11 @@ class Home:
         return self.machinery / "lock"
 
     @property
+    def config_checked(self) -> Path:
+        """Which config.json the daemon found to be in order."""
+        return self.machinery / "config.checked"
+
+    @property
     def paused(self) -> Path:
         """There while the queue is paused, with the reason as its content."""
         return self.machinery / "paused"

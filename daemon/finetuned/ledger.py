@@ -89,6 +89,7 @@ CREATE TABLE orders (
 """
 MIGRATIONS = [_TABLES, _ORDERS]  # each brings the file from one version to the next
 
+_LAST_CHARACTER = "\U0010ffff"
 _IN_TURN = "ORDER BY priority DESC, place, created_at, rowid"
 
 
@@ -100,13 +101,16 @@ class Ledger:
         self._database.row_factory = sqlite3.Row
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open for writing, making or upgrading the file. Raises sqlite3.DatabaseError if it is damaged."""
+    def open(cls, path: Path, *, check: bool = True) -> Self:
+        """Open for writing, making or upgrading the file. Raises sqlite3.DatabaseError if it is damaged.
+
+        Without `check` only the worst damage is found, but the file is not read as a whole.
+        """
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE))
         database = sqlite3.connect(path, isolation_level=None)
         for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             database.execute(f"PRAGMA {pragma}")
-        verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        verdict = database.execute("PRAGMA quick_check(1)").fetchone()[0] if check else "ok"
         if verdict != "ok":
             database.close()
             raise sqlite3.DatabaseError(verdict)
@@ -145,7 +149,8 @@ class Ledger:
         try:
             yield
         except BaseException:
-            self._database.execute("ROLLBACK")
+            if self._database.in_transaction:  # SQLite has taken it back itself where the disk was full
+                self._database.execute("ROLLBACK")
             raise
         self._database.execute("COMMIT")
 
@@ -154,6 +159,12 @@ class Ledger:
         row = _row(job)
         marks = ", ".join("?" * len(row))
         self._database.execute(f"INSERT INTO jobs ({', '.join(row)}) VALUES ({marks})", list(row.values()))
+
+    def add_all(self, jobs: Iterable[Job]) -> None:
+        """Commit new jobs, all or none of them."""
+        with self._transaction():
+            for job in jobs:
+                self.add(job)
 
     def drop(self, job_id: str) -> None:
         """Forget a job whose file never left the inbox."""
@@ -207,6 +218,16 @@ class Ledger:
         )
         return [_job(row) for row in rows]
 
+    def is_empty(self) -> bool:
+        """Whether it knows no job at all."""
+        return self._database.execute("SELECT 1 FROM jobs LIMIT 1").fetchone() is None
+
+    def unfinished(self) -> bool:
+        """Whether any job is left to do."""
+        states = [str(state) for state in State if state is not State.FINISHED]
+        marks = ", ".join("?" * len(states))
+        return self._database.execute(f"SELECT 1 FROM jobs WHERE state IN ({marks})", states).fetchone() is not None
+
     def next_queued(self, now: float) -> Job | None:
         """Give the job that is first in the queue among those that may start now."""
         row = self._database.execute(
@@ -224,8 +245,8 @@ class Ledger:
     def named(self, name: str) -> list[Job]:
         """Give the jobs whose id is `name` or begins with it: the one of exactly that id alone, if there is one."""
         rows = self._database.execute(
-            "SELECT * FROM jobs WHERE substr(id, 1, ?) = ? ORDER BY id = ? DESC, created_at DESC LIMIT 10",
-            (len(name), name, name),
+            "SELECT * FROM jobs WHERE id >= ? AND id < ? ORDER BY id = ? DESC, created_at DESC LIMIT 10",
+            (name, f"{name}{_LAST_CHARACTER}", name),
         ).fetchall()
         return [_job(row) for row in rows if row["id"] == name] or [_job(row) for row in rows]
 

@@ -7,11 +7,11 @@ note anything. A restart mends all of these, so they keep the sign of life back.
 
 from __future__ import annotations
 
-import errno
 import sqlite3
 from dataclasses import dataclass
 
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+from finetuned.durable import NO_ROOM
+
 _NO_ROOM_SQLITE = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY})
 _LOOKS_MISSED = 3
 _PATIENCE = 60.0  # seconds; a storm of files, or a large adapter on its way to the disk, holds the loop for a while
@@ -25,7 +25,7 @@ class Signs:
     since_look: float  # time since the inbox was last listed
     look_every: float  # rescan_seconds
     unwritten: Exception | None = None  # why the ledger did not take a write
-    waits_for: Exception | None = None  # what the queue is held by
+    waits_for: Exception | str | None = None  # what the queue is held by
 
 
 def trouble(signs: Signs) -> str | None:
@@ -41,7 +41,7 @@ def trouble(signs: Signs) -> str | None:
     return None
 
 
-def no_room(error: Exception | None) -> bool:
+def no_room(error: Exception | str | None) -> bool:
     """Whether a disk that is full or read-only is behind an error."""
     if isinstance(error, sqlite3.Error):
         return getattr(error, "sqlite_errorcode", 0) & 0xFF in _NO_ROOM_SQLITE

@@ -6,19 +6,20 @@ import os
 import signal
 import sqlite3
 import time
+from collections import deque
 from contextlib import suppress
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import structlog
 
 from finetuned import gpu
+from finetuned.checked import file_state, remember_checked
 from finetuned.config import Config, load_config
-from finetuned.durable import make_folder
+from finetuned.durable import has_room, make_folder
 from finetuned.errors import ConfigError, FinetunedError, HomeError
 from finetuned.events import Ending, Event, EventType, ExitCode
 from finetuned.fleet import Fleet
-from finetuned.guard import check_one_mount, check_place, only_daemon
+from finetuned.guard import check_one_mount, check_place, only_daemon, say_waiting, why_paused
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, State
 from finetuned.launchers.local import start, trainer_environment
@@ -31,11 +32,11 @@ from finetuned.spool import orders
 from finetuned.spool.claim import claim, enqueue, input_path, settle_duplicate, write_spec
 from finetuned.spool.crashes import pause_if_too_many
 from finetuned.spool.hasher import Hasher
-from finetuned.spool.inbox import Complaint
+from finetuned.spool.inbox import Complaint, Found
 from finetuned.spool.orders import Verb
 from finetuned.spool.publish import archive, fail, publish
 from finetuned.spool.recover import recover, recover_job
-from finetuned.spool.settle import Look, Settler
+from finetuned.spool.settle import Settler
 from finetuned.spool.watch import Watch
 from finetuned.supervisor import Attempt, boot_id, stop_orphan
 from finetuned.tidy import keep_ends, release, tidy
@@ -43,9 +44,10 @@ from finetuned.wake import Hints, Wake
 
 _TICK = 0.2  # seconds between two looks at a running trainer
 _IDLE = 5.0  # seconds between two looks at config.json when nothing else happens
-_RETRY_AFTER = 15.0  # seconds, after the disk was full or read-only
-_STOP_WORD = 60.0  # seconds that systemd shall wait for the next word of a daemon that stops
+_ROUND = 0.2  # seconds that one step may take of a round in which thousands of files wait
+_FIRST_RETRY, _LAST_RETRY = 1.0, 15.0  # seconds, after the disk was full or read-only; doubled each time
 _GPU_LINE_SECONDS = 60.0
+_STOP_WORD = 60.0  # seconds that systemd shall wait for the next word of a daemon that stops
 _TIDY_SECONDS = 86400.0
 
 _log = structlog.get_logger()
@@ -67,11 +69,13 @@ class Service:
         self._attempt: Attempt | None = None
         self._stop = self._hurry = self._reload = False
         self._config_state: tuple[int, ...] = ()
-        self._look: Look | None = None
+        self._waiting: bool | None = None  # whether the last look left files that it will be worth looking at again
+        self._ready: deque[Found] = deque()  # what the last look found ready and is not taken yet
         self._next_look = 0.0
         self._held = False  # the queue waits, for room on the disk say
-        self._held_until = 0.0
-        self._held_by: Exception | None = None
+        self._held_until = self._held_for = 0.0
+        self._held_by: Exception | str | None = None
+        self._recovered = False
         self._looked_at = time.monotonic()
         self._next_word = self._next_beat = 0.0  # to systemd: what is going on, and a sign of life
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
@@ -87,15 +91,27 @@ class Service:
     def run(self) -> int:
         """Serve until a signal, or with `once` until all is done. Gives the exit code: 1 if a job failed under `once`.
 
-        Raises HomeError if another daemon is at work here or the folders cannot be used, ConfigError if config.json is
-        broken.
+        Waits for room on the disk, but not with `once`. Raises HomeError if another daemon is at work here or the
+        folders cannot be used, ConfigError if config.json is broken.
         """
-        for folder in self._home.folders:
-            make_folder(folder)
         self._catch_signals()  # before the pid is known to anybody: an order's signal would end this process
+        pause = _FIRST_RETRY
+        while not self._stop:
+            try:
+                return self._serve()
+            except HomeError as error:
+                if self._once or error.code != "no_room":
+                    raise
+                _log.error("the daemon waits", error=error.sentence(), again_in_seconds=pause)
+                self._wake.rest(pause)
+                pause = min(2 * pause, _LAST_RETRY)
+        return 0
+
+    def _serve(self) -> int:
         with only_daemon(self._home):
-            self._config_state = _file_state(self._home.config_file)
+            self._config_state = file_state(self._home.config_file)
             self._config = load_config(self._home.config_file)
+            remember_checked(self._home, self._config_state)
             check_one_mount(self._home)
             self._ledger = open_ledger(self._home)
             self._gpus = gpu.Sampler.open()
@@ -121,8 +137,8 @@ class Service:
         else:
             _log.info("no GPU", reason=self._gpus.why_none, then="training runs on the CPU")
         try:
-            recover(self._ledger, self._home, stop_orphan=self._stop_orphan, adopt=self._adopt)
-        except OSError as error:
+            self._recover()
+        except (sqlite3.OperationalError, OSError) as error:
             self._hold(error, doing="putting right what a crash left")
         if why := pause_if_too_many(self._home, self._config.most_crashes, time.time()):
             _log.error("paused", why=why, then="`finetuned resume` lets jobs start again")
@@ -130,11 +146,16 @@ class Service:
         self._warm_up()
         notify(ready=1, status="waiting for files")
 
+    def _recover(self) -> None:
+        recover(self._ledger, self._home, stop_orphan=self._stop_orphan, adopt=self._adopt)
+        self._recovered = True
+
     def _done(self) -> bool:
         if self._stop:
             self._stop_attempt()
-            return self._attempt is None
-        if not self._once or self._attempt or self._look is None:
+            # Where the disk is full its end cannot be recorded, and is left to recovery.
+            return self._attempt is None or (self._held and self._attempt.trainer.poll() is not None)
+        if not self._once or self._attempt or self._waiting is None or self._ready:
             return False
         if self._paused() or self._fleet.all_failed:
             why, then = (
@@ -143,8 +164,7 @@ class Service:
             _log.error(why, then=f"{then}, and start again")
             self._failures += 1
             return True
-        unfinished = [state for state in State if state is not State.FINISHED]
-        return not self._look.waiting and not self._ledger.jobs(*unfinished)
+        return not self._waiting and not self._ledger.unfinished()
 
     def _end(self) -> int:
         notify(stopping=1)
@@ -178,6 +198,7 @@ class Service:
             self._finish_held,
             self._obey,
             self._look_into_inbox,
+            self._take_ready,
             self._queue_hashed,
             self._warm.listen,
             self._start_next,
@@ -190,11 +211,14 @@ class Service:
                 step()
             except (sqlite3.OperationalError, OSError) as error:  # a full disk, most likely
                 self._hold(error, doing=step.__name__.strip("_").replace("_", " "))
-                return
+        if self._held_by and not self._held:
+            self._held_by, self._held_for = None, 0.0
+            say_waiting(self._home, "")
+            _log.info("the queue goes on")
 
     def _reload_config(self) -> None:
         """Read config.json again when it changed. A broken edit keeps the last good one and says what is wrong."""
-        state = _file_state(self._home.config_file)
+        state = file_state(self._home.config_file)
         if state == self._config_state and not self._reload:
             return
         self._config_state, self._reload = state, False
@@ -204,6 +228,7 @@ class Service:
             _log.error("config.json not taken over", error=error.sentence(), then="the last good one stays in use")
         else:
             _log.info("config.json read again", then="the next job uses it")
+            remember_checked(self._home, state)
             self._next_look = 0.0
             self._warm_up()
 
@@ -211,7 +236,9 @@ class Service:
         """Go on with what a full disk stopped, as recovery would after a crash."""
         if not self._held or time.monotonic() < self._held_until:
             return
-        self._held = False
+        self._held, self._next_look = False, 0.0
+        if not self._recovered:
+            self._recover()
         for job in self._ledger.jobs(State.CLAIMING, State.RUNNING, State.TRAINED, State.FAILING):
             at_work = self._hasher.busy(job.id) or (self._attempt is not None and job.id == self._attempt.job.id)
             if at_work:
@@ -274,30 +301,40 @@ class Service:
                 return True
 
     def _look_into_inbox(self) -> None:
-        """Take what is ready (D1 to D3), say once what never will be."""
+        """Find what is ready, say once what never will be."""
         now = time.monotonic()
-        if self._stop or now < self._held_until or not (self._hints.is_set() or now >= self._next_look):
+        if self._stop or self._ready or now < self._held_until or not (self._hints.is_set() or now >= self._next_look):
             return
         self._hints.clear()
         make_folder(self._home.inbox)
         self._watch.renew()
-        look = self._look = self._settler.look(self._config, now)
+        look = self._settler.look(self._config, now)
         self._looked_at = now
+        self._waiting = look.again is not None
         for complaint in look.complaints:
             _complain(complaint)
-        for found in look.ready:
+        self._ready.extend(look.ready)
+        self._next_look = now + min(look.again or self._config.rescan_seconds, self._config.rescan_seconds)
+
+    def _take_ready(self) -> None:
+        """Take what is ready (D1 to D3), of thousands some at a time."""
+        until = time.monotonic() + _ROUND
+        while self._ready and not self._stop and self._held_until <= time.monotonic() < until:
+            found = self._ready.popleft()
+            if not self._settler.is_as_seen(found):  # it changed before its turn; the next look judges it anew
+                self._waiting, self._next_look = True, 0.0
+                continue
             try:
                 job = claim(self._ledger, self._home, found, self._config)
             except OSError as error:
                 if no_room(error):
-                    self._hold(error, doing=f"taking {found.path.name}")
+                    self._hold(error, doing=f"taking {printable(found.name)}")
                     return
                 _complain(Complaint(found.path, f"cannot be taken: {error.strerror}", "Mend the folder's permissions."))
                 continue
             _log.info("file taken", job=job.id, file=printable(job.name), bytes=job.identity.size)
             if job.reason:
                 self._fail(job)
-        self._next_look = now + min(look.again or self._config.rescan_seconds, self._config.rescan_seconds)
 
     def _queue_hashed(self) -> None:
         """Hash claimed files beside the loop and queue those that are done (D4, D5)."""
@@ -313,6 +350,9 @@ class Service:
                 _log.info("file still changes", job=job_id)
             else:
                 self._queue(self._ledger.job(job_id), sha256=result[1])
+            if time.monotonic() > now + _ROUND:
+                self._wake.set()
+                return
 
     def _queue(self, job: Job, *, sha256: str) -> None:
         job = enqueue(self._ledger, self._home, self._config, job, sha256)
@@ -343,6 +383,8 @@ class Service:
             return
         environment, why = self._trainer_environment()
         try:
+            check_place(self._home.adapters)
+            write_spec(self._home, replace(job, attempt=job.attempt + 1))
             job = self._ledger.update(
                 job.id,
                 state=State.RUNNING,
@@ -351,15 +393,14 @@ class Service:
                 started_at=job.started_at or time.time(),
                 progress={**job.progress, "gpu": {**os.environ, **environment}.get("CUDA_VISIBLE_DEVICES", "")},
             )
-            check_place(self._home.adapters)
-            write_spec(self._home, job)
             how = self._warm.start if self._config.warm_trainer else start
             self._attempt = Attempt.launch(self._ledger, self._home, job, start=how, environment=environment)
         except FinetunedError as error:
             self._fail(job, error.as_dict())
         except OSError as error:
-            self._ledger.update(job.id, state=State.QUEUED)
             self._hold(error, doing=f"starting {job.id}")
+            if job.state is State.RUNNING:
+                self._ledger.update(job.id, state=State.QUEUED)
         else:
             _log.info("training starts", job=job.id, attempt=job.attempt, pid=self._attempt.trainer.pid, on=why)
             self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
@@ -381,9 +422,9 @@ class Service:
         if status != ExitCode.DONE:
             self._gpus.sample()  # a GPU that is gone is noticed when it is asked
             self._heed_gpus()
+        decision, ending = attempt.conclude(status)
         self._attempt = None
         self._wake.set()  # the next job need not wait
-        decision, ending = attempt.conclude(status)
         job = attempt.job
         if decision.publish:
             self._publish(job)
@@ -391,6 +432,8 @@ class Service:
             self._fail(job, decision.reason)
         elif ending is Ending.INTERRUPTED:
             _log.info("training stopped", job=job.id, then="it goes on from its checkpoint")
+        elif decision.no_room:
+            self._hold(decision.why, doing=f"training {job.id}")
         else:
             delay = {"after_seconds": decision.delay} if decision.delay else {}
             _log.warning("training goes on", job=job.id, why=decision.why, **delay)
@@ -469,7 +512,7 @@ class Service:
             unwritten = error
         return Signs(
             watching=self._watch.alive,
-            since_look=now - self._looked_at,
+            since_look=0.0 if self._ready else now - self._looked_at,
             look_every=self._config.rescan_seconds,
             unwritten=unwritten,
             waits_for=self._held_by if self._held else None,
@@ -481,6 +524,8 @@ class Service:
             return _TICK
         now = time.monotonic()
         pauses = [_IDLE, max(self._next_look, self._held_until) - now, self._next_word - now]
+        if self._ready:
+            pauses.append(self._held_until - now)
         if again_at := self._hasher.again_at():
             pauses.append(max(again_at, self._held_until) - now)
         return max(0.01, min(pauses))
@@ -488,7 +533,7 @@ class Service:
     # -- what steps share
 
     def _paused(self) -> bool:
-        return orders.why_paused(self._home) is not None
+        return why_paused(self._home) is not None
 
     def _trainer_environment(self) -> tuple[dict[str, str], str]:
         return trainer_environment(self._fleet.next())
@@ -553,11 +598,18 @@ class Service:
         except OSError as error:
             self._hold(error, doing=f"putting {printable(job.name)} away")
 
-    def _hold(self, error: Exception, *, doing: str) -> None:
+    def _hold(self, error: Exception | str, *, doing: str) -> None:
         """Let the queue wait: nothing is lost, and it goes on by itself when the cause is gone."""
-        self._held, self._held_by, self._held_until = True, error, time.monotonic() + _RETRY_AFTER
-        _log.error("the queue waits", doing=doing, error=str(error), again_in_seconds=_RETRY_AFTER)
+        now = time.monotonic()
+        if self._held and now < self._held_until:
+            return
+        self._held_for = min(2 * self._held_for or _FIRST_RETRY, _LAST_RETRY)
+        self._held, self._held_until = True, now + self._held_for
+        if str(error) != str(self._held_by):
+            _log.error("the queue waits", doing=doing, error=str(error), then="it goes on by itself")
+        self._held_by = error
         self._next_word = 0.0
+        say_waiting(self._home, f"{doing}: {error}")
 
     def _adopt(self, job: Job) -> bool:
         """Go on with a job whose daemon went down, if its trainer did not, or said how it ended."""
@@ -571,7 +623,10 @@ class Service:
 
 
 def open_ledger(home: Home) -> Ledger:
-    """Open the ledger; a damaged one is put aside, and recovery rebuilds what the folders know."""
+    """Open the ledger; a damaged one is put aside, and recovery rebuilds what the folders know.
+
+    Raises HomeError if it cannot be opened, for lack of room perhaps.
+    """
     try:
         return Ledger.open(home.ledger)
     except sqlite3.OperationalError as error:  # not damaged: a full or read-only disk, say
@@ -579,6 +634,7 @@ def open_ledger(home: Home) -> Ledger:
             f"the ledger cannot be opened: {error}",
             where=str(home.ledger),
             remedy="Make room on the disk, or mend its rights.",
+            code="" if has_room(home.machinery) else "no_room",
         ) from error
     except sqlite3.DatabaseError as error:
         aside = home.ledger.with_name(f"state.damaged-{int(time.time())}.db")
@@ -589,14 +645,6 @@ def open_ledger(home: Home) -> Ledger:
             with suppress(FileNotFoundError):
                 home.ledger.with_name(home.ledger.name + suffix).rename(aside.with_name(aside.name + suffix))
         return Ledger.open(home.ledger)
-
-
-def _file_state(path: Path) -> tuple[int, ...]:
-    try:
-        facts = path.stat()
-    except OSError:
-        return ()
-    return (facts.st_ino, facts.st_size, facts.st_mtime_ns)
 
 
 def _complain(complaint: Complaint) -> None:

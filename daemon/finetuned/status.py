@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import textwrap
@@ -10,19 +11,19 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import Any
 
-from finetuned.config import load_config
+from finetuned.checked import is_checked
 from finetuned.errors import ConfigError, harmless
 from finetuned.fleet import gpus_aside
-from finetuned.guard import daemon_pid
+from finetuned.guard import daemon_pid, why_paused, why_waiting
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
 from finetuned.lifesigns import locked
 from finetuned.live import duration, sentence
 from finetuned.spool.inbox import Complaint, Found, list_inbox
-from finetuned.spool.orders import why_paused
 
-_LAST = 10
+_LAST = 10  # finished jobs
+_FIRST = 30  # waiting jobs, for people; machines get all
 _LONGEST_REASON = 300  # characters
 
 
@@ -34,15 +35,18 @@ def gather(home: Home) -> dict[str, Any]:
         "config_error": None,
         "paused": why_paused(home),
         "gpus_aside": gpus_aside(home),
+        "waits": None,
         "orders": [],
         "inbox": [],
         "running": [],
         "queue": [],
         "finished": [],
     }
+    if facts["daemon_pid"]:
+        facts["waits"] = why_waiting(home)
     profiles: Collection[str] = ()
     try:
-        profiles = load_config(home.config_file).profiles
+        profiles = _profiles(home)
     except ConfigError as error:
         facts["config_error"] = error.sentence()
     facts["inbox"] = [_lying(entry) for entry in list_inbox(home.inbox, profiles)]
@@ -61,6 +65,15 @@ def gather(home: Home) -> dict[str, Any]:
     finally:
         ledger.close()
     return facts
+
+
+def _profiles(home: Home) -> Collection[str]:
+    """Give the names of the profiles. Raises ConfigError with everything that is wrong in config.json."""
+    if is_checked(home):
+        return dict(json.loads(home.config_file.read_bytes()).get("profiles", {}))
+    from finetuned.config import load_config
+
+    return load_config(home.config_file).profiles
 
 
 def _lying(entry: Found | Complaint) -> dict[str, str]:
@@ -111,8 +124,9 @@ def render(facts: dict[str, Any]) -> str:
     lines[1:1] = _hindrances(facts)
     if facts["inbox"]:
         lines += ["", *(f"in inbox  {e['path']} {e['what']}. {e['remedy']}".rstrip() for e in facts["inbox"])]
-    if facts["queue"]:
-        lines += ["", *map(_waiting, facts["queue"])]
+    if queue := facts["queue"]:
+        more = [f"          and {len(queue) - _FIRST:,} more"] if len(queue) > _FIRST else []
+        lines += ["", *map(_waiting, queue[:_FIRST]), *more]
     if facts["orders"]:
         asked = (f"{order['verb']} {order['job'] or ''}".strip() for order in facts["orders"])
         lines += ["", f"asked for {', '.join(asked)}"]
@@ -128,6 +142,8 @@ def _hindrances(facts: dict[str, Any]) -> list[str]:
     lines = []
     if facts["config_error"]:
         lines.append(f"config.json is broken, the last good one is in use: {facts['config_error']}")
+    if facts["waits"]:
+        lines.append(f"waiting: {facts['waits']}; it goes on by itself when that is over")
     if facts["paused"]:
         lines.append(f"paused: {facts['paused']}; `finetuned resume` lets jobs start again")
     if facts["daemon_pid"]:

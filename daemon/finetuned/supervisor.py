@@ -17,6 +17,7 @@ from typing import Any
 
 import structlog
 
+from finetuned.durable import has_room
 from finetuned.events import Ending, Event, EventType, describe_end, judge, parse_event
 from finetuned.fallback import Rung, next_rung
 from finetuned.home import Home, JobFolder, printable
@@ -50,6 +51,7 @@ class Decision:
     why: str = ""
     delay: float = 0.0  # seconds
     counted: bool = False  # as one of the job's retries after a transient end
+    no_room: bool = False  # on the disk, for any job
 
 
 def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) -> Decision:
@@ -73,7 +75,7 @@ def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) 
         case Ending.HOST_MEMORY:
             return Decision(reason=_killed(job))
         case Ending.TRANSIENT if said["code"] == "no_space":
-            return Decision(why=said["what"], delay=FIRST_DELAY)
+            return Decision(why=said["what"], no_room=True)
         case Ending.TRANSIENT if job.retries < MOST_TRANSIENT:
             delay = min(FIRST_DELAY * 2**job.retries, LONGEST_DELAY)
             return Decision(why=said["what"] or end, delay=delay, counted=True)
@@ -166,9 +168,11 @@ class Attempt:
         self.job = job
         self.trainer = trainer
         self._ledger = ledger
+        self._home = home
         self._tail = EventTail(home.job(job.id).events, job.events_offset)
         self._stop_by: float | None = None
         self.gpu_failed = False
+        self._no_room: bool | None = None  # when the trainer ended
 
     @classmethod
     def launch(cls, ledger: Ledger, home: Home, job: Job, *, start: Start, environment: dict[str, str]) -> Attempt:
@@ -218,6 +222,8 @@ class Attempt:
         if self._stop_by is not None and time.monotonic() >= self._stop_by:
             self.trainer.kill()
         status = self.trainer.poll()  # before reading, so that an ended trainer's last events are read
+        if status is not None and self._no_room is None:
+            self._no_room = not has_room(self._home.jobs)  # at once: its end can be recorded only when there is some
         offset = self._tail.offset
         events = self._tail.read()
         if events:
@@ -238,6 +244,8 @@ class Attempt:
         """
         ending = judge(status, stopped_by_us=self.stopping, gpu_failed=self.gpu_failed)
         error = self.job.progress.get("error")
+        if ending is Ending.TRANSIENT and error is None and self._no_room:  # nor room to say so
+            error = {"code": "no_space", "what": "no room on the disk"}
         decision = decide(self.job, ending, error=error, end=describe_end(status))
         if decision.publish or decision.reason:
             return decision, ending

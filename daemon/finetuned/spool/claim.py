@@ -22,7 +22,7 @@ from finetuned.ledger import Ledger
 from finetuned.spool.inbox import Found
 from finetuned.spool.settle import has_writer
 
-_BLOCK = 4 * 2**20
+_BLOCK = 256 * 2**10
 
 
 def claim(ledger: Ledger, home: Home, found: Found, config: Config) -> Job:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 
 from finetuned.durable import write_file
+from finetuned.guard import why_paused
 from finetuned.home import Home
-from finetuned.spool.orders import pause, why_paused
+from finetuned.spool.orders import pause
 
 WINDOW = 1800.0  # seconds
 

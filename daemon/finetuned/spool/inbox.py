@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from finetuned.home import data_extension, printable
@@ -18,7 +19,7 @@ EXTENSIONS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
 OVERRIDE_SUFFIX = ".config.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Found:
     """A data file in the inbox. `profile` is the sub-folder it lies in, or empty."""
 
@@ -33,8 +34,7 @@ class Found:
     @property
     def override(self) -> Path:
         """Where the settings for this one file would be: `x.config.json` beside `x.jsonl`."""
-        name = self.path.name
-        return self.path.with_name(name[: len(name) - len(data_extension(self.name))] + OVERRIDE_SUFFIX)
+        return self.path.with_name(_override_of(self.path.name))
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,17 @@ def list_inbox(inbox: Path, profiles: Collection[str]) -> Iterator[Found | Compl
 def _list(folder: Path, *, profile: str, profiles: Collection[str]) -> Iterator[Found | Complaint]:
     try:
         with os.scandir(folder) as listing:
-            entries = sorted(listing, key=lambda entry: entry.name)
+            entries = sorted(listing, key=attrgetter("name"))
     except OSError as error:
         yield Complaint(folder, f"cannot be listed: {error.strerror}", "Mend its permissions.")
         return
-    data = [Found(folder / entry.name, profile) for entry in entries if _is_data(entry.name)]
-    overrides = {found.override.name for found in data}
+    overrides = {entry.name for entry in entries if entry.name.endswith(OVERRIDE_SUFFIX)}
+    if overrides:  # those that have a data file
+        overrides &= {_override_of(entry.name) for entry in entries if _is_data(entry.name)}
     for entry in entries:
-        path = folder / entry.name
         if _LITTER.search(printable(os.fsencode(entry.name))):
             continue
+        path = folder / entry.name
         if entry.is_dir(follow_symlinks=False):
             if profile or entry.name not in profiles:
                 yield from _misplaced(path, profile, profiles)
@@ -98,6 +99,10 @@ def _misplaced(folder: Path, profile: str, profiles: Collection[str]) -> Iterato
         f"is a folder, but config.json has no profile {folder.name!r}",
         f"Add it to `profiles` (there: {known}), or move its files into inbox/ itself.",
     )
+
+
+def _override_of(name: str) -> str:
+    return name[: len(name) - len(data_extension(os.fsencode(name)))] + OVERRIDE_SUFFIX
 
 
 def _is_data(name: str) -> bool:

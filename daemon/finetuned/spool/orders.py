@@ -58,14 +58,6 @@ def resume(home: Home) -> None:
     sync_folder(home.machinery)
 
 
-def why_paused(home: Home) -> str | None:
-    """Say why no job starts, or None if they do."""
-    try:
-        return home.paused.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return None
-
-
 def change_turn(ledger: Ledger, home: Home, job: Job, verb: Verb) -> Job:
     """Put a waiting job before or behind all others. Raises OrderError if it does not wait."""
     if job.state not in {State.CLAIMING, State.QUEUED}:

@@ -21,7 +21,8 @@ from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
 from finetuned.spool.claim import input_path
 
-REASON = "reason.json"
+STORY, REASON = "job.json", "reason.json"  # beside an input in archive/, and in archive/failed/
+OURS = frozenset({STORY, REASON, "overrides.json", "checkpoints", "adapter"})  # names there
 CANCELLED = "cancelled"  # code of the reason of a job that a user did not want any longer
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 _LOG_LINES, _LOG_BYTES = 200, 256 * 1024  # of a bug, kept in reason.json
@@ -110,7 +111,7 @@ def archive(ledger: Ledger, home: Home, job: Job) -> Job:
     """Put the input away and finish the job (D11, D12)."""
     folder = archive_folder(home, job)
     make_folder(folder)
-    write_file(folder / "job.json", _story(job, Outcome.SUCCEEDED))
+    write_file(folder / STORY, _story(job, Outcome.SUCCEEDED))
     _put_away(home, job, folder)
     return _finish(ledger, home, job, Outcome.SUCCEEDED)
 
@@ -151,7 +152,7 @@ def _put_away(home: Home, job: Job, folder: Path) -> None:
 def archived_name(job: Job) -> str:
     """Give the input's name, changed where it is that of a file of ours."""
     name = os.fsdecode(job.name)
-    return f"input-{name}" if name in {"job.json", REASON, "overrides.json", "checkpoints", "adapter"} else name
+    return f"input-{name}" if name in OURS else name
 
 
 def _story(job: Job, outcome: Outcome, *, log: Path | None = None) -> bytes:

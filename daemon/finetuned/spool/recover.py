@@ -16,15 +16,16 @@ import structlog
 from finetuned.adapters import belongs_to
 from finetuned.durable import sync_folder
 from finetuned.errors import FinetunedError
-from finetuned.home import Home, JobFolder, printable
+from finetuned.home import Home, printable
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
 from finetuned.lifesigns import locked
-from finetuned.spool.claim import input_path, read_spec, restore, take_override
+from finetuned.spool.claim import input_path, read_spec, take_override
 from finetuned.spool.crashes import note_crash
 from finetuned.spool.inbox import Found
 from finetuned.spool.orders import take_back
-from finetuned.spool.publish import archive, archived_name, fail, publish, published
+from finetuned.spool.publish import archive, fail, publish, published
+from finetuned.spool.rebuild import holds_input, rebuild
 
 MOST_INTERRUPTIONS = 5  # of one job; after that it is the job that takes the machine down
 
@@ -43,41 +44,13 @@ def recover(
     `adopt` takes on a job whose trainer outlived its daemon, or said how it ended, and tells whether it could.
     `stop_orphan` ends a trainer that nobody adopts and returns when it is gone.
     """
-    _adopt_lost(ledger, home)
+    rebuild(ledger, home)
     for job in ledger.jobs(State.CLAIMING, State.QUEUED, State.RUNNING, State.TRAINED, State.FAILING):
         recover_job(ledger, home, job, stop_orphan=stop_orphan, adopt=adopt)
     known = {job.id for job in ledger.jobs(*(state for state in State if state is not State.FINISHED))}
     for folder in home.jobs.iterdir():
-        if folder.is_dir() and folder.name not in known and not _holds_input(folder):
+        if folder.is_dir() and folder.name not in known and not holds_input(folder):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _holds_input(folder: Path) -> bool:
-    return any(folder.glob("input.*"))
-
-
-def _adopt_lost(ledger: Ledger, home: Home) -> None:
-    """Rebuild the rows of jobs that have a folder with an input but no row: the ledger was lost."""
-    for path in sorted(home.jobs.iterdir()):
-        if not _holds_input(path):
-            continue
-        try:
-            ledger.job(path.name)
-        except KeyError:
-            try:
-                job = restore(read_spec(JobFolder(path)))
-            except (OSError, ValueError, TypeError, KeyError):
-                _log.error(
-                    "job folder without a readable job.json",
-                    folder=str(path),
-                    remedy="Move its input back into inbox/.",
-                )
-                continue
-            if job.id != path.name:
-                _log.error("job folder of another job", folder=str(path), remedy="Move its input back into inbox/.")
-                continue
-            _log.warning("job rebuilt from its folder", job=job.id)
-            ledger.add(job)
 
 
 def recover_job(
@@ -105,9 +78,9 @@ def recover_job(
 
 def _recover_claim(ledger: Ledger, home: Home, job: Job) -> None:
     source = home.inbox / job.profile / os.fsdecode(job.name)
-    if (home.failed / job.id / archived_name(job)).exists():
+    if (home.failed / job.id).is_dir():
         take_back(home, job)
-    elif _same_inode(source, job):
+    if not job.attempt and _same_inode(source, job):
         shutil.rmtree(home.job(job.id).path, ignore_errors=True)
         ledger.drop(job.id)
     elif input_path(home, job).exists():

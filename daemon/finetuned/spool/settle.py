@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import pwd
 import stat
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,12 +22,17 @@ from finetuned.spool.inbox import Complaint, Found, list_inbox
 
 _NO_LEASE_FACTOR = 2.5  # a longer quiet window where the kernel cannot say whether somebody writes
 _BUSY_SECONDS = 0.5  # look again so soon after a file that somebody has open
+_AT_ONCE = 1000  # files; of very many, each would take a kilobyte for as long as it waits
+_PACKED = struct.Struct("=QQQqq")
 _LAST_LINE_LIMIT = 16 * 2**20  # bytes; a longer last line is judged by the trainer
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one look into the inbox found. `again` is in seconds from now, None if only a change can help."""
+    """What one look into the inbox found. `again` is in seconds from now, None if only a change can help.
+
+    Of ready and of waiting files at most _AT_ONCE; the others come with later looks.
+    """
 
     ready: list[Found]
     complaints: list[Complaint]
@@ -33,10 +40,11 @@ class Look:
     again: float | None
 
 
-@dataclass
+@dataclass(slots=True)
 class _Seen:
-    state: tuple[int, ...]  # device, inode, size, mtime, ctime
+    state: bytes  # device, inode, size, mtime, ctime; packed, as there may be very many files
     since: float  # when this state was first seen
+    look: int  # the number of the last look that saw it
 
 
 @dataclass
@@ -44,7 +52,8 @@ class Settler:
     """Remembers what the inbox looked like, to know what has been quiet for how long."""
 
     inbox: Path
-    _seen: dict[Path, _Seen] = field(default_factory=dict)
+    _looks: int = 0
+    _seen: dict[str, _Seen] = field(default_factory=dict)
     _complained: dict[Path, str] = field(default_factory=dict)
 
     def look(self, config: Config, now: float) -> Look:
@@ -52,22 +61,31 @@ class Settler:
         ready: list[Found] = []
         waiting: list[Path] = []
         complaints: list[Complaint] = []
-        pauses: list[float] = []
-        here = set()
+        again = math.inf
+        self._looks += 1
         for entry in list_inbox(self.inbox, config.profiles):
             verdict = entry if isinstance(entry, Complaint) else self._judge(entry, config, now)
-            here |= {entry.path, entry.override} if isinstance(entry, Found) else {entry.path}
             if isinstance(verdict, Complaint):
                 complaints.append(verdict)
             elif verdict > 0:
-                waiting.append(entry.path)
-                pauses.append(verdict)
+                again = min(again, verdict)
+                if len(waiting) < _AT_ONCE:
+                    waiting.append(entry.path)
+            elif len(ready) == _AT_ONCE:
+                again = 0.01
             elif isinstance(entry, Found):
                 ready.append(entry)
-        self._seen = {path: seen for path, seen in self._seen.items() if path in here}
+        self._seen = {path: seen for path, seen in self._seen.items() if seen.look == self._looks}
         fresh = [c for c in complaints if self._complained.get(c.path) != c.what]
         self._complained = {c.path: c.what for c in complaints}
-        return Look(ready, fresh, waiting, min(pauses, default=None))
+        return Look(ready, fresh, waiting, None if again == math.inf else again)
+
+    def is_as_seen(self, found: Found) -> bool:
+        """Whether a file still is what the last look found."""
+        try:
+            return self._seen[str(found.path)].state == _state(found.path.lstat())
+        except (KeyError, OSError):
+            return False
 
     def _judge(self, found: Found, config: Config, now: float) -> float | Complaint:
         """Give 0 if the file is ready, else the seconds after which to look again, or a complaint."""
@@ -106,11 +124,16 @@ class Settler:
 
     def _quiet(self, path: Path, facts: os.stat_result, now: float) -> float:
         """Seconds for which the file has looked as it does."""
-        state = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
-        seen = self._seen.get(path)
+        state = _state(facts)
+        seen = self._seen.get(str(path))
         if seen is None or seen.state != state:
-            seen = self._seen[path] = _Seen(state, now)
+            seen = self._seen[str(path)] = _Seen(state, now, self._looks)
+        seen.look = self._looks
         return now - seen.since
+
+
+def _state(facts: os.stat_result) -> bytes:
+    return _PACKED.pack(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
 
 
 def _left_to_wait(descriptor: int, quiet: float, window: float) -> float:

@@ -12,14 +12,31 @@ import threading
 from pathlib import Path
 
 import structlog
-from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.events import (
+    DirCreatedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
 _log = structlog.get_logger()
 
-# Reading a file is no change, and our own looks would wake us for ever.
-_IGNORED = frozenset({"opened", "closed_no_write"})
+# Not that a file was opened or closed unchanged: our own looks would wake us for ever, and of very many files such
+# events alone would fill the kernel's queue.
+_CHANGES: list[type[FileSystemEvent]] = [
+    DirCreatedEvent,
+    DirMovedEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+]
 
 
 class _Hint(FileSystemEventHandler):
@@ -28,9 +45,8 @@ class _Hint(FileSystemEventHandler):
     def __init__(self, changed: threading.Event) -> None:
         self._changed = changed
 
-    def on_any_event(self, event: FileSystemEvent) -> None:
-        if event.event_type not in _IGNORED:
-            self._changed.set()
+    def on_any_event(self, _: FileSystemEvent) -> None:
+        self._changed.set()
 
 
 class Watch:
@@ -56,7 +72,7 @@ class Watch:
         observer = Observer()
         observer.daemon = True
         try:
-            observer.schedule(_Hint(self._changed), str(self._inbox), recursive=True)
+            observer.schedule(_Hint(self._changed), str(self._inbox), recursive=True, event_filter=_CHANGES)
             observer.start()
         except OSError as error:  # out of inotify watches, most likely; the rescan goes on
             _log.warning("inbox not watched", error=error.strerror, remedy="Raise fs.inotify.max_user_watches.")

@@ -5,7 +5,6 @@ The data is checked before torch is imported, so a bad file is told in a moment.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 from finetuned.config import TrainingSettings, settings_from
 from finetuned.dataset.checks import Row
 from finetuned.dataset.report import Report, judge, read_file
-from finetuned.durable import OTHERS_NOTHING
+from finetuned.durable import NO_ROOM, OTHERS_NOTHING
 from finetuned.errors import ConfigError, DataError, FinetunedError, ModelError, OutOfMemoryError
 from finetuned.events import EventType, ExitCode
 from finetuned.fallback import Rung
@@ -31,7 +30,6 @@ from finetuned.trainer.reporter import Reporter
 if TYPE_CHECKING:
     from finetuned.trainer.loop import Task, Trained
 
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 _WORTH_KEEPING = 60.0  # seconds of steps; the count behind a record takes a few itself
 _stop_asked = False
 
@@ -40,9 +38,14 @@ def main(folder: JobFolder) -> int:
     """Run one attempt, and say who does and how it ended for a daemon that comes after ours and is not our parent."""
     signal.signal(signal.SIGTERM, _ask_to_stop)
     signal.signal(signal.SIGINT, _ask_to_stop)
-    sign(folder)
-    spec = JobSpec.decode(folder.spec.read_bytes())
-    sign(folder, spec.attempt)
+    try:
+        sign(folder)
+        spec = JobSpec.decode(folder.spec.read_bytes())
+        sign(folder, spec.attempt)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        return ExitCode.TEMPORARY
     code = 1  # Python's own, when an exception gets as far as here
     try:
         code = int(_run(folder, spec))
@@ -53,8 +56,13 @@ def main(folder: JobFolder) -> int:
 
 def _run(folder: JobFolder, spec: JobSpec) -> ExitCode:
     spec = replace(spec, name=printable(os.fsencode(spec.name)))  # what is said must be text
-    say = Reporter(folder.events)
-    with _told(say) as end:
+    try:
+        say = Reporter(folder.events)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        return ExitCode.TEMPORARY
+    with _no_room_told(say) as end, _told(say, end):
         settings = settings_from(spec.settings, where=spec.name)
         say.phase("validating_files", f"reading {spec.name}")
         rows, report = read_file(folder.path / spec.input, name=spec.name, system_prompt=settings.system_prompt)
@@ -178,11 +186,26 @@ class _End:
 
 
 @contextmanager
-def _told(say: Reporter) -> Iterator[_End]:
-    """Turn every way to end into its exit code, and tell it as an event."""
+def _no_room_told(say: Reporter) -> Iterator[_End]:
+    """Turn a full disk into its exit code, and tell it as an event if there is room for that."""
     end = _End()
     try:
         yield end
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        with suppress(OSError):
+            say.error(
+                FinetunedError(f"no room on the disk: {error}", remedy="Make room; it is tried again.", code="no_space")
+            )
+        end.code = ExitCode.TEMPORARY
+
+
+@contextmanager
+def _told(say: Reporter, end: _End) -> Iterator[None]:
+    """Turn every other way to end into its exit code, and tell it as an event. Raises OSError."""
+    try:
+        yield
     except DataError as error:
         say.error(error)
         end.code = ExitCode.BAD_DATA
@@ -193,14 +216,6 @@ def _told(say: Reporter) -> Iterator[_End]:
     except MemoryError as error:
         say.error(OutOfMemoryError(f"memory ran out: {error}", remedy="Take a smaller file or model, or add memory."))
         end.code = ExitCode.OUT_OF_MEMORY
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        with suppress(OSError):  # there may be no room to say so either
-            say.error(
-                FinetunedError(f"no room on the disk: {error}", remedy="Make room; it is tried again.", code="no_space")
-            )
-        end.code = ExitCode.TEMPORARY
     except StopAskedError:
         end.code = ExitCode.STOPPED
     except OutOfMeansError as error:

@@ -18,6 +18,7 @@ from finetuned.adapters import MANIFEST
 from finetuned.durable import write_file
 from finetuned.jobs import JobSpec
 from finetuned.trainer.attention import without_flat
+from finetuned.trainer.checkpoint import full_disk_as_oserror
 from finetuned.trainer.loop import Task, Trained
 from finetuned.trainer.vision import auto_class, copy_processor
 
@@ -33,12 +34,13 @@ def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, rep
     folder.mkdir(parents=True)
     model = trained.model
     model.config.use_cache = True
-    if hasattr(model, "peft_config"):
-        model.save_pretrained(folder, save_embedding_layers=False)
-    else:
-        _plain(model).save_pretrained(folder)
-        copy_processor(task.base.source, task.settings.revision, folder)
-    task.tokenizer.save_pretrained(folder)
+    with full_disk_as_oserror(folder):
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            _plain(model).save_pretrained(folder)
+            copy_processor(task.base.source, task.settings.revision, folder)
+        task.tokenizer.save_pretrained(folder)
     story = {
         "job_id": spec.id,
         "file": spec.name.encode("utf-8", "backslashreplace").decode(),

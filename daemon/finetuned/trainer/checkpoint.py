@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from finetuned.durable import make_folder, move, sync_tree, write_file
+from finetuned.durable import has_room, make_folder, move, sync_tree, write_file
 
 _MANIFEST = "manifest.json"
 _WEIGHTS = "trained.safetensors"
 _OPTIMIZER = "optimizer.pt"
-_LITTLE_ROOM = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def save(
     for abandoned in folder.glob(".step-*"):  # by a crash, at whatever step
         shutil.rmtree(abandoned, ignore_errors=True)
     staged.mkdir()
-    with _full_disk_as_oserror(folder):
+    with full_disk_as_oserror(folder):
         save_file({name: tensor.detach().contiguous() for name, tensor in trained.items()}, staged / _WEIGHTS)
         torch.save(optimizer, staged / _OPTIMIZER)
     files = {name: _digest(staged / name) for name in (_WEIGHTS, _OPTIMIZER)}
@@ -78,12 +76,14 @@ def _of(folder: Path, step: int) -> Path:
 
 
 @contextmanager
-def _full_disk_as_oserror(folder: Path) -> Iterator[None]:
-    """Raise OSError where torch and safetensors say in their own ways that there is no room."""
+def full_disk_as_oserror(folder: Path) -> Iterator[None]:
+    """Raise OSError where torch, safetensors and tokenizers say in their own ways that there is no room."""
     try:
         yield
-    except (RuntimeError, SafetensorError) as error:
-        if "No space left" in str(error) or shutil.disk_usage(folder).free < _LITTLE_ROOM:
+    except OSError:
+        raise
+    except Exception as error:
+        if "No space left" in str(error) or not has_room(folder):
             raise OSError(errno.ENOSPC, str(error), str(folder)) from error
         raise
 
