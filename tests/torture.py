@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conftest import STANDIN, Daemon, chat_rows, eventually, make_home, write_config
-from finetuned.config import Config
 from finetuned.control import order
 from finetuned.errors import FinetunedError
 from finetuned.guard import why_paused
@@ -56,9 +55,7 @@ class Torture:
     slow: list[threading.Thread] = field(default_factory=list)
 
     def run(self, kills: int) -> None:
-        settings = {"stop_seconds": 5, "pause_grace": 5, "profiles": {"high": {"priority": 5}}}
-        if "most_crashes" in Config.model_fields:
-            settings["most_crashes"] = 0
+        settings = {"most_crashes": 0, "stop_seconds": 5, "pause_grace": 5, "profiles": {"high": {"priority": 5}}}
         write_config(self.home, **settings)
         (self.home.inbox / "high").mkdir()
         while self.kills.total() < kills:
