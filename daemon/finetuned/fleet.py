@@ -60,11 +60,3 @@ class Fleet:
         if any(known in visible for known in self._found):
             return uuid in visible
         return bool(visible)
-
-
-def gpus_aside(home: Home) -> dict[str, str]:
-    """Read which GPUs the daemon has set aside, by UUID, each with the reason."""
-    try:
-        return {str(uuid): str(why) for uuid, why in json.loads(home.gpus_aside.read_bytes()).items()}
-    except (OSError, ValueError, AttributeError):
-        return {}

@@ -615,8 +615,7 @@ class Service:
         """Go on with a job whose daemon went down, if its trainer did not, or said how it ended."""
         if self._attempt is None:
             self._attempt = Attempt.adopt(self._ledger, self._home, job, stop_seconds=self._config.stop_seconds)
-            return self._attempt is not None
-        return False
+        return self._attempt is not None and self._attempt.job.id == job.id  # it may be so already, on a second try
 
     def _stop_orphan(self, job: Job) -> None:
         stop_orphan(self._home, job, seconds=self._config.stop_seconds)

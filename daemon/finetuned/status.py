@@ -13,8 +13,7 @@ from typing import Any
 
 from finetuned.checked import is_checked
 from finetuned.errors import ConfigError, harmless
-from finetuned.fleet import gpus_aside
-from finetuned.guard import daemon_pid, why_paused, why_waiting
+from finetuned.guard import daemon_pid, gpus_aside, why_paused, why_waiting
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger

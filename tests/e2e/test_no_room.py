@@ -185,7 +185,7 @@ def test_a_daemon_that_starts_without_room_waits_for_it_and_goes_on_with_its_job
     (home.logs / "console.log").symlink_to(disk.folder.with_name("console.log"))
     one = daemon()
     staged(home, "x.jsonl").rename(home.inbox / "x.jsonl")
-    trainer = one.job("x.jsonl", state=State.RUNNING).trainer_pid
+    trainer = eventually(lambda: one.job("x.jsonl", state=State.RUNNING).trainer_pid)
     one.stop(signal.SIGKILL)
     os.kill(trainer, signal.SIGKILL)
     if trouble == "full":
