@@ -24,6 +24,7 @@ from finetuned.errors import FinetunedError
 from finetuned.home import Home
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
+from finetuned.spool import orders
 from finetuned.spool.claim import claim, enqueue, fingerprint, input_path, read_spec, write_spec
 from finetuned.spool.inbox import Found
 from finetuned.spool.publish import BadOutputError, archive, fail, publish
@@ -475,6 +476,17 @@ def test_hours_of_work_are_kept_beside_a_failed_input(spool, home):
     (checkpoint / "weights").write_bytes(b"much work")
     spool.fail(job, REASON)
     assert (home.failed / job.id / "checkpoints" / "step-100" / "weights").read_bytes() == b"much work"
+
+
+def test_an_adapter_that_can_again_not_be_published_does_not_push_out_the_first(spool, home):
+    job = spool.train(spool.running())
+    spool.fail(job, REASON)
+    job = orders.retry(spool.ledger, home, spool.config, spool.ledger.job(job.id))
+    job = spool.train(spool.start(spool.enqueue(job)), manifest={"job_id": job.id, "attempt": 2})
+    spool.fail(job, REASON)
+    kept = sorted((home.failed / job.id).glob("*/finetuned.json"))
+    assert [path.parent.name for path in kept] == ["adapter", "adapter.before-2"]
+    assert json.loads(kept[0].read_text())["attempt"] == 2
 
 
 @pytest.mark.parametrize(("code", "kept"), [("bug", True), ("bad_data", False)])

@@ -127,8 +127,11 @@ def fail(ledger: Ledger, home: Home, job: Job, reason: dict[str, str] | None = N
     if checkpoints.is_dir() and not (folder / checkpoints.name).exists():
         move(checkpoints, folder / checkpoints.name)  # hours of work may be in them
     adapter = home.job(job.id).staged_adapter(job.attempt)
-    if belongs_to(adapter, job.id) and not (folder / adapter.name).exists():
-        move(adapter, folder / adapter.name)  # trained, but it could not be published
+    if belongs_to(adapter, job.id):  # trained, but it could not be published
+        kept = folder / adapter.name
+        if kept.exists():  # of before it was tried again
+            move(kept, folder / f"{kept.name}.before-{job.attempt}")
+        move(adapter, kept)
     _put_away(home, job, folder)
     return _finish(ledger, home, job, outcome)
 
