@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.adapters import MANIFEST, belongs_to
-from finetuned.durable import make_folder, move, sync_folder, sync_tree, write_file
+from finetuned.durable import make_folder, move, sync_tree, write_file
 from finetuned.errors import FinetunedError
 from finetuned.home import Home, printable, safe_name
 from finetuned.jobs import Job, Outcome, State
@@ -84,7 +84,6 @@ def publish(ledger: Ledger, home: Home, job: Job) -> Job:
         check_output(staged)
         sync_tree(staged)
         move(staged, target)  # D9: this is publication
-    sync_folder(home.adapters)
     point_latest(home, target.name)
     return ledger.update(job.id, state=State.TRAINED)  # D10
 
