@@ -39,7 +39,7 @@ lint: .venv
 gpu-test: .venv
 	$(BIN)/pytest -m gpu tests/gpu
 
-# Breaks the spool's code in 46 ways, each of which the crash model must catch. About four minutes.
+# Breaks the spool's code in 46 ways, each of which the crash model must catch. Five to ten minutes.
 mutants: .venv
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py
 
