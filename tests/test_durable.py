@@ -137,6 +137,15 @@ def test_a_move_within_a_folder_syncs_it_once(tmp_path, synced):
     assert synced == [tmp_path.name]
 
 
+def test_a_name_that_a_power_loss_left_in_both_places_is_moved_again_into_one(tmp_path):
+    (tmp_path / "to").mkdir()
+    (tmp_path / "x").write_bytes(b"content")
+    (tmp_path / "to" / "x").hardlink_to(tmp_path / "x")
+    move(tmp_path / "x", tmp_path / "to" / "x")
+    assert (tmp_path / "to" / "x").read_bytes() == b"content"
+    assert inside(tmp_path) == ["to"]
+
+
 def test_a_folder_is_moved_with_all_that_is_in_it(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "x").write_bytes(b"content")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -42,27 +41,21 @@ def no_orphan(job: Job) -> None:
 class Spool:
     """The daemon's steps, one at a time."""
 
-    def __init__(self, home: Home, *, durable: bool = True) -> None:
+    def __init__(self, home: Home) -> None:
         self.home = home
         self.config = Config()
-        self.durable = durable
-        self.open()
-
-    def open(self) -> None:
         self.ledger = Ledger.open(self.home.ledger)
-        if not self.durable:
-            self.ledger._database.execute("PRAGMA synchronous=OFF")
 
     def reopen(self) -> None:
         """Forget all but what is on the disk, as a crash does."""
         self.ledger.close()
-        self.open()
+        self.ledger = Ledger.open(self.home.ledger)
 
     def lose_the_ledger(self) -> None:
         self.ledger.close()
         for path in self.home.machinery.glob("state.db*"):
             path.unlink()
-        self.open()
+        self.ledger = Ledger.open(self.home.ledger)
 
     def recover(self, stop_orphan: Callable[[Job], None] = no_orphan) -> None:
         """Recover after a crash; doing so once more must change nothing."""
@@ -478,6 +471,17 @@ def test_hours_of_work_are_kept_beside_a_failed_input(spool, home):
     assert (home.failed / job.id / "checkpoints" / "step-100" / "weights").read_bytes() == b"much work"
 
 
+def test_an_adapter_that_can_again_not_be_published_does_not_push_out_the_first(spool, home):
+    job = spool.train(spool.running())
+    spool.fail(job, REASON)
+    job = orders.retry(spool.ledger, home, spool.config, spool.ledger.job(job.id))
+    job = spool.train(spool.start(spool.enqueue(job)), manifest={"job_id": job.id, "attempt": 2})
+    spool.fail(job, REASON)
+    kept = sorted((home.failed / job.id).glob("*/finetuned.json"))
+    assert [path.parent.name for path in kept] == ["adapter", "adapter.before-2"]
+    assert json.loads(kept[0].read_text())["attempt"] == 2
+
+
 @pytest.mark.parametrize(("code", "kept"), [("bug", True), ("bad_data", False)])
 def test_a_bug_keeps_the_last_lines_of_its_log(spool, home, code, kept):
     job = spool.running()
@@ -664,9 +668,9 @@ def test_claiming_a_hard_linked_file_ends_with_one_of_it(spool, home, tmp_path, 
     job = described(spool, found)
     (tmp_path / "other.jsonl").hardlink_to(found.path)
     if reached == "half a copy":
-        (spool.job_folder(job) / "input.partial").write_bytes(CONTENT[:10])
+        (spool.job_folder(job) / "copy.partial").write_bytes(CONTENT[:10])
     elif reached == "the copy":
-        (spool.job_folder(job) / "input.partial").write_bytes(CONTENT)
+        (spool.job_folder(job) / "copy.partial").write_bytes(CONTENT)
     else:
         input_path(home, job).write_bytes(CONTENT)
     spool.recover()
@@ -932,120 +936,3 @@ def test_recovery_puts_many_jobs_right_at_once(spool, home):
         "f": State.FINISHED,
     }
     assert sorted(path.name for path in home.adapters.iterdir()) == ["d", "e", "latest"]
-
-
-# -- killed at any moment
-
-
-class Killed(BaseException):
-    """No code of ours may catch it."""
-
-
-STEPS = ("rename", "replace", "unlink", "rmdir", "mkdir", "fsync", "symlink")
-
-
-@pytest.fixture
-def kill_at(monkeypatch) -> Callable[[int | None], None]:
-    """Die before the n-th change of a folder, fsync or commit from now on; not at all with None.
-
-    Nothing is really synced meanwhile, for speed: what a killed process has written is there all the same.
-    """
-    left = itertools.repeat(1)
-
-    def dies_before(do: Callable) -> Callable:
-        def step(*args, **kwargs):
-            if next(left) == 0:
-                raise Killed
-            return do(*args, **kwargs)
-
-        return step
-
-    def arm(number: int | None) -> None:
-        nonlocal left
-        left = itertools.repeat(1) if number is None else itertools.count(number, -1)
-
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    for name in STEPS:
-        monkeypatch.setattr(os, name, dies_before(getattr(os, name)))
-    for name in ("add", "update", "drop"):
-        monkeypatch.setattr(Ledger, name, dies_before(getattr(Ledger, name)))
-    return arm
-
-
-def go_on(spool: Spool, *, succeeds: bool) -> None:
-    """What a daemon does from its start until nothing is left to do."""
-    recover(spool.ledger, spool.home, stop_orphan=no_orphan)
-    for path in list(spool.home.inbox.iterdir()):
-        if path.suffix == ".jsonl":
-            claim(spool.ledger, spool.home, Found(path, ""), spool.config)
-    for job in spool.ledger.jobs(State.CLAIMING):
-        spool.enqueue(job)
-    while job := spool.ledger.next_queued(time.time()):
-        running = spool.start(job)
-        if succeeds:
-            output = spool.home.job(job.id).staged_adapter(running.attempt)
-            output.parent.mkdir()
-            whole = output.with_name("whole")
-            whole.mkdir()
-            (whole / "adapter_model.safetensors").write_bytes(WEIGHTS)
-            (whole / "finetuned.json").write_text(json.dumps({"job_id": job.id}))
-            whole.rename(output)
-            spool.archive(spool.publish(running))
-        else:
-            spool.fail(running, REASON)
-
-
-def survives(spool: Spool, kill_at: Callable[[int | None], None], *kills: int, succeeds: bool) -> bool:
-    """Kill a daemon after so many steps, then the next one, ...; check what is left. False if none was killed."""
-    killed = 0
-    for number in (*kills, None):
-        kill_at(number)
-        try:
-            go_on(spool, succeeds=succeeds)
-        except Killed:
-            killed += 1
-        kill_at(None)
-        spool.reopen()
-    (job,) = spool.jobs()
-    assert (job.state, job.outcome) == (State.FINISHED, Outcome.SUCCEEDED if succeeds else Outcome.FAILED)
-    assert spool.archived(job).read_bytes() == CONTENT
-    assert (spool.archived(job).parent / "overrides.json").read_bytes() == b'{"epochs": 1}'
-    assert list(spool.home.inbox.iterdir()) == []
-    assert list(spool.home.jobs.iterdir()) == []
-    adapters = [path for path in spool.home.adapters.iterdir() if not path.is_symlink()]
-    assert [path.name for path in adapters] == (["x"] if succeeds else [])
-    return killed > 0
-
-
-def fresh(root: Path, *, linked: bool = False) -> Spool:
-    home = Home(root)
-    for folder in home.folders:
-        folder.mkdir(parents=True)
-    spool = Spool(home, durable=False)
-    found = spool.drop(override={"epochs": 1})
-    if linked:
-        (root / "other-link").hardlink_to(found.path)
-    return spool
-
-
-def every_kill(root: Path, kill_at: Callable[[int | None], None], *then: int, linked: bool, succeeds: bool) -> int:
-    """Kill before the first step, before the second, ... until no step is left; give how many there were."""
-    for number in itertools.count():
-        spool = fresh(root / str(number), linked=linked)
-        try:
-            if not survives(spool, kill_at, number, *then, succeeds=succeeds):
-                return number
-        finally:
-            spool.ledger.close()
-    raise AssertionError
-
-
-@pytest.mark.parametrize("linked", [False, True])
-@pytest.mark.parametrize("succeeds", [True, False])
-def test_killed_before_any_step_nothing_is_lost_and_nothing_is_there_twice(tmp_path, kill_at, succeeds, linked):
-    assert every_kill(tmp_path, kill_at, linked=linked, succeeds=succeeds) > 30
-
-
-@pytest.mark.parametrize("second", [0, 1, 2, 3, 5, 8, 13])
-def test_killed_again_while_it_recovers_nothing_is_lost_either(tmp_path, kill_at, second):
-    assert every_kill(tmp_path, kill_at, second, linked=False, succeeds=True) > 30

@@ -72,9 +72,21 @@ def write_file(path: Path, content: bytes) -> None:
 def move(source: Path, target: Path) -> None:
     """Rename within one file system, durably on both ends.
 
-    The target's folder is synced first: the name may be in both places after a power loss, never in none.
+    The target's folder is synced first: the name may be in both places after a power loss, never in none. Moved again
+    then, it is in one: rename(2) would leave both.
     """
-    source.rename(target)
+    if same_file(source, target):
+        source.unlink()
+    else:
+        source.rename(target)
     sync_folder(target.parent)
     if source.parent != target.parent:
         sync_folder(source.parent)
+
+
+def same_file(path: Path, other: Path) -> bool:
+    """Whether both names lead to one file. Links are not followed."""
+    try:
+        return os.path.samestat(path.lstat(), other.lstat())
+    except OSError:
+        return False

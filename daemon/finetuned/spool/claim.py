@@ -38,11 +38,19 @@ def claim(ledger: Ledger, home: Home, found: Found, config: Config) -> Job:
         _take(home, job, found.path)  # D3
     except OSError:
         if os.path.lexists(found.path):  # still in the inbox: as if nothing had been tried
-            shutil.rmtree(home.job(job.id).path, ignore_errors=True)
-            ledger.drop(job.id)
+            forget(ledger, home, job)
         raise
     take_override(home.job(job.id), found.override, override_inode)
     return job
+
+
+def forget(ledger: Ledger, home: Home, job: Job) -> None:
+    """Undo a claim whose file is still in the inbox. Its folder goes for good before its row: nothing would tell what
+    a copy without a row is.
+    """
+    shutil.rmtree(home.job(job.id).path, ignore_errors=True)
+    sync_folder(home.jobs)
+    ledger.drop(job.id)
 
 
 def _describe(home: Home, found: Found, config: Config) -> tuple[Job, int | None]:
@@ -140,7 +148,7 @@ def _take(home: Home, job: Job, source: Path) -> None:
     if source.lstat().st_nlink == 1:
         move(source, target)
         return
-    partial = target.with_name("input.partial")
+    partial = target.with_name("copy.partial")
     shutil.copyfile(source, partial, follow_symlinks=False)
     shutil.copystat(source, partial, follow_symlinks=False)
     sync_file(partial)
@@ -214,6 +222,7 @@ def restore(spec: JobSpec) -> Job:
         settings=spec.settings,
         rung=spec.rung,
         reason=spec.reason,
+        sha256=spec.sha256,
         attempt=spec.attempt,
         priority=spec.priority,
         place=spec.place,

@@ -130,15 +130,18 @@ def settings_of_retry(home: Home, config: Config, job: Job) -> TrainingSettings:
 
 
 def take_back(home: Home, job: Job) -> None:
-    """Bring what a failed job left back into its folder, the input last (R2, R3)."""
+    """Bring what a failed job left back into its folder (R2, R3).
+
+    The input comes first: recovery brings the rest to where the input is, even without the ledger.
+    """
     folder, source = home.job(job.id), home.failed / job.id
     write_spec(home, job)  # R2
     for kept, place in (
+        (source / archived_name(job), input_path(home, job)),
         (source / folder.checkpoints.name, folder.checkpoints),
         (source / folder.overrides.name, folder.overrides),
-        (source / archived_name(job), input_path(home, job)),
     ):
-        if kept.exists() and not place.exists():
+        if kept.exists() and not place.is_dir():
             move(kept, place)  # R3
     (source / REASON).unlink(missing_ok=True)
     with suppress(OSError):  # an adapter that could not be published may lie there

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.adapters import MANIFEST, belongs_to
-from finetuned.durable import make_folder, move, sync_folder, sync_tree, write_file
+from finetuned.durable import make_folder, move, sync_tree, write_file
 from finetuned.errors import FinetunedError
 from finetuned.home import Home, printable, safe_name
 from finetuned.jobs import Job, Outcome, State
@@ -85,7 +85,6 @@ def publish(ledger: Ledger, home: Home, job: Job) -> Job:
         check_output(staged)
         sync_tree(staged)
         move(staged, target)  # D9: this is publication
-    sync_folder(home.adapters)
     point_latest(home, target.name)
     return ledger.update(job.id, state=State.TRAINED)  # D10
 
@@ -128,8 +127,11 @@ def fail(ledger: Ledger, home: Home, job: Job, reason: dict[str, str] | None = N
     if checkpoints.is_dir() and not (folder / checkpoints.name).exists():
         move(checkpoints, folder / checkpoints.name)  # hours of work may be in them
     adapter = home.job(job.id).staged_adapter(job.attempt)
-    if belongs_to(adapter, job.id) and not (folder / adapter.name).exists():
-        move(adapter, folder / adapter.name)  # trained, but it could not be published
+    if belongs_to(adapter, job.id):  # trained, but it could not be published
+        kept = folder / adapter.name
+        if kept.exists():  # of before it was tried again
+            move(kept, folder / f"{kept.name}.before-{job.attempt}")
+        move(adapter, kept)
     _put_away(home, job, folder)
     return _finish(ledger, home, job, outcome)
 

@@ -14,17 +14,17 @@ from pathlib import Path
 import structlog
 
 from finetuned.adapters import belongs_to
-from finetuned.durable import sync_folder
+from finetuned.durable import same_file, sync_folder
 from finetuned.errors import FinetunedError
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
 from finetuned.lifesigns import locked
-from finetuned.spool.claim import input_path, read_spec, take_override
+from finetuned.spool.claim import forget, input_path, read_spec, take_override
 from finetuned.spool.crashes import note_crash
 from finetuned.spool.inbox import Found
 from finetuned.spool.orders import take_back
-from finetuned.spool.publish import archive, fail, publish, published
+from finetuned.spool.publish import archive, archive_folder, fail, publish, published
 from finetuned.spool.rebuild import holds_input, rebuild
 
 MOST_INTERRUPTIONS = 5  # of one job; after that it is the job that takes the machine down
@@ -57,6 +57,8 @@ def recover_job(
     ledger: Ledger, home: Home, job: Job, *, stop_orphan: Callable[[Job], None], adopt: Callable[[Job], bool] = _nobody
 ) -> None:
     """Put one job right. A row of the table a case."""
+    if job.state is not State.QUEUED:
+        _make_durable(home, job)
     match job.state:
         case State.CLAIMING:
             _recover_claim(ledger, home, job)
@@ -76,19 +78,30 @@ def recover_job(
             pass
 
 
+def _make_durable(home: Home, job: Job) -> None:
+    """Finish the fsyncs that a crash cut off: what the next step builds on must not be taken back by a power loss.
+
+    Where files arrive comes before where they leave, as in `move`.
+    """
+    ours = [home.jobs, home.job(job.id).path]
+    put_away = archive_folder(home, job)
+    kept = [home.archive, put_away.parent, put_away, home.failed, home.failed / job.id]
+    claiming = [*ours, *kept, home.inbox / job.profile]
+    for folder in claiming if job.state is State.CLAIMING else [home.adapters, *kept, *ours]:
+        if folder.is_dir():
+            sync_folder(folder)
+
+
 def _recover_claim(ledger: Ledger, home: Home, job: Job) -> None:
     source = home.inbox / job.profile / os.fsdecode(job.name)
     if (home.failed / job.id).is_dir():
         take_back(home, job)
-    if not job.attempt and _same_inode(source, job):
-        shutil.rmtree(home.job(job.id).path, ignore_errors=True)
-        ledger.drop(job.id)
+    if not job.attempt and (_same_inode(source, job) or same_file(source, input_path(home, job))):
+        forget(ledger, home, job)
     elif input_path(home, job).exists():
         folder = home.job(job.id)
         if folder.spec.exists():
             take_override(folder, Found(source, job.profile).override, read_spec(folder).override_inode)
-        sync_folder(folder.path)
-        sync_folder(source.parent if source.parent.is_dir() else home.inbox)
     else:
         _log.warning("file vanished before it was taken", file=printable(job.name))
         ledger.drop(job.id)

@@ -15,7 +15,7 @@ import torch
 
 from finetuned import __version__
 from finetuned.adapters import MANIFEST
-from finetuned.durable import write_file
+from finetuned.durable import sync_tree, write_file
 from finetuned.jobs import JobSpec
 from finetuned.trainer.attention import without_flat
 from finetuned.trainer.checkpoint import full_disk_as_oserror
@@ -60,6 +60,7 @@ def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, rep
     (folder / "README.md").write_text(_card(spec, task, trained), encoding="utf-8")
     for path in folder.iterdir():  # transformers writes some files for the owner alone
         path.chmod(0o640)
+    sync_tree(folder)  # with the manifest there, recovery takes the rest for whole
     write_file(folder / MANIFEST, json.dumps(story, indent=2, ensure_ascii=False, default=str).encode() + b"\n")
 
 
