@@ -17,7 +17,6 @@ from typing import Any
 
 import structlog
 
-from finetuned.durable import has_room
 from finetuned.events import Ending, Event, EventType, describe_end, judge, parse_event
 from finetuned.fallback import Rung, next_rung
 from finetuned.home import Home, JobFolder, printable
@@ -168,11 +167,9 @@ class Attempt:
         self.job = job
         self.trainer = trainer
         self._ledger = ledger
-        self._home = home
         self._tail = EventTail(home.job(job.id).events, job.events_offset)
         self._stop_by: float | None = None
         self.gpu_failed = False
-        self._no_room: bool | None = None  # when the trainer ended
 
     @classmethod
     def launch(cls, ledger: Ledger, home: Home, job: Job, *, start: Start, environment: dict[str, str]) -> Attempt:
@@ -222,8 +219,6 @@ class Attempt:
         if self._stop_by is not None and time.monotonic() >= self._stop_by:
             self.trainer.kill()
         status = self.trainer.poll()  # before reading, so that an ended trainer's last events are read
-        if status is not None and self._no_room is None:
-            self._no_room = not has_room(self._home.jobs)  # at once: its end can be recorded only when there is some
         offset = self._tail.offset
         events = self._tail.read()
         if events:
@@ -244,7 +239,7 @@ class Attempt:
         """
         ending = judge(status, stopped_by_us=self.stopping, gpu_failed=self.gpu_failed)
         error = self.job.progress.get("error")
-        if ending is Ending.TRANSIENT and error is None and self._no_room:  # nor room to say so
+        if ending is Ending.TRANSIENT and error is None:  # nor room to say so
             error = {"code": "no_space", "what": "no room on the disk"}
         decision = decide(self.job, ending, error=error, end=describe_end(status))
         if decision.publish or decision.reason:

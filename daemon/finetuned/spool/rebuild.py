@@ -73,7 +73,7 @@ def _unfinished(home: Home, folder: JobFolder, adapters: dict[str, tuple[str, di
     spec = read_spec(folder)
     job = restore(spec)
     reason = home.failed / spec.id / REASON
-    if reason.exists():
+    if reason.exists() and spec.id not in adapters:  # or it is left of an earlier end, before a retry
         return replace(job, state=State.FAILING, sha256=spec.sha256, reason=json.loads(reason.read_bytes())["reason"])
     if spec.attempt and spec.sha256:
         adapter = adapters[spec.id][0] if spec.id in adapters else None
