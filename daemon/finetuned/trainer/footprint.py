@@ -20,8 +20,8 @@ from finetuned.trainer.precision import Precision
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What libraries load only when they work: kernels, their scratch memory, code. Between 45 and 120 MiB on a CPU.
-_AT_WORK = 75 * 2**20
+# What libraries load only when they work (kernels, their scratch memory, code), and freed pages that the allocator keeps.
+_AT_WORK = 230 * 2**20
 _ADAM = 8  # bytes a trained parameter: two float32 moments
 _BLOCK = 64  # weights that share a scale in NF4; quantised once more, the scale is 1 byte, and 4 for 256 of them
 _DEPTHS = (2, 4)  # layers that are run in place of all, where all are alike
