@@ -20,7 +20,7 @@ from finetuned.trainer.precision import Precision
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What libraries load only when they work (kernels, their scratch memory, code), and freed pages that the allocator keeps.
+# What libraries load only when they work (kernels, scratch memory, code), and freed pages that the allocator keeps.
 _AT_WORK = 230 * 2**20
 _ADAM = 8  # bytes a trained parameter: two float32 moments
 _BLOCK = 64  # weights that share a scale in NF4; quantised once more, the scale is 1 byte, and 4 for 256 of them
