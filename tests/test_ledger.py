@@ -17,7 +17,7 @@ from finetuned.events import Event, EventType
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import Ledger
 
-IDENTITY = FileIdentity(device=2**31, inode=2**62, size=2**40, mtime_ns=1_700_000_000_123_456_789)
+IDENTITY = FileIdentity(device=2**63 + 1, inode=2**64 - 1, size=2**40, mtime_ns=1_700_000_000_123_456_789)
 
 
 @pytest.fixture

@@ -936,3 +936,15 @@ def test_recovery_puts_many_jobs_right_at_once(spool, home):
         "f": State.FINISHED,
     }
     assert sorted(path.name for path in home.adapters.iterdir()) == ["d", "e", "latest"]
+
+
+def test_no_two_jobs_have_one_id(spool, monkeypatch):
+    tokens = iter(["aaaaaa", "aaaaaa", "bbbbbb"])
+    monkeypatch.setattr("secrets.token_hex", lambda _: next(tokens))
+    assert [spool.claim("x.jsonl", b"1\n").id, spool.claim("x.jsonl", b"2\n").id] == ["x-aaaaaa", "x-bbbbbb"]
+
+
+def test_a_pipe_in_place_of_a_claimed_file_holds_nobody_up(tmp_path):
+    os.mkfifo(tmp_path / "input.jsonl")
+    with pytest.raises(OSError, match="not a regular file"):
+        fingerprint(tmp_path / "input.jsonl")

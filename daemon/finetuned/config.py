@@ -85,13 +85,16 @@ class TrainingSettings(_Strict):
     max_length: int = Field(2048, ge=16, description="Longest row in tokens; the rest is cut.")
     epochs: float = Field(3.0, gt=0, description="Times that every row is seen.")
     max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps.")
-    batch_size: PositiveInt | Literal["auto"] = Field(
+    batch_size: Annotated[int, Field(ge=1, le=2**16)] | Literal["auto"] = Field(
         8, description="Rows in one micro-batch; auto: as many as memory holds. Halved by itself when memory runs out."
     )
-    gradient_accumulation: PositiveInt = Field(
-        1, description="Micro-batches in one optimizer step. Doubled by itself when batch_size is halved."
+    gradient_accumulation: int = Field(
+        1,
+        ge=1,
+        le=2**20,
+        description="Micro-batches in one optimizer step. Doubled by itself when batch_size is halved.",
     )
-    effective_batch: PositiveInt | None = Field(
+    effective_batch: Annotated[int, Field(ge=1, le=2**20)] | None = Field(
         None, description="Rows in one optimizer step; null: batch_size x gradient_accumulation, 8 where that is auto."
     )
     micro_batch_tokens: PositiveInt | Literal["auto"] = Field(

@@ -72,10 +72,10 @@ def _find(ledger: Ledger, name: str) -> Job:
 
 @contextmanager
 def _ledger(home: Home) -> Iterator[Ledger]:
-    home.machinery.mkdir(mode=0o750, exist_ok=True)
     try:
+        home.machinery.mkdir(mode=0o750, exist_ok=True)
         ledger = Ledger.open(home.ledger, check=False)
-    except sqlite3.OperationalError as error:
+    except (sqlite3.OperationalError, OSError) as error:
         raise HomeError(
             f"the ledger cannot be written: {error}",
             where=str(home.ledger),

@@ -14,7 +14,7 @@ from finetuned.durable import make_folder, sync_file, sync_folder, write_file
 from finetuned.errors import DataError, HomeError
 from finetuned.home import Home, data_extension
 from finetuned.spool.claim import settings_for
-from finetuned.spool.inbox import EXTENSIONS, Found
+from finetuned.spool.inbox import EXTENSIONS, Found, is_data
 
 
 def parse_settings(given: tuple[str, ...]) -> dict[str, Any]:
@@ -32,6 +32,8 @@ def parse_settings(given: tuple[str, ...]) -> dict[str, Any]:
         *tables, name = key.split(".")
         for table in tables:
             place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                raise HomeError(f"--set {item}: {table} is set to a value already", remedy="Leave one of them out.")
         place[name] = value
     return settings
 
@@ -42,7 +44,7 @@ def add(home: Home, file: Path, *, profile: str, settings: dict[str, Any]) -> Pa
     The override comes first and the file last, by one step each. Raises DataError for a file that is no training file,
     ConfigError for settings that cannot be used, HomeError where the inbox cannot be written.
     """
-    if data_extension(os.fsencode(file.name)) not in EXTENSIONS or not file.is_file():
+    if not (is_data(file.name) and file.is_file()):
         raise DataError("is not a training file", where=str(file), remedy=f"finetuned takes {', '.join(EXTENSIONS)}.")
     config = load_config(home.config_file)
     settings_for(home, config, profile, check_overrides(settings, where="--set"), where="--set")

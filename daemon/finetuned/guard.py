@@ -88,7 +88,7 @@ def say_waiting(home: Home, why: str) -> None:
 def why_paused(home: Home) -> str | None:
     """Say why no job starts until `finetuned resume`, or None if they do."""
     try:
-        return home.paused.read_text(encoding="utf-8").strip()
+        return home.paused.read_text(encoding="utf-8", errors="backslashreplace").strip()
     except FileNotFoundError:
         return None
 

@@ -327,15 +327,21 @@ def _row(job: Job) -> dict[str, Any]:
     for column in fields(job):
         value = getattr(job, column.name)
         if isinstance(value, FileIdentity):
-            row |= {part.name: getattr(value, part.name) for part in fields(value)}
+            row |= {part.name: _signed(getattr(value, part.name)) for part in fields(value)}
         else:
             row[column.name] = _stored(column.name, value)
     return row
 
 
+def _signed(number: int) -> int:
+    """Give a number of 64 bits as SQLite takes it; some network file systems count inodes from the top."""
+    return number - 2**64 if number >= 2**63 else number
+
+
 def _job(row: sqlite3.Row) -> Job:
     values = dict(row)
-    identity = FileIdentity(**{part.name: values.pop(part.name) for part in fields(FileIdentity)})
+    device, inode = (values.pop(name) % 2**64 for name in ("device", "inode"))
+    identity = FileIdentity(device, inode, values.pop("size"), values.pop("mtime_ns"))
     for name in _JSON_COLUMNS:
         values[name] = json.loads(values[name]) if values[name] is not None else None
     values["state"] = State(values["state"])

@@ -41,7 +41,7 @@ def signed(folder: JobFolder) -> Signature | None:
 def locked(folder: JobFolder) -> bool:
     """Whether a trainer of this job is alive: it holds the lock, whatever became of the daemon."""
     try:
-        descriptor = os.open(folder.lock, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(folder.lock, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return False
     try:

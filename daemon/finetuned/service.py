@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sqlite3
@@ -34,7 +35,7 @@ from finetuned.spool.crashes import pause_if_too_many
 from finetuned.spool.hasher import Hasher
 from finetuned.spool.inbox import Complaint, Found
 from finetuned.spool.orders import Verb
-from finetuned.spool.publish import archive, fail, publish
+from finetuned.spool.publish import archive, fail, publish, published
 from finetuned.spool.recover import recover, recover_job
 from finetuned.spool.settle import Settler
 from finetuned.spool.watch import Watch
@@ -46,9 +47,11 @@ _TICK = 0.2  # seconds between two looks at a running trainer
 _IDLE = 5.0  # seconds between two looks at config.json when nothing else happens
 _ROUND = 0.2  # seconds that one step may take of a round in which thousands of files wait
 _FIRST_RETRY, _LAST_RETRY = 1.0, 15.0  # seconds, after the disk was full or read-only; doubled each time
+_LONG_AGO = 600.0  # seconds without trouble, after which the first retry comes soon again
 _GPU_LINE_SECONDS = 60.0
 _STOP_WORD = 60.0  # seconds that systemd shall wait for the next word of a daemon that stops
 _TIDY_SECONDS = 86400.0
+_UNREADABLE = frozenset({errno.EIO, errno.EACCES, errno.EPERM, errno.ELOOP})
 
 _log = structlog.get_logger()
 
@@ -140,14 +143,14 @@ class Service:
             self._recover()
         except (sqlite3.OperationalError, OSError) as error:
             self._hold(error, doing="putting right what a crash left")
-        if why := pause_if_too_many(self._home, self._config.most_crashes, time.time()):
-            _log.error("paused", why=why, then="`finetuned resume` lets jobs start again")
         self._watch.renew()
         self._warm_up()
         notify(ready=1, status="waiting for files")
 
     def _recover(self) -> None:
         recover(self._ledger, self._home, stop_orphan=self._stop_orphan, adopt=self._adopt)
+        if why := pause_if_too_many(self._home, self._config.most_crashes, time.time()):
+            _log.error("paused", why=why, then="`finetuned resume` lets jobs start again")
         self._recovered = True
 
     def _done(self) -> bool:
@@ -157,6 +160,8 @@ class Service:
             return self._attempt is None or (self._held and self._attempt.trainer.poll() is not None)
         if not self._once or self._attempt or self._waiting is None or self._ready:
             return False
+        if not self._waiting and not self._ledger.unfinished():
+            return True
         if self._paused() or self._fleet.all_failed:
             why, then = (
                 ("the queue is paused", "`finetuned resume`") if self._paused() else ("no GPU is left", "mend one")
@@ -164,7 +169,7 @@ class Service:
             _log.error(why, then=f"{then}, and start again")
             self._failures += 1
             return True
-        return not self._waiting and not self._ledger.unfinished()
+        return False
 
     def _end(self) -> int:
         notify(stopping=1)
@@ -212,7 +217,7 @@ class Service:
             except (sqlite3.OperationalError, OSError) as error:  # a full disk, most likely
                 self._hold(error, doing=step.__name__.strip("_").replace("_", " "))
         if self._held_by and not self._held:
-            self._held_by, self._held_for = None, 0.0
+            self._held_by = None
             say_waiting(self._home, "")
             _log.info("the queue goes on")
 
@@ -254,8 +259,8 @@ class Service:
         for number, verb, job_id in self._ledger.orders():
             try:
                 carried_out = self._carry_out(Verb(verb), job_id)
-            except KeyError:
-                _log.warning("no such job", order=verb, job=job_id)
+            except (KeyError, ValueError):  # or a verb of a later version
+                _log.warning("no such job or order", order=verb, job=job_id)
                 carried_out = True
             except FinetunedError as error:
                 _log.warning("order refused", order=verb, job=job_id, why=error.sentence())
@@ -344,7 +349,9 @@ class Service:
         for job in self._ledger.jobs(State.CLAIMING):
             self._hasher.ask(job, input_path(self._home, job), now)
         for job_id, result in self._hasher.results(now=now, pause=self._config.quiet_seconds):
-            if isinstance(result, OSError):
+            if isinstance(result, OSError) and result.errno in _UNREADABLE:
+                self._fail(self._ledger.job(job_id), _unreadable(result))
+            elif isinstance(result, OSError):
                 self._hold(result, doing=f"reading the file of {job_id}")
             elif result is None:
                 _log.info("file still changes", job=job_id)
@@ -560,7 +567,7 @@ class Service:
         except FinetunedError as error:
             self._fail(job, error.as_dict())
         except OSError as error:
-            if no_room(error):
+            if no_room(error) or published(self._home, self._ledger.job(job.id)):
                 self._hold(error, doing=f"publishing {job.id}")
             else:
                 self._fail(job, _unwritable(error))
@@ -603,6 +610,8 @@ class Service:
         now = time.monotonic()
         if self._held and now < self._held_until:
             return
+        if now - self._held_until > _LONG_AGO:
+            self._held_for = 0.0
         self._held_for = min(2 * self._held_for or _FIRST_RETRY, _LAST_RETRY)
         self._held, self._held_until = True, now + self._held_for
         if str(error) != str(self._held_by):
@@ -628,7 +637,7 @@ def open_ledger(home: Home) -> Ledger:
     """
     try:
         return Ledger.open(home.ledger)
-    except sqlite3.OperationalError as error:  # not damaged: a full or read-only disk, say
+    except (sqlite3.OperationalError, OSError) as error:  # not damaged: a full or read-only disk, say
         raise HomeError(
             f"the ledger cannot be opened: {error}",
             where=str(home.ledger),
@@ -659,6 +668,15 @@ def _relay(job: Job, event: Event) -> None:
         log(event.message, job=job.id)
     elif event.type is EventType.METRICS and "valid_loss" in event.data:
         _log.info(event.message, job=job.id)
+
+
+def _unreadable(error: OSError) -> dict[str, str]:
+    return {
+        "code": "unreadable",
+        "what": f"the file cannot be read: {error.strerror}",
+        "where": str(error.filename or ""),
+        "remedy": "Mend the disk or the file's rights, and drop the file again.",
+    }
 
 
 def _unwritable(error: OSError) -> dict[str, str]:

@@ -6,6 +6,7 @@ it.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sqlite3
@@ -28,6 +29,7 @@ from finetuned.lifesigns import has_open, locked, signed
 
 _log = structlog.get_logger()
 
+_LAST_WAIT = 10.0  # seconds for a killed trainer to be gone
 _ORPHAN_PAUSE = 0.1  # seconds between two looks at its lock
 _AT_ONCE = 4 * 2**20  # bytes of events.jsonl
 MOST_TRANSIENT = 5
@@ -271,6 +273,8 @@ def stop_orphan(home: Home, job: Job, *, seconds: float) -> None:
     folder = home.job(job.id)
     deadline = time.monotonic() + seconds
     while locked(folder):
+        if time.monotonic() > deadline + _LAST_WAIT:  # stuck in a driver, or it never said who it is
+            raise OSError(errno.EBUSY, "a trainer that outlived its daemon does not end", str(folder.lock))
         _signal_trainer(folder, signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
         time.sleep(_ORPHAN_PAUSE)
 

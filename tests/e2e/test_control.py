@@ -240,6 +240,7 @@ def test_add_drops_a_file_with_its_settings_and_never_over_another(home, daemon,
         (["--set", "epochs=-1"], "epochs"),
         (["--set", "epoch=1"], "did you mean epochs"),
         (["--set", "epochs"], "key=value"),
+        (["--set", "predictions=1", "--set", "predictions.samples=2"], "a value already"),
         (["--set", "model=/etc"], "may not name a folder"),
         (["--set", "trust_remote_code=true"], "may not set trust_remote_code"),
         (["--set", "priority=9"], "may not set priority"),
@@ -252,10 +253,31 @@ def test_add_refuses_what_the_daemon_would(home, tmp_path, words, said):
     assert not list(home.inbox.iterdir())
 
 
-def test_add_takes_training_files_only(home, tmp_path):
-    other = tmp_path / "notes.txt"
+@pytest.mark.parametrize("name", ["notes.txt", ".hidden.jsonl", "x.jsonl.part", "x.config.json"])
+def test_add_takes_training_files_only(home, tmp_path, name):
+    other = tmp_path / name
     other.write_text("no")
     assert "is not a training file" in finetuned(home, "add", str(other), code=78)
+
+
+def test_once_ends_with_an_error_where_the_queue_is_paused(home, daemon, drop, standin):
+    finetuned(home, "pause")
+    drop("x.jsonl", 3)
+    one = daemon("--once")
+    assert one.process.wait(30) == 1
+    one.says("the queue is paused")
+    finetuned(home, "resume")
+    assert daemon("--once").process.wait(30) == 0
+    finetuned(home, "pause")
+    assert daemon("--once").process.wait(30) == 0, "there is nothing left to do"
+
+
+def test_a_pause_file_of_anything_is_a_pause(home, daemon, drop, standin):
+    home.paused.write_bytes(b"\xff by hand")
+    one = daemon()
+    drop("x.jsonl", 3)
+    one.job("x.jsonl", state=State.QUEUED)
+    assert "by hand" in finetuned(home, "status")
 
 
 def test_status_watch_shows_it_again_and_again(home):

@@ -115,7 +115,7 @@ def spawn(folder: JobFolder, *, lock: int, output: int, environment: Mapping[str
     $FINETUNED_TRAINER may name another program that obeys the contract of docs/architecture.md.
     """
     other = os.environ.get("FINETUNED_TRAINER")
-    program = shlex.split(other) if other else [sys.executable, "-m", "finetuned.trainer"]
+    program = shlex.split(other) if other else [sys.executable, "-P", "-m", "finetuned.trainer"]
     process = subprocess.Popen(
         [*program, str(folder.path)],
         stdin=subprocess.DEVNULL,

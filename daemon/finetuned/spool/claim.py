@@ -31,7 +31,7 @@ def claim(ledger: Ledger, home: Home, found: Found, config: Config) -> Job:
     Settings that cannot be used do not stop the claim: the job carries the reason and is failed by the caller.
     Raises OSError if the file went away or the disk is full; recovery and the next look put that right.
     """
-    job, override_inode = _describe(home, found, config)
+    job, override_inode = _describe(ledger, home, found, config)
     ledger.add(job)  # D1
     try:
         write_spec(home, job, override_inode=override_inode)  # D2
@@ -53,7 +53,7 @@ def forget(ledger: Ledger, home: Home, job: Job) -> None:
     ledger.drop(job.id)
 
 
-def _describe(home: Home, found: Found, config: Config) -> tuple[Job, int | None]:
+def _describe(ledger: Ledger, home: Home, found: Found, config: Config) -> tuple[Job, int | None]:
     facts = found.path.lstat()
     if not stat.S_ISREG(facts.st_mode):
         raise OSError(errno.ELOOP, "it was a regular file a moment ago", str(found.path))
@@ -77,7 +77,7 @@ def _describe(home: Home, found: Found, config: Config) -> tuple[Job, int | None
             kept = "It lies beside this reason as overrides.json; drop settings and data again."
             reason["remedy"] = f"{reason['remedy']} {kept}".strip()
     job = Job(
-        id=f"{safe_name(found.name)}-{secrets.token_hex(3)}",
+        id=_new_id(ledger, safe_name(found.name)),
         name=found.name,
         profile=found.profile,
         identity=FileIdentity(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns),
@@ -91,13 +91,31 @@ def _describe(home: Home, found: Found, config: Config) -> tuple[Job, int | None
     return job, override_inode
 
 
+def _new_id(ledger: Ledger, stem: str) -> str:
+    """Give an id that no job has, of those that the ledger has known for years."""
+    while True:
+        job_id = f"{stem}-{secrets.token_hex(3)}"
+        try:
+            ledger.job(job_id)
+        except KeyError:
+            return job_id
+
+
 def settings_for(
     home: Home, config: Config, profile: str, overrides: dict[str, Any], *, where: str
 ) -> TrainingSettings:
     """Give the settings of a file with this profile and override. Raises ConfigError if they cannot be used."""
-    if "model" in overrides and (home.root / str(overrides["model"])).exists():
+    if "model" in overrides and _is_there(home, str(overrides["model"])):
         raise ConfigError("an override may not name a folder as its model", where=where)
     return resolve(config, profile, overrides, where=where)
+
+
+def _is_there(home: Home, model: str) -> bool:
+    """Whether a model's name is also that of a folder, seen from the base directory or from where the daemon runs."""
+    try:
+        return any(place.exists() for place in (home.root / model, Path(model)))
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _regular(path: Path) -> os.stat_result:
@@ -170,7 +188,10 @@ def fingerprint(path: Path) -> tuple[FileIdentity, str] | None:
     A rename does not stop a writer that has the file open, so it is looked at before and after. Takes as long as
     reading the file does: call it beside the loop.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123, a descriptor
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with open(os.open(path, flags), "rb") as file:  # noqa: PTH123, a descriptor
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # put there between the look and the claim
+            raise OSError(errno.ELOOP, "is not a regular file", str(path))
         if has_writer(file.fileno()):
             return None
         before = os.fstat(file.fileno())

@@ -67,7 +67,7 @@ def _list(folder: Path, *, profile: str, profiles: Collection[str]) -> Iterator[
         return
     overrides = {entry.name for entry in entries if entry.name.endswith(OVERRIDE_SUFFIX)}
     if overrides:  # those that have a data file
-        overrides &= {_override_of(entry.name) for entry in entries if _is_data(entry.name)}
+        overrides &= {_override_of(entry.name) for entry in entries if is_data(entry.name)}
     for entry in entries:
         if _LITTER.search(printable(os.fsencode(entry.name))):
             continue
@@ -78,7 +78,7 @@ def _list(folder: Path, *, profile: str, profiles: Collection[str]) -> Iterator[
         elif entry.name.endswith(OVERRIDE_SUFFIX):
             if entry.name not in overrides:
                 yield Complaint(path, "waits for a data file of its name", "Drop that file too.")
-        elif _is_data(entry.name):
+        elif is_data(entry.name):
             yield Found(path, profile)
         else:
             yield Complaint(path, "is not a training file", f"finetuned takes {', '.join(EXTENSIONS)}.")
@@ -105,5 +105,7 @@ def _override_of(name: str) -> str:
     return name[: len(name) - len(data_extension(os.fsencode(name)))] + OVERRIDE_SUFFIX
 
 
-def _is_data(name: str) -> bool:
-    return data_extension(os.fsencode(name)) in EXTENSIONS and not name.endswith(OVERRIDE_SUFFIX)
+def is_data(name: str) -> bool:
+    """Whether a file of that name would be taken."""
+    whole = not (name.endswith(OVERRIDE_SUFFIX) or _LITTER.search(printable(os.fsencode(name))))
+    return whole and data_extension(os.fsencode(name)) in EXTENSIONS

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ def point_latest(home: Home, adapter: str) -> None:
         temporary.symlink_to(adapter, target_is_directory=True)
         temporary.replace(home.adapters / "latest")
     except OSError:  # something of the user's has that name, or the disk is full
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def archive_folder(home: Home, job: Job) -> Path:

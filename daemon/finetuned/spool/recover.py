@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -100,7 +101,7 @@ def _recover_claim(ledger: Ledger, home: Home, job: Job) -> None:
         forget(ledger, home, job)
     elif input_path(home, job).exists():
         folder = home.job(job.id)
-        if folder.spec.exists():
+        with suppress(OSError, ValueError, TypeError):  # a damaged job.json knows of no override
             take_override(folder, Found(source, job.profile).override, read_spec(folder).override_inode)
     else:
         _log.warning("file vanished before it was taken", file=printable(job.name))
@@ -126,7 +127,8 @@ def _recover_run(ledger: Ledger, home: Home, job: Job) -> None:
         except FinetunedError as error:
             fail(ledger, home, job, error.as_dict())
     else:
-        note_crash(home, job.id, time.time())
+        if job.boot_id:  # a row that was made again does not know whether it was at work
+            note_crash(home, job.id, time.time())
         _count_interruption(ledger, home, job)
 
 

@@ -108,6 +108,8 @@ class Settler:
             if left == 0 and plain and not _last_line_whole(descriptor, facts.st_size):
                 left = max(0.0, config.truncated_seconds - quiet)
             return max(left, override_left)
+        except OSError as error:
+            return Complaint(found.path, f"cannot be read: {error.strerror}", "Look at the disk with `dmesg`.")
         finally:
             os.close(descriptor)
 
