@@ -18,6 +18,7 @@ TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "daemon" / "finetuned"
 DURABLE, LEDGER, SERVICE = "durable.py", "ledger.py", "service.py"
 CLAIM, PUBLISH, RECOVER, ORDERS = "spool/claim.py", "spool/publish.py", "spool/recover.py", "spool/orders.py"
+REBUILD = "spool/rebuild.py"
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,13 @@ MUTANTS = [
         "def _recover_claim",
         {"(home.failed / job.id).is_dir()": "False"},
     ),
-    Mutant("recovery: published without a row", RECOVER, "def _adopt_lost", {"_with_adapter(home, job)": "job"}),
+    Mutant(
+        "lost ledger: published is forgotten",
+        REBUILD,
+        "def _unfinished",
+        {"adapters[spec.id][0] if spec.id in adapters else None": "None"},
+    ),
+    Mutant("lost ledger: an old reason counts", REBUILD, "def _unfinished", {" and spec.id not in adapters": ""}),
     Mutant("recovery: published without D10", RECOVER, "def _recover_run", {"if published(home, job)": "if False"}),
 ]
 

@@ -54,12 +54,16 @@ def main() -> None:
     except FinetunedError as error:
         click.echo(f"finetuned: {error}", err=True)
         sys.exit(_UNUSABLE)
+    except PermissionError as error:
+        whose = "Do it as the user to whom the base directory belongs."
+        click.echo(f"finetuned: {error.filename}: {error.strerror}. {whose}", err=True)
+        sys.exit(_UNUSABLE)
 
 
 @cli.command()
-@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("folder", default=".", type=click.Path(path_type=Path, file_okay=False))
 def init(folder: Path) -> None:
-    """Make FOLDER a base directory."""
+    """Make FOLDER a base directory; the current one if none is named."""
     from finetuned.base_directory import make_base_directory
     from finetuned.config import starter
     from finetuned.durable import OTHERS_NOTHING
@@ -277,7 +281,7 @@ def plan(base_dir: Path | None, file: Path, profile: str, model: str | None, as_
 @click.option("--skip-validation", is_flag=True, help="Train on the good rows, however many are bad.")
 @click.option("--yes", is_flag=True, help="Do not ask before replacing what is in the output folder.")
 def train(**options: Any) -> None:
-    """Train one file by hand, without the daemon."""
+    """Train one file by hand, without the daemon and without config.json."""
     from finetuned.by_hand import train_by_hand
 
     sys.exit(train_by_hand(**options))

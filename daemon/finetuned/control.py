@@ -27,7 +27,7 @@ def order(home: Home, verb: Verb, name: str = "") -> str:
     be carried out.
     """
     with _ledger(home) as ledger:
-        job = _find(ledger, name) if name else None
+        job = _find(ledger, verb, name) if name else None
         said = _check(home, verb, job)
         ledger.order(verb, job.id if job else "", time.time())
     pid = daemon_pid(home)
@@ -58,8 +58,12 @@ def _check(home: Home, verb: Verb, job: Job | None) -> str:
     return f"{job.id} is {verb} in the queue"
 
 
-def _find(ledger: Ledger, name: str) -> Job:
+def _find(ledger: Ledger, verb: Verb, name: str) -> Job:
+    """Give the job that is meant: of several that begin so, the only one to which the order can apply."""
     found = ledger.named(name)
+    if len(found) > 1:
+        ended = verb is Verb.RETRY
+        found = [job for job in found if (job.state is State.FINISHED) is ended] or found
     if len(found) == 1:
         return found[0]
     if not found:

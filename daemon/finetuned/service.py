@@ -555,7 +555,12 @@ class Service:
     def _stop_attempt(self) -> None:
         if self._attempt is not None:
             if not self._attempt.stopping:
-                _log.info("stopping", job=self._attempt.job.id, seconds=self._config.stop_seconds)
+                _log.info(
+                    "stopping, with a checkpoint",
+                    job=self._attempt.job.id,
+                    seconds=self._config.stop_seconds,
+                    hurry="a second signal ends it at once, without one",
+                )
                 notify(stopping=1)
                 self._next_word = 0.0
             self._attempt.stop(self._config.stop_seconds)

@@ -140,7 +140,8 @@ def _hindrances(facts: dict[str, Any]) -> list[str]:
     """Say what keeps jobs from starting, or from starting as they should."""
     lines = []
     if facts["config_error"]:
-        lines.append(f"config.json is broken, the last good one is in use: {facts['config_error']}")
+        then = "the last good one is in use" if facts["daemon_pid"] else "the daemon will not start with it"
+        lines.append(f"config.json is broken, {then}: {facts['config_error']}")
     if facts["waits"]:
         lines.append(f"waiting: {facts['waits']}; it goes on by itself when that is over")
     if facts["paused"]:

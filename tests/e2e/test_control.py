@@ -182,6 +182,10 @@ def test_what_cannot_be_done_is_said_at_once(home, daemon, drop, standin):
     assert "has ended" in finetuned(home, "cancel", job.id, code=78)
     assert "has succeeded" in finetuned(home, "retry", job.id, code=78)
     assert "Write more of it" in finetuned(home, "cancel", "a", code=78)
+    finetuned(home, "pause")
+    drop("abc.jsonl", 3)
+    waiting = one.job("abc.jsonl", state=State.QUEUED)
+    assert waiting.id in finetuned(home, "cancel", "ab"), "the other one has ended"
     assert "has ended" in finetuned(home, "move", job.id, "--first", code=78)
     assert "--first or --last" in finetuned(home, "move", job.id, code=2)
     assert one.process.poll() is None

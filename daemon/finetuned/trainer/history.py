@@ -52,7 +52,7 @@ def correction(records: Sequence[Record], *, model: str, method: str, device: st
     """Give what to multiply a prediction with, and why: the median of measured over predicted."""
     near, what = _near(records, model=model, method=method, device=device)
     ratios = [one.peak / one.predicted for one in near if one.predicted > 0 and one.peak > 0]
-    return (statistics.median(ratios), what) if ratios else (1.0, "no earlier job on this device")
+    return (statistics.median(ratios), what) if ratios else (1.0, "no earlier job of a minute or more on this device")
 
 
 def speed(records: Sequence[Record], *, model: str, method: str, device: str) -> float | None:
