@@ -77,7 +77,8 @@ def _put(file: Path, folder: Path, profile: str, settings: dict[str, Any]) -> Pa
             try:
                 os.link(partial, target)  # unlike a rename it never replaces a file that came in the meantime
             except FileExistsError:
-                override.unlink(missing_ok=True)
+                if settings:  # else it is another's
+                    override.unlink(missing_ok=True)
                 continue
             sync_folder(folder)
             return target
