@@ -15,7 +15,7 @@ from finetuned.guard import daemon_pid
 from finetuned.home import Home
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
-from finetuned.spool.orders import OrderError, Verb, check_retry, settings_of_retry
+from finetuned.spool.orders import OrderError, Verb, check_retry, check_turn, settings_of_retry
 
 _NOT_RUNNING = "the daemon is not running, so this takes effect when it starts"
 
@@ -53,8 +53,7 @@ def _check(home: Home, verb: Verb, job: Job | None) -> str:
         raise OrderError(f"job {job.id} has ended: it {job.outcome}")
     if verb is Verb.CANCEL:
         return f"{job.id} is cancelled; its file goes to archive/failed/{job.id}/"
-    if job.state not in {State.CLAIMING, State.QUEUED}:
-        raise OrderError(f"job {job.id} does not wait: it is {job.status}")
+    check_turn(job)
     return f"{job.id} is {verb} in the queue"
 
 

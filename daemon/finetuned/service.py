@@ -162,14 +162,14 @@ class Service:
             return False
         if not self._waiting and not self._ledger.unfinished():
             return True
-        if self._paused() or self._fleet.all_failed:
-            why, then = (
-                ("the queue is paused", "`finetuned resume`") if self._paused() else ("no GPU is left", "mend one")
-            )
-            _log.error(why, then=f"{then}, and start again")
-            self._failures += 1
-            return True
-        return False
+        if self._paused():
+            _log.error("the queue is paused", then="`finetuned resume`, and start again")
+        elif self._fleet.all_failed:
+            _log.error("no GPU is left", then="mend one, and start again")
+        else:
+            return False
+        self._failures += 1
+        return True
 
     def _end(self) -> int:
         notify(stopping=1)

@@ -57,20 +57,12 @@ def _describe(ledger: Ledger, home: Home, found: Found, config: Config) -> tuple
     facts = found.path.lstat()
     if not stat.S_ISREG(facts.st_mode):
         raise OSError(errno.ELOOP, "it was a regular file a moment ago", str(found.path))
-    settings: dict[str, Any] = {}
-    rung: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     reason = override_inode = None
-    priority = 0
     try:
-        overrides: dict[str, Any] = {}
         if os.path.lexists(found.override):
             override_inode = _regular(found.override).st_ino
-            overrides = read_overrides(found.override)
-        where = str(found.override if overrides else home.config_file)
-        training = settings_for(home, config, found.profile, overrides, where=where)
-        settings = training.model_dump()
-        priority = settings.pop("priority")
-        rung = training.first_rung().as_dict()
+        columns = columns_of(settings_beside(home, config, found.profile, found.override))
     except ConfigError as error:
         reason = error.as_dict()
         if override_inode is not None:
@@ -83,12 +75,16 @@ def _describe(ledger: Ledger, home: Home, found: Found, config: Config) -> tuple
         identity=FileIdentity(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns),
         state=State.CLAIMING,
         created_at=time.time(),
-        priority=priority,
-        settings=settings,
-        rung=rung,
         reason=reason,
+        **columns,
     )
     return job, override_inode
+
+
+def columns_of(training: TrainingSettings) -> dict[str, Any]:
+    """Give what a job's row holds of its settings. The priority is apart: it makes no other training."""
+    settings = training.model_dump()
+    return {"priority": settings.pop("priority"), "settings": settings, "rung": training.first_rung().as_dict()}
 
 
 def _new_id(ledger: Ledger, stem: str) -> str:
@@ -99,6 +95,12 @@ def _new_id(ledger: Ledger, stem: str) -> str:
             ledger.job(job_id)
         except KeyError:
             return job_id
+
+
+def settings_beside(home: Home, config: Config, profile: str, override: Path) -> TrainingSettings:
+    """Give the settings of a file with this profile and, if it is there, this override. Raises ConfigError."""
+    overrides = read_overrides(override) if os.path.lexists(override) else {}
+    return settings_for(home, config, profile, overrides, where=str(override if overrides else home.config_file))
 
 
 def settings_for(

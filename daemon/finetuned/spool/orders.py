@@ -9,13 +9,13 @@ from __future__ import annotations
 from contextlib import suppress
 from enum import StrEnum
 
-from finetuned.config import Config, TrainingSettings, read_overrides
+from finetuned.config import Config, TrainingSettings
 from finetuned.durable import move, sync_folder, write_file
 from finetuned.errors import FinetunedError
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
-from finetuned.spool.claim import input_path, settings_for, write_spec
+from finetuned.spool.claim import columns_of, input_path, settings_beside, write_spec
 from finetuned.spool.publish import CANCELLED, REASON, archived_name
 
 
@@ -60,8 +60,7 @@ def resume(home: Home) -> None:
 
 def change_turn(ledger: Ledger, home: Home, job: Job, verb: Verb) -> Job:
     """Put a waiting job before or behind all others. Raises OrderError if it does not wait."""
-    if job.state not in {State.CLAIMING, State.QUEUED}:
-        raise OrderError(f"job {job.id} does not wait: it is {job.status}")
+    check_turn(job)
     others = [other for other in ledger.queue() if other.id != job.id]
     if not others:
         return job
@@ -70,6 +69,12 @@ def change_turn(ledger: Ledger, home: Home, job: Job, verb: Verb) -> Job:
     job = ledger.update(job.id, priority=edge.priority, place=edge.place + step)
     write_spec(home, job)
     return job
+
+
+def check_turn(job: Job) -> None:
+    """Raise OrderError if a job does not wait."""
+    if job.state not in {State.CLAIMING, State.QUEUED}:
+        raise OrderError(f"job {job.id} does not wait: it is {job.status}")
 
 
 def retry(ledger: Ledger, home: Home, config: Config, job: Job) -> Job:
@@ -81,15 +86,12 @@ def retry(ledger: Ledger, home: Home, config: Config, job: Job) -> Job:
     if job.state is State.QUEUED:
         return ledger.update(job.id, not_before=0.0)
     check_retry(home, job)
-    training = settings_of_retry(home, config, job)
-    settings = training.model_dump()
+    columns = columns_of(settings_of_retry(home, config, job))
     job = ledger.update(  # R1
         job.id,
         state=State.CLAIMING,
-        priority=settings.pop("priority"),
+        **columns,
         place=0.0,
-        settings=settings,
-        rung=training.first_rung().as_dict(),
         outcome=None,
         reason=None,
         adapter=None,
@@ -123,10 +125,7 @@ def check_retry(home: Home, job: Job) -> None:
 
 def settings_of_retry(home: Home, config: Config, job: Job) -> TrainingSettings:
     """Give the settings with which a job would be tried again. Raises ConfigError if they cannot be used."""
-    override = home.failed / job.id / home.job(job.id).overrides.name
-    overrides = read_overrides(override) if override.exists() else {}
-    where = str(override if overrides else home.config_file)
-    return settings_for(home, config, job.profile, overrides, where=where)
+    return settings_beside(home, config, job.profile, home.failed / job.id / home.job(job.id).overrides.name)
 
 
 def take_back(home: Home, job: Job) -> None:
