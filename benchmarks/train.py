@@ -89,7 +89,7 @@ class Work:
         self.data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows()))
 
         from finetuned.trainer.batches import Example, tokenise
-        from finetuned.trainer.model import find_base, load_tokenizer
+        from finetuned.trainer.base import find_base, load_tokenizer
         from finetuned.trainer.steps import plan_steps
 
         settings = settings_from(SETTINGS, where="benchmarks/train.py")

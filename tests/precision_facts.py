@@ -18,7 +18,7 @@ from finetuned.config import settings_from
 from finetuned.dataset.checks import check_row
 from finetuned.trainer import loop
 from finetuned.trainer.batches import tokenise
-from finetuned.trainer.model import Base
+from finetuned.trainer.base import Base
 from finetuned.trainer.precision import choose
 from finetuned.trainer.predictions import predict
 from finetuned.trainer.reporter import Reporter

@@ -29,7 +29,7 @@ from finetuned.fallback import next_rung
 from finetuned.trainer import checkpoint, evaluation, loop, steps
 from finetuned.trainer.batches import Example, tokenise
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
-from finetuned.trainer.model import Base
+from finetuned.trainer.base import Base
 from finetuned.trainer.recipes import sft
 from finetuned.trainer.reporter import Reporter
 

@@ -91,7 +91,8 @@ def test_a_model_without_safetensors_is_refused_and_its_weights_are_not_read(tin
     import torch
 
     from finetuned.errors import ModelError
-    from finetuned.trainer.model import Base, load_model
+    from finetuned.trainer.base import Base
+    from finetuned.trainer.model import load_model
     from finetuned.trainer.precision import choose
 
     folder = tmp_path / "model"

@@ -24,7 +24,7 @@ from finetuned.trainer.batches import tokenise
 from finetuned.trainer.ends import StopAskedError
 from finetuned.trainer.health import Watch, check_step, check_trainable
 from finetuned.trainer.loop import Task, train
-from finetuned.trainer.model import Base
+from finetuned.trainer.base import Base
 from finetuned.trainer.recipes.sft import Objective
 from finetuned.trainer.reporter import Reporter
 

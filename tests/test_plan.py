@@ -18,7 +18,8 @@ from finetuned.trainer import attention, footprint, history, plan
 from finetuned.trainer.batches import Example
 from finetuned.trainer.layout import Layout
 from finetuned.trainer.lora import add_adapter
-from finetuned.trainer.model import Base, load_model
+from finetuned.trainer.base import Base
+from finetuned.trainer.model import load_model
 from finetuned.trainer.precision import choose
 from finetuned.trainer.recipes.sft import Objective
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
+from finetuned.findings import Warned
 
 NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter", "priority"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
@@ -119,7 +120,17 @@ class TrainingSettings(_Strict):
     fallback_4bit: bool = Field(False, description="When memory runs out, the base weights may go to 4 bits.")
     fallback_max_length: bool = Field(False, description="When memory runs out, rows may be cut shorter.")
     max_bad_rows: Fraction = Field(0.01, description="Share of bad rows that are left out; with more the job fails.")
+    fail_on: list[Warned] = Field(
+        default_factory=list,
+        description="Warnings about the data that fail the job, by their codes in docs/data.md.",
+    )
     eval_file: str | None = Field(None, description="Held-out rows; a path, from the base directory if not absolute.")
+    eval_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        description="Share of the rows held back, chosen by their content, where no held-out file is given.",
+    )
     eval_steps: PositiveInt | None = Field(
         None, description="Evaluate every so many steps; null: before the first step and after the last."
     )
@@ -176,8 +187,8 @@ class TrainingSettings(_Strict):
 
     @model_validator(mode="after")
     def _best_of_what_is_measured(self) -> Self:
-        if self.publish == "best" and not (self.eval_file and self.eval_steps):
-            raise ValueError("publish best needs eval_file and eval_steps, which tell what is best")
+        if self.publish == "best" and not self.eval_steps:
+            raise ValueError("publish best needs held-out rows and eval_steps, which tell what is best")
         return self
 
     def first_rung(self) -> Rung:

@@ -1,107 +1,105 @@
-"""What makes a row usable, and its normal form. Pure: a value in, a row or its problems out."""
+"""What makes a message usable, and its text. Pure: a value in, messages or their problems out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
+from finetuned.dataset.rows import Message, Problem
+
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
-REMEDIES = {
-    "not_json": "Each line must be one whole JSON object.",
-    "not_utf8": "Save the file as UTF-8.",
-    "row_too_large": "Split the row.",
-    "truncated_last_line": "The upload or export was cut off; make the file again.",
-    "data_type": "Each row must be a JSON object.",
-    "preference_data": "Chats are trained here, comparisons are not; keep the wanted answer as a chat.",
-    "missing_messages_list": 'Write each row as {"messages": [{"role": "user", "content": "..."}, ...]}.',
-    "message_missing_key": 'Each message needs "role" and "content".',
-    "unrecognized_role": f"Roles are {', '.join(sorted(ROLES))}.",
-    "missing_content": 'Give the message a "content"; null cannot be learned.',
-    "example_missing_assistant_message": "Without an assistant turn there is nothing to learn from the row.",
-    "template_refuses_row": "The model's chat template takes no such row; mend it, or take another model.",
-    "template_drops_text": "The model's chat template changes or leaves out a text; another model may keep it.",
-    "no_supervised_tokens": "The answer lies behind max_length; raise it or shorten the question.",
-}
+# Beside role and content. Those of the second line go to the chat template as they are.
+_KEYS = frozenset({"role", "content", "weight", "tool_calls", "function_call", "refusal"})
+_FOR_TEMPLATES = frozenset({"name", "tool_call_id", "reasoning_content", "reasoning", "thinking"})
+_EXACT = 2**53  # from there on a number with a fraction's format has lost digits
 
 
-_OTHER_FORMATS = (
-    ({"instruction", "output"}, "Alpaca"),
-    ({"conversations"}, "ShareGPT"),
-    ({"prompt", "completion"}, "prompt and completion"),
-    ({"text"}, "plain text"),
-)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why a row cannot be used."""
-
-    code: str
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A usable row: `line` in the file, and its messages as (role, text)."""
-
-    line: int
-    messages: tuple[tuple[str, str], ...]
-
-
-def check_row(line: int, value: Any) -> Row | list[Problem]:
-    """Bring one row into its normal form, or say all that is wrong with it."""
-    if not isinstance(value, dict):
-        return [Problem("data_type", f"a {type(value).__name__}")]
-    if {"chosen", "rejected"} & value.keys():  # also where "messages" stand beside them: half a comparison is no answer
-        return [Problem("preference_data", f"keys: {', '.join(map(str, value))}")]
-    messages = value.get("messages")
-    if not isinstance(messages, list) or not messages:
-        known = next((f"looks like {name}; " for keys, name in _OTHER_FORMATS if keys <= value.keys()), "")
-        return [Problem("missing_messages_list", f"{known}keys: {', '.join(map(str, value))}")]
-    problems, normal = _check_messages(messages)
-    if not problems and not any(role == "assistant" for role, _ in normal):
-        problems.append(Problem("example_missing_assistant_message"))
-    return problems or Row(line, tuple(normal))
-
-
-def _check_messages(messages: list[Any]) -> tuple[list[Problem], list[tuple[str, str]]]:
+def check_messages(messages: list[Any]) -> tuple[list[Problem], list[Message]]:
+    """Bring messages of OpenAI's form into ours, or say all that is wrong with them."""
     problems: list[Problem] = []
-    normal: list[tuple[str, str]] = []
+    normal: list[Message] = []
     for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            problems.append(Problem("data_type", f"message {number} is a {type(message).__name__}"))
-        elif "role" not in message or "content" not in message:
-            problems.append(Problem("message_missing_key", f"message {number}"))
-        elif not isinstance(message["role"], str) or message["role"] not in ROLES:
-            problems.append(Problem("unrecognized_role", f"message {number}: {message['role']!r}"))
-        elif message["content"] is None:
-            problems.append(Problem("missing_content", f"message {number}"))
+        checked = _check(message)
+        if isinstance(checked, Message):
+            normal.append(checked)
         else:
-            try:
-                normal.append((message["role"], text_of(message["content"])))
-            except orjson.JSONEncodeError:
-                problems.append(Problem("data_type", f"message {number}: content is nested too deep"))
+            problems += [Problem(code, f"message {number}{detail}") for code, detail in checked]
     return problems, normal
 
 
+def _check(message: Any) -> Message | list[tuple[str, str]]:
+    if not isinstance(message, dict):
+        return [("data_type", f" is a {type(message).__name__}")]
+    called = bool(message.get("tool_calls") or message.get("function_call"))
+    if "role" not in message or ("content" not in message and not called):
+        return [("message_missing_key", "")]
+    role, content = message["role"], message.get("content")
+    problems = []
+    if not isinstance(role, str) or role not in ROLES:
+        problems.append(("unrecognized_role", f": {role!r:.60}"))
+    unknown = message.keys() - _KEYS - _FOR_TEMPLATES
+    if unknown:
+        problems.append(("message_unrecognized_key", f": {', '.join(map(repr, sorted(unknown)))[:100]}"))
+    if message.get("weight") not in (None, 0, 1):
+        problems.append(("data_type", f": weight {message['weight']!r:.20} is neither 0 nor 1"))
+    if content is None and not called:
+        problems.append(("missing_content", ""))
+    if problems:
+        return problems
+    try:
+        text = "" if content is None else text_of(content)
+        extra = {name: message[name] for name in _FOR_TEMPLATES & message.keys() if message[name] is not None}
+        if called:
+            extra["tool_calls"] = _calls(message)
+    except ValueError as error:
+        return [("data_type", f": {error}")]
+    return Message(role, text, message.get("weight") != 0, extra or None)
+
+
 def text_of(content: Any) -> str:
-    """Give content as the trained text: a string as it is, a list of text parts joined, anything else as JSON."""
+    """Give content as the trained text: a string as it is, a list of text parts joined, anything else as JSON.
+
+    Raises ValueError for what would not come out as it was.
+    """
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
+    if isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content):
+        for part in content:
+            if part["type"] != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(f"a part of type {part['type']!r:.40}; texts alone are trained")
         return "".join(part["text"] for part in content)
-    return orjson.dumps(content).decode()
+    if isinstance(content, float) and abs(content) >= _EXACT:
+        raise ValueError("a number too large to be kept exactly; write it as a string")
+    try:
+        return orjson.dumps(content).decode()
+    except orjson.JSONEncodeError:
+        raise ValueError("content is nested too deep") from None
 
 
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give tool calls as chat templates take them, arguments as objects. Raises ValueError."""
+    calls = message.get("tool_calls") or [{"type": "function", "function": message["function_call"]}]
+    if not isinstance(calls, list):
+        raise ValueError("tool_calls is no list")  # noqa: TRY004, of the data, not of the program
+    found = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError("a tool call has no function name")  # noqa: TRY004
+        normal = {"type": "function", "function": {**function, "arguments": _arguments(function.get("arguments"))}}
+        if isinstance(call.get("id"), str):
+            normal["id"] = call["id"]
+        found.append(normal)
+    return found
 
 
-def with_system_prompt(row: Row, prompt: str | None) -> Row:
-    """Put the system prompt before a row that has none."""
-    if prompt is None or any(role in {"system", "developer"} for role, _ in row.messages):
-        return row
-    return Row(row.line, (("system", prompt), *row.messages))
+def _arguments(value: Any) -> Any:
+    if not isinstance(value, str):
+        return {} if value is None else value
+    try:
+        return orjson.loads(value)
+    except orjson.JSONDecodeError:
+        return value

@@ -1,26 +1,44 @@
-"""The data report: what was read, what is wrong where, and whether it will do."""
+"""The data report: what was read, what is wrong or odd where, what will be trained, and whether it will do."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
-from finetuned.dataset.checks import REMEDIES, Problem, Row, check_row, with_system_prompt
-from finetuned.dataset.formats import BadLine, read_rows
+from finetuned.dataset.formats import Format, check_row
+from finetuned.dataset.reading import BadLine, RowFile
+from finetuned.dataset.rows import Problem, Row, with_system_prompt
 from finetuned.errors import DataError
+from finetuned.findings import ERRORS, FATAL, WARNINGS, Warned
 
 _LINES_NAMED = 3
 
 
 @dataclass
 class Fault:
-    """One kind of problem: how often, and where first."""
+    """One kind of problem: in how many rows, and where first."""
 
     count: int = 0
     lines: list[int] = field(default_factory=list)
     detail: str = ""
+
+    def see(self, line: int, detail: str = "") -> None:
+        """Count a row."""
+        self.count += 1
+        if len(self.lines) < _LINES_NAMED and line not in self.lines:
+            self.lines.append(line)
+            self.detail = self.detail or detail
+
+    def sentence(self, code: str, remedy: str, *, rows: int = 0) -> str:
+        """Give it as a line of a log. `rows` are those among which it was found."""
+        many = "1 row" if self.count == 1 else f"{self.count:,} rows"
+        share = f" ({self.count / rows:.1%})" if rows else ""
+        if not self.lines:
+            return f"{code}: {many}{share}{f', {self.detail}' if self.detail else ''}. {remedy}"
+        first = f"{'' if self.count <= len(self.lines) else 'first '}at line {', '.join(map(str, self.lines))}"
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{code}: {many}{share}, {first}{detail}. {remedy}"
 
 
 @dataclass
@@ -29,88 +47,127 @@ class Report:
 
     rows: int = 0
     bad_rows: int = 0
+    format: str = ""
     system_prompts_added: int = 0
     faults: dict[str, Fault] = field(default_factory=dict)
+    warnings: dict[Warned, Fault] = field(default_factory=dict)
+    tokens: dict[str, Any] = field(default_factory=dict)  # what will be trained
+    sample: dict[str, Any] = field(default_factory=dict)  # a row as the model sees it: its line, and (text, learned)
+
+    @property
+    def good_rows(self) -> int:
+        """Rows that can be trained."""
+        return self.rows - self.bad_rows
 
     def add(self, line: int, problems: Iterable[Problem]) -> None:
         """Count a bad row."""
         self.bad_rows += 1
         for problem in problems:
-            fault = self.faults.setdefault(problem.code, Fault())
-            fault.count += 1
-            if len(fault.lines) < _LINES_NAMED and line not in fault.lines:
-                fault.lines.append(line)
-                fault.detail = fault.detail or problem.detail
+            self.faults.setdefault(problem.code, Fault()).see(line, problem.detail)
+
+    def warn(self, code: Warned, line: int, detail: str = "") -> None:
+        """Count a row that is trained all the same."""
+        self.warnings.setdefault(code, Fault()).see(line, detail)
 
     def as_dict(self) -> dict[str, Any]:
-        """Give the report as it is stored."""
+        """Give the report as it is stored and printed for machines."""
+        good = max(1, self.good_rows)
         return {
+            "format": self.format,
             "rows": self.rows,
             "bad_rows": self.bad_rows,
             "system_prompts_added": self.system_prompts_added,
-            "errors": {
-                code: {"count": f.count, "lines": f.lines, "detail": f.detail, "remedy": REMEDIES[code]}
-                for code, f in self.faults.items()
+            "errors": {code: {**asdict(f), "remedy": ERRORS[code].remedy} for code, f in self.faults.items()},
+            "warnings": {
+                code: {**asdict(f), "share": round(f.count / good, 6), "remedy": WARNINGS[code].remedy}
+                for code, f in self.warnings.items()
             },
+            "tokens": self.tokens,
+            "sample": self.sample,
         }
 
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Self:
+        """Make a report of what `as_dict` gave. Raises KeyError or TypeError if it is something else."""
+
+        def faults(kind: str) -> dict[Any, Fault]:
+            return {code: Fault(f["count"], f["lines"], f["detail"]) for code, f in stored[kind].items()}
+
+        plain = ("rows", "bad_rows", "format", "system_prompts_added", "tokens", "sample")
+        return cls(faults=faults("errors"), warnings=faults("warnings"), **{name: stored[name] for name in plain})
+
     def sentences(self) -> list[str]:
-        """Give a line for each kind of problem, most frequent first."""
-        lines = []
-        for code, fault in sorted(self.faults.items(), key=lambda item: -item[1].count):
-            rows = "1 row" if fault.count == 1 else f"{fault.count} rows"
-            first = f"{'' if fault.count == len(fault.lines) else 'first '}at line {', '.join(map(str, fault.lines))}"
-            detail = f" ({fault.detail})" if fault.detail else ""
-            lines.append(f"{code}: {rows}, {first}{detail}. {REMEDIES[code]}")
-        return lines
+        """Give a line for each kind of error, most frequent first."""
+        return [fault.sentence(code, ERRORS[code].remedy) for code, fault in _by_count(self.faults)]
+
+    def warning_sentences(self) -> list[str]:
+        """Give a line for each kind of warning, most frequent first."""
+        good = self.good_rows
+        return [fault.sentence(code, WARNINGS[code].remedy, rows=good) for code, fault in _by_count(self.warnings)]
 
     def summary(self) -> str:
         """Give the report in one line."""
-        bad = f", {self.bad_rows} bad and left out" if self.bad_rows else ""
-        prompts = f", system prompt added to {self.system_prompts_added}" if self.system_prompts_added else ""
-        return f"{self.rows} rows{bad}{prompts}"
+        bad = f", {self.bad_rows:,} bad and left out" if self.bad_rows else ""
+        kind = f" of {self.format}" if self.format else ""
+        prompts = f", system prompt added to {self.system_prompts_added:,}" if self.system_prompts_added else ""
+        tokens = f", {self.tokens['tokens']:,} tokens, {self.tokens['supervised']:,} supervised" if self.tokens else ""
+        return f"{self.rows:,} rows{kind}{bad}{prompts}{tokens}"
 
 
-def read_file(path: Path, *, name: str, system_prompt: str | None) -> tuple[list[Row], Report]:
-    """Read a file and check every row. Raises DataError if it is empty or cut off.
+def _by_count(faults: dict[Any, Fault]) -> list[tuple[Any, Fault]]:
+    return sorted(faults.items(), key=lambda item: -item[1].count)
 
-    `name` is what the user calls the file. The caller asks `judge` when all checks are done.
+
+def rows_of(file: RowFile, report: Report, *, system_prompt: str | None) -> Iterator[Row]:
+    """Read a file and check every row; bad ones go into the report. Raises DataError if there are none.
+
+    The caller asks `judge` when all checks are done.
     """
-    report = Report()
-    rows: list[Row] = []
-    if path.stat().st_size == 0:
-        raise DataError("the file is empty", where=name, remedy="Fill it and drop it again.", code="empty_file")
-    for line, value in read_rows(path, name=name):
+    expected: Format | None = None
+    for line, value in file.rows():
         report.rows += 1
-        checked = [Problem(value.code, value.detail)] if isinstance(value, BadLine) else check_row(line, value)
-        if isinstance(checked, Row):
-            row = with_system_prompt(checked, system_prompt)
-            report.system_prompts_added += row is not checked
-            rows.append(row)
-        else:
+        if isinstance(value, BadLine):
+            report.add(line, [Problem(value.code, value.detail)])
+            continue
+        found, checked = check_row(line, value, expected)
+        if not isinstance(checked, Row):
             report.add(line, checked)
-            if checked[0].code == "truncated_last_line":
-                raise DataError(
-                    "the last line is cut off",
-                    where=f"{name}:{line}",
-                    remedy=REMEDIES["truncated_last_line"],
-                    code="truncated_last_line",
-                )
+            continue
+        if expected is None and found is not None:
+            expected, report.format = found, found.name
+        row = with_system_prompt(checked, system_prompt)
+        report.system_prompts_added += row.prompted
+        yield row
     if not report.rows:
-        raise DataError("the file holds no rows", where=name, remedy="Fill it and drop it again.", code="empty_file")
-    return rows, report
+        raise DataError(
+            "the file holds no rows", where=file.name, remedy="Fill it and drop it again.", code="empty_file"
+        )
 
 
-def judge(report: Report, *, name: str, max_bad_rows: float) -> None:
-    """Raise DataError with all that was found if too many rows are bad, or none is good."""
-    if report.bad_rows == 0 or (report.bad_rows < report.rows and report.bad_rows <= max_bad_rows * report.rows):
-        return
-    first = next(iter(report.faults.values())).lines[0]
-    raise DataError(
-        f"{report.bad_rows} of {report.rows} rows cannot be used:\n  " + "\n  ".join(report.sentences()),
-        where=f"{name}:{first}",
-        remedy="Mend them."
-        if report.bad_rows == report.rows
-        else f"Mend them, or raise max_bad_rows (now {max_bad_rows:g}; by hand: --skip-validation) to leave them out.",
-        code=max(report.faults, key=lambda code: report.faults[code].count),
-    )
+def judge(report: Report, *, name: str, max_bad_rows: float, fail_on: Collection[str] = ()) -> None:
+    """Raise DataError with all that was found if too many rows are bad, none is good, or `fail_on` names a warning."""
+    fatal = [code for code in report.faults if code in FATAL]
+    few = report.bad_rows < report.rows and report.bad_rows <= max_bad_rows * report.rows
+    if report.bad_rows and (fatal or not few):
+        first = report.faults[fatal[0]] if fatal else next(iter(report.faults.values()))
+        if fatal:
+            remedy = ERRORS[fatal[0]].remedy
+        elif report.bad_rows == report.rows:
+            remedy = "Mend them."
+        else:
+            remedy = f"Mend them, or raise max_bad_rows (now {max_bad_rows:g}) to leave them out."
+        raise DataError(
+            f"{report.bad_rows:,} of {report.rows:,} rows cannot be used:\n  " + "\n  ".join(report.sentences()),
+            where=f"{name}:{first.lines[0]}",
+            remedy=remedy,
+            code=fatal[0] if fatal else max(report.faults, key=lambda code: report.faults[code].count),
+        )
+    refused = [(code, fault) for code, fault in report.warnings.items() if code in fail_on]
+    if refused:
+        said = [fault.sentence(code, WARNINGS[code].remedy, rows=report.good_rows) for code, fault in refused]
+        raise DataError(
+            "fail_on names what was found:\n  " + "\n  ".join(said),
+            where=f"{name}:{refused[0][1].lines[0]}" if refused[0][1].lines else name,
+            remedy="Mend the file, or take the code out of fail_on.",
+            code=refused[0][0],
+        )

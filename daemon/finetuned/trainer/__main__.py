@@ -1,6 +1,6 @@
 """`python -m finetuned.trainer JOB_DIR`: job.json in, events and an adapter out, and an exit code (`events.ExitCode`).
 
-The data is checked before torch is imported, so a bad file is told in a moment.
+The data is checked before the model's weights are read.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuned.config import TrainingSettings, settings_from
-from finetuned.dataset.checks import Row
-from finetuned.dataset.report import Report, judge, read_file
 from finetuned.durable import NO_ROOM, OTHERS_NOTHING
-from finetuned.errors import ConfigError, DataError, FinetunedError, ModelError, OutOfMemoryError
+from finetuned.errors import DataError, FinetunedError, ModelError, OutOfMemoryError
 from finetuned.events import EventType, ExitCode
 from finetuned.fallback import Rung
 from finetuned.home import JobFolder, printable
@@ -64,34 +62,22 @@ def _run(folder: JobFolder, spec: JobSpec) -> ExitCode:
         return ExitCode.TEMPORARY
     with _no_room_told(say) as end, _told(say, end):
         settings = settings_from(spec.settings, where=spec.name)
-        say.phase("validating_files", f"reading {spec.name}")
-        rows, report = read_file(folder.path / spec.input, name=spec.name, system_prompt=settings.system_prompt)
-        judge(report, name=spec.name, max_bad_rows=settings.max_bad_rows)
-        held_out = _held_out(settings, spec)
-        _train(folder, spec, settings, say=say, rows=rows, report=report, held_out=held_out)
+        _train(folder, spec, settings, say=say)
     return end.code
 
 
-def _train(
-    folder: JobFolder,
-    spec: JobSpec,
-    settings: TrainingSettings,
-    *,
-    say: Reporter,
-    rows: list[Row],
-    report: Report,
-    held_out: list[Row],
-) -> None:
-    """Do all that needs torch."""
+def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say: Reporter) -> None:
+    """Do all that needs the libraries."""
     say.phase("loading_model", "starting torch")
     import torch
 
     from finetuned.trainer import memory
     from finetuned.trainer.adapter import write_adapter
-    from finetuned.trainer.batches import examples_of
+    from finetuned.trainer.base import find_base, load_tokenizer, quiet_libraries
     from finetuned.trainer.chain import settle
+    from finetuned.trainer.data import read_data
     from finetuned.trainer.loop import Task, train
-    from finetuned.trainer.model import choose_tuning, find_base, load_tokenizer, quiet_libraries
+    from finetuned.trainer.model import choose_tuning
 
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,26 +86,20 @@ def _train(
     if tuning != spec.rung["tuning"]:
         say.say(EventType.RUNG, f"tuning {tuning}: {why}", rung=rung.as_dict(), reason=why)
     base = find_base(settings, models=Path(spec.models), base_dir=Path(spec.base_dir))
+    tokenizer = load_tokenizer(base, settings)
+    data = read_data(folder, spec, settings, tokenizer, say=say, asked_to_stop=lambda: _stop_asked)
     earlier = settle(folder, spec, settings, base.name)
     if earlier is not None:
         say.say(EventType.MESSAGE, f"resume_adapter: {earlier} ({earlier.reason})", chain=earlier.chain)
-    tokenizer = load_tokenizer(base, settings)
-    examples = examples_of(rows, report, tokenizer, max_length=rung.max_length)
-    say.say(EventType.DATA_REPORT, f"data: {report.summary()}", **report.as_dict())
-    for sentence in report.sentences():
-        say.warn(f"left out: {sentence}")
-    # Rows that lost their answer to a rung's shorter max_length are no fault of the file.
-    shortened = rung.max_length < settings.max_length
-    judge(report, name=spec.name, max_bad_rows=1.0 if shortened else settings.max_bad_rows)
-    held_out_report = Report(rows=len(held_out))
     libraries = memory.resident_bytes()
     task = Task(
         settings=settings,
         rung=rung,
         base=base,
         tokenizer=tokenizer,
-        train=examples,
-        held_out=examples_of(held_out, held_out_report, tokenizer, max_length=rung.max_length),
+        train=data.train.cut_to(rung.max_length),
+        held_out=data.held_out.cut_to(rung.max_length) if data.held_out else [],
+        asked=data.asked,
         device=device,
         checkpoints=folder.checkpoints,
         bounds=Path(spec.models).parent / "micro-batches.json",
@@ -127,10 +107,9 @@ def _train(
         asked_to_stop=lambda: _stop_asked,
         earlier=earlier,
     )
-    judge(held_out_report, name=str(settings.eval_file), max_bad_rows=1.0 if shortened else settings.max_bad_rows)
     trained = train(task)
     say.phase("saving", "writing the adapter")
-    write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, report.as_dict())
+    write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, data.report)
     figures = ", ".join(
         f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(("loss", "before"))
     )
@@ -163,22 +142,6 @@ def _remember(task: Task, trained: Trained, *, libraries: int, models: Path) -> 
         history.remember(history.file_beside(models), record)
     except Exception as error:  # noqa: BLE001, the adapter is done: no record is worth losing it
         task.say.warn(f"nothing was kept for the predictions of `finetuned plan`: {error}")
-
-
-def _held_out(settings: TrainingSettings, spec: JobSpec) -> list[Row]:
-    """Read eval_file; bad rows there are an error, as a figure over some of the rows would mislead."""
-    if settings.eval_file is None:
-        return []
-    path = Path(spec.base_dir) / Path(settings.eval_file).expanduser()
-    if not path.is_file():
-        raise ConfigError(
-            "there is no such file",
-            where=f"eval_file {path}",
-            remedy="Mend the path in config.json, or set it to null.",
-        )
-    rows, report = read_file(path, name=path.name, system_prompt=settings.system_prompt)
-    judge(report, name=path.name, max_bad_rows=0.0)
-    return rows
 
 
 class _End:

@@ -1,41 +1,18 @@
-"""From chat rows to tokens, and from tokens to micro-batches.
-
-A chat is rendered (`chat.py`) and tokenised as a whole.
-"""
+"""From tokenised rows to micro-batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from finetuned.dataset.checks import Problem, Row
-from finetuned.dataset.report import Report
 from finetuned.trainer.attention import FlatRows
-from finetuned.trainer.chat import render_row, takes_parts
+from finetuned.trainer.tokens import Example
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-_BATCH = 1024  # rows tokenised at once
 _WORTH_SHARING = 8  # tokens
-
-
-@dataclass(frozen=True)
-class Example:
-    """A tokenised row. `supervised[i]` says whether token i is to be learned."""
-
-    ids: list[int]
-    supervised: list[bool]
-    row: Row
-
-    @property
-    def targets(self) -> int:
-        """Tokens that are learned. The first token of a row has nothing before it to predict it from."""
-        return sum(self.supervised[1:])
 
 
 @dataclass(frozen=True)
@@ -56,61 +33,6 @@ class Batch:
             k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()
         }
         return Batch(inputs, self.positions.to(device), self.targets.to(device), self.tokens)
-
-
-def tokenise(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> Iterator[Example | tuple[Row, Problem]]:
-    """Render and tokenise rows in order; a row that cannot be learned from comes back with its problem."""
-    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = added | set(tokenizer.all_special_ids)
-    parts = takes_parts(tokenizer)
-    for start in range(0, len(rows), _BATCH):
-        rendered = [render_row(row, tokenizer, parts=parts) for row in rows[start : start + _BATCH]]
-        encoded = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True)
-        for index, (text, spans) in enumerate(rendered):
-            row = rows[start + index]
-            if isinstance(spans, Problem):
-                yield row, spans
-                continue
-            ids = encoded["input_ids"][index]
-            mask = _supervised(text, ids, encoded["offset_mapping"][index], spans, special)
-            example = Example(ids[:max_length], mask[:max_length], row)
-            yield example if example.targets else (row, Problem("no_supervised_tokens"))
-
-
-def _supervised(
-    text: str, ids: list[int], offsets: list[tuple[int, int]], spans: list[tuple[int, int]], special: set[int]
-) -> list[bool]:
-    """Mark the tokens of each span, and the end-of-turn token behind it, without which the model would never stop."""
-    mask = [False] * len(ids)
-    token = 0
-    for start, end in spans:
-        while token < len(ids) and offsets[token][1] <= start:
-            token += 1
-        while token < len(ids) and offsets[token][0] < end:
-            mask[token] = True
-            token += 1
-        behind = token
-        while behind < len(ids) and ids[behind] not in special and not text[slice(*offsets[behind])].strip():
-            behind += 1
-        if behind < len(ids) and ids[behind] in special:
-            mask[token : behind + 1] = [True] * (behind + 1 - token)
-            token = behind + 1
-    return mask
-
-
-def examples_of(
-    rows: Sequence[Row], report: Report, tokenizer: PreTrainedTokenizerBase, *, max_length: int
-) -> list[Example]:
-    """Tokenise rows; those that cannot be learned from go into the report instead."""
-    examples = []
-    for result in tokenise(rows, tokenizer, max_length=max_length):
-        if isinstance(result, Example):
-            examples.append(result)
-        else:
-            report.add(result[0].line, [result[1]])
-    return examples
 
 
 def collate_flat(examples: Sequence[Example], *, share: bool = True) -> Batch:

@@ -15,6 +15,7 @@ from finetuned.events import EventType
 from finetuned.trainer import memory, steps
 from finetuned.trainer.model import evaluating
 from finetuned.trainer.predictions import predict
+from finetuned.trainer.store import lengths_of, targets_of
 
 if TYPE_CHECKING:
     from finetuned.trainer.loop import Training
@@ -56,7 +57,7 @@ def _measure(training: Training) -> None:
 def held_out_loss(training: Training) -> float:
     """Give the mean loss in nats over the held-out supervised tokens. Its batches adapt on their own."""
     task, bound = training.task, training.bound
-    lengths = [len(example.ids) for example in task.held_out]
+    lengths = lengths_of(task.held_out)
     while True:
         total = 0.0
         try:
@@ -65,7 +66,7 @@ def held_out_loss(training: Training) -> float:
                     training.stop_if_asked()
                     batch = training.layout.collate([task.held_out[row] for row in part]).to(task.device)
                     total += float(training.objective(batch))
-            return total / sum(example.targets for example in task.held_out)
+            return total / sum(targets_of(task.held_out))
         except (RuntimeError, MemoryError) as error:
             if memory.out_of_memory(error) is None or bound.rows == 1:
                 raise
@@ -76,8 +77,7 @@ def held_out_loss(training: Training) -> float:
 def _ask(training: Training) -> None:
     """Answer the first held-out questions as the model stands."""
     task, settings = training.task, training.task.settings.predictions
-    asked = [example.row for example in task.held_out[: settings.samples]]
-    answers = predict(training.model, task.tokenizer, asked, max_new_tokens=settings.max_new_tokens)
+    answers = predict(training.model, task.tokenizer, task.asked, max_new_tokens=settings.max_new_tokens)
     if answers:
         samples = [answer.as_dict() for answer in answers]
         exact = sum(sample["exact"] for sample in samples)

@@ -12,10 +12,11 @@ import torch
 
 from finetuned.config import TrainingSettings
 from finetuned.trainer import fused, rehearsal
-from finetuned.trainer.batches import Example
+from finetuned.trainer.base import Base
 from finetuned.trainer.lora import add_adapter
-from finetuned.trainer.model import Base, empty_model, set_checkpointing
+from finetuned.trainer.model import empty_model, set_checkpointing
 from finetuned.trainer.precision import Precision
+from finetuned.trainer.tokens import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finetuned.dataset.checks import Row
 from finetuned.errors import ModelError
 from finetuned.trainer import attention, memory
-from finetuned.trainer.batches import Batch, Example, collate_flat, collate_padded
+from finetuned.trainer.batches import Batch, collate_flat, collate_padded
 from finetuned.trainer.model import evaluating
+from finetuned.trainer.tokens import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,4 +162,4 @@ def _row(model: PreTrainedModel, length: int, seed: int) -> Example:
         torch.randint(min(10, vocabulary - 1), vocabulary, (count,), generator=torch.Generator().manual_seed(number))
         for count, number in ((_SHARED, 99), (length - _SHARED, seed))
     ]
-    return Example(torch.cat(ids).tolist(), [True] * length, Row(0, ()))
+    return Example(torch.cat(ids).tolist(), [True] * length, 0)

@@ -7,30 +7,33 @@ another process, and the weights come out the same.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetuned.config import TrainingSettings
+from finetuned.dataset.rows import Row
 from finetuned.events import EventType
 from finetuned.fallback import Rung, next_rung
 from finetuned.trainer import bounds, fused, health, memory, steps
-from finetuned.trainer.batches import Example
+from finetuned.trainer.base import Base
 from finetuned.trainer.chain import Earlier
 from finetuned.trainer.ends import Means, OutOfMeansError, StopAskedError
 from finetuned.trainer.evaluation import evaluate
 from finetuned.trainer.layout import Layout, choose_layout, rows_stand_alone
 from finetuned.trainer.lora import add_adapter
-from finetuned.trainer.model import Base, load_model, set_checkpointing
+from finetuned.trainer.model import load_model, set_checkpointing
 from finetuned.trainer.pace import Pace
 from finetuned.trainer.precision import Precision, choose, in_force
 from finetuned.trainer.recipes import RECIPES
 from finetuned.trainer.reporter import Reporter
 from finetuned.trainer.saving import Saver
 from finetuned.trainer.start_line import count, start_line
+from finetuned.trainer.store import lengths_of, targets_of
+from finetuned.trainer.tokens import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,14 +49,15 @@ class Task:
     rung: Rung  # its tuning is settled
     base: Base
     tokenizer: PreTrainedTokenizerBase
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     device: torch.device
     checkpoints: Path
     bounds: Path  # what earlier trainings found out about micro-batches
     say: Reporter
     asked_to_stop: Callable[[], bool]
     earlier: Earlier | None = None  # what the adapter builds on
+    asked: list[Row] = field(default_factory=list)  # held-out rows whose questions are put to the model
 
 
 @dataclass
@@ -149,7 +153,7 @@ class Training:
         self.task, self.model, self.layout, self.rung = task, model, layout, task.rung
         self.done = 0
         self.metrics: dict[str, Any] = {}
-        self.lengths = [len(example.ids) for example in task.train]
+        self.lengths = lengths_of(task.train)
         self.plan = steps.plan_steps(
             len(task.train),
             effective_batch=task.rung.effective_batch,
@@ -162,7 +166,8 @@ class Training:
         objective = importlib.import_module(RECIPES["sft"]).Objective(model, layout)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         health.check_trainable(objective.named_parameters())
-        health.check_supervised(map(self.plan.step, range(self.plan.total_steps)), [row.targets for row in task.train])
+        self._targets = targets_of(task.train)
+        health.check_supervised(map(self.plan.step, range(self.plan.total_steps)), self._targets)
         self.peak_rate, rate_reason = _learning_rate(settings, task.rung.tuning)
         health.check_schedule(map(self._rate, range(self.plan.total_steps)))
         self.saver = Saver(self)
@@ -265,7 +270,7 @@ class Training:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # it takes no new gradient before
         self.optimizer.zero_grad(set_to_none=True)
-        lines = ", ".join(str(self.task.train[row].row.line) for row in sorted(self.plan.step(self.done)))
+        lines = ", ".join(str(self.task.train[row].line) for row in sorted(self.plan.step(self.done)))
         self.done += 1
         self.metrics |= {"step": self.done, "skipped_steps": self.watch.skipped}
         times = f"{self.watch.skipped} of at most {self.task.settings.skip_bad_steps}"
@@ -348,7 +353,7 @@ class Training:
 
     def _gradient(self, rows: list[int]) -> float:
         """Gather a step's gradient over its micro-batches; give the mean loss over the step's targets."""
-        count = sum(self.task.train[row].targets for row in rows)
+        count = sum(self._targets[row] for row in rows)
         # Dropout follows from seed and step, so that a step done again or after a resume is the same step.
         torch.manual_seed(self.task.settings.seed * 1_000_003 + self.done)
         return sum(self._backward(part, count) for part in self._cut(rows)) / count

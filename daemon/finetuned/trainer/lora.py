@@ -11,8 +11,8 @@ import torch
 from finetuned.adapters import WEIGHTS
 from finetuned.config import TrainingSettings
 from finetuned.errors import ConfigError
+from finetuned.trainer.base import Base
 from finetuned.trainer.chain import Earlier
-from finetuned.trainer.model import Base
 from finetuned.trainer.precision import Precision
 from finetuned.trainer.vision import text_layers
 

@@ -84,7 +84,8 @@ def _merge(
     from peft import PeftModel
 
     from finetuned.trainer import embedded
-    from finetuned.trainer.model import find_base, load_model, quiet_libraries
+    from finetuned.trainer.base import find_base, quiet_libraries
+    from finetuned.trainer.model import load_model
     from finetuned.trainer.precision import choose
     from finetuned.trainer.vision import copy_processor
 

@@ -3,64 +3,22 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from finetuned.config import TrainingSettings
 from finetuned.errors import ConfigError, ModelError
-from finetuned.trainer import embedded, memory
+from finetuned.trainer import memory
+from finetuned.trainer.base import Base, hub_options, loading
 from finetuned.trainer.precision import Precision
 from finetuned.trainer.vision import auto_class, tower
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-def quiet_libraries() -> None:
-    """Keep what the libraries tell each other out of logs and answers."""
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate|bitsandbytes)\b")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-class HubUnreachableError(ModelError):
-    """The model may exist, but the hub cannot be asked now."""
-
-    code = "hub_unreachable"
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base model: where it lies, and what adapters call it."""
-
-    source: str  # a folder or a hub id, as from_pretrained takes it
-    name: str  # a hub id where there is one
-    note: str = ""
-
-
-def find_base(settings: TrainingSettings, *, models: Path, base_dir: Path) -> Base:
-    """Find the base model by its name. Raises ModelError if it names a folder that does not hold a model."""
-    name = settings.model
-    if name == embedded.NAME:
-        return Base(str(embedded.unpack(models)), embedded.HUB_ID, embedded.NOTE)
-    folder = base_dir / Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return Base(str(folder), str(folder))
-    if folder.is_dir() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise ModelError(
-            "there is no model in this folder" if folder.is_dir() else "there is no such folder",
-            where=str(folder),
-            remedy="A model's folder holds config.json, weights and tokenizer; or name a hub id.",
-        )
-    return Base(name, name)
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def choose_tuning(setting: str, device: torch.device) -> tuple[str, str]:
@@ -72,26 +30,6 @@ def choose_tuning(setting: str, device: torch.device) -> tuple[str, str]:
     return "lora", "on a CPU a 4-bit base saves little and is not faster"
 
 
-def load_tokenizer(base: Base, settings: TrainingSettings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer. Raises ModelError if there is none or it has no chat template."""
-    with _loading(base):
-        tokenizer = AutoTokenizer.from_pretrained(base.source, **_hub(settings))
-    if not tokenizer.chat_template:
-        raise ModelError(
-            "the model has no chat template, so chats cannot be put into its words",
-            where=base.name,
-            remedy="Take its instruct or chat variant.",
-            code="no_chat_template",
-        )
-    if not tokenizer.is_fast:
-        raise ModelError(
-            "the model has no fast tokenizer, which tells where each token stands",
-            where=base.name,
-            remedy="Take another model.",
-        )
-    return tokenizer
-
-
 def load_model(
     base: Base, settings: TrainingSettings, *, tuning: str, precision: Precision, device: torch.device
 ) -> PreTrainedModel:
@@ -100,8 +38,8 @@ def load_model(
     Raises ModelError.
     """
     quantised = {"quantization_config": _quantisation(tuning, precision)} if tuning in {"qlora", "lora-8bit"} else {}
-    with _loading(base), _conversion_told():
-        config = AutoConfig.from_pretrained(base.source, **_hub(settings))
+    with loading(base), _conversion_told():
+        config = AutoConfig.from_pretrained(base.source, **hub_options(settings))
         _check_quantised(config, base, tuning)
         config.use_cache = False
         _switch_dropout_off(config)
@@ -112,7 +50,7 @@ def load_model(
             device_map={"": device},
             use_safetensors=True,  # other formats hold programs
             **quantised,
-            **_hub(settings),
+            **hub_options(settings),
         )
     for parameter in tower(model):
         parameter.requires_grad = False
@@ -175,17 +113,13 @@ def _conversion_told() -> Iterator[None]:
 
 def empty_model(base: Base, settings: TrainingSettings, dtype: torch.dtype) -> PreTrainedModel:
     """Build the model without its weights, on the meta device. Raises ModelError."""
-    with _loading(base), torch.device("meta"):
-        config = AutoConfig.from_pretrained(base.source, **_hub(settings))
+    with loading(base), torch.device("meta"):
+        config = AutoConfig.from_pretrained(base.source, **hub_options(settings))
         config.use_cache = False
         model: PreTrainedModel = auto_class(config).from_config(
             config, dtype=dtype, trust_remote_code=settings.trust_remote_code
         )
     return model
-
-
-def _hub(settings: TrainingSettings) -> dict[str, Any]:
-    return {"revision": settings.revision or "main", "trust_remote_code": settings.trust_remote_code}
 
 
 def _quantisation(tuning: str, precision: Precision) -> Any:
@@ -207,47 +141,6 @@ def _quantisation(tuning: str, precision: Precision) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=precision.compute,
     )
-
-
-@contextmanager
-def _loading(base: Base) -> Iterator[None]:
-    """Turn what loading raises into a ModelError that says what to do; running out of memory passes through."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        text = str(error).strip().split("\n")[0]
-        if _unreachable(error):
-            raise HubUnreachableError(
-                "the model is neither a folder nor downloaded, and the hub cannot be reached",
-                where=base.name,
-                remedy="Check the name and the network, or put the model into a folder.",
-            ) from error
-        if "model.safetensors" in text and ("no file named" in text or "does not appear to have a file" in text):
-            raise ModelError(
-                "it has no weights in safetensors, and other formats can hold programs that run when they are read",
-                where=base.name,
-                remedy="Take a model with safetensors, or convert it where you trust it.",
-                code="no_safetensors",
-            ) from error
-        raise ModelError(
-            f"the model cannot be loaded: {text}", where=base.name, remedy="Check the name in config.json."
-        ) from error
-
-
-def _unreachable(error: BaseException | None) -> bool:
-    """Whether the network is at fault, somewhere down the chain of causes."""
-    while error is not None:
-        if type(error).__name__ in {
-            "ConnectionError",
-            "ConnectError",
-            "ConnectTimeout",
-            "ReadTimeout",
-            "OfflineModeIsEnabled",
-            "LocalEntryNotFoundError",
-        }:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def set_checkpointing(model: PreTrainedModel, *, on: bool) -> None:

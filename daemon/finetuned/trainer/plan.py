@@ -16,13 +16,15 @@ import accelerate  # noqa: F401, a trainer has it in memory
 import torch
 
 from finetuned.config import TrainingSettings, settings_from
-from finetuned.dataset.report import judge, read_file
+from finetuned.dataset.report import judge
 from finetuned.errors import FinetunedError
 from finetuned.fallback import Rung, next_rung
 from finetuned.trainer import bounds, footprint, history, memory, steps
-from finetuned.trainer.batches import Example, examples_of
-from finetuned.trainer.model import Base, choose_tuning, find_base, load_tokenizer, quiet_libraries
+from finetuned.trainer.base import Base, find_base, load_tokenizer, quiet_libraries
+from finetuned.trainer.door import Door
+from finetuned.trainer.model import choose_tuning
 from finetuned.trainer.precision import choose
+from finetuned.trainer.store import Examples
 
 _MARGIN = 0.9  # share of the memory there is that a prediction may take
 _SHARE = 0.3  # of the speed of large matrix products that a training comes to; docs/training.md
@@ -44,10 +46,9 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     settings = settings_from(order["settings"], where="the settings")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     file, models = Path(order["file"]), Path(order["models"])
-    rows, report = read_file(file, name=file.name, system_prompt=settings.system_prompt)
-    judge(report, name=file.name, max_bad_rows=settings.max_bad_rows)
     base = find_base(settings, models=models, base_dir=Path(order["base_dir"]))
-    examples = examples_of(rows, report, load_tokenizer(base, settings), max_length=settings.max_length)
+    door = Door(load_tokenizer(base, settings), settings, cache=models.parent / "tokens")
+    examples, report = door.read(file, name=file.name)
     judge(report, name=file.name, max_bad_rows=settings.max_bad_rows)
 
     tuning, _ = choose_tuning(settings.tuning, device)
@@ -58,10 +59,12 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     forecast = Forecast(settings, base, device, examples, memory.resident_bytes())
     rung = forecast.settled(replace(settings.first_rung(), tuning=tuning), room / ratio)
     rung, reason, fits = walk(rung, settings, lambda rung: forecast.peak(rung) * ratio <= room * _MARGIN)
-    counted, examples = forecast.counted(rung), forecast.cut_to(rung)
+    counted, examples = forecast.counted(rung), examples.cut_to(rung.max_length)
     todo = forecast.steps
-    tokens = sum(len(examples[row].ids) for step in range(todo.total_steps) for row in todo.step(step))
-    targets = sum(examples[row].targets for step in range(todo.total_steps) for row in todo.step(step))
+    tokens, targets = (
+        sum(each[row] for step in range(todo.total_steps) for row in todo.step(step))
+        for each in (examples.lengths, examples.targets)
+    )
     speed, speed_from = history.speed(records, **kind), "earlier jobs"
     if speed is None:
         speed, speed_from = _estimated_speed(counted, rung, device, targets / tokens), "arithmetic, not measured yet"
@@ -109,7 +112,7 @@ class Forecast:
     """Footprints of one training, rung by rung."""
 
     def __init__(
-        self, settings: TrainingSettings, base: Base, device: torch.device, examples: list[Example], libraries: int
+        self, settings: TrainingSettings, base: Base, device: torch.device, examples: Examples, libraries: int
     ) -> None:
         """Plan the steps, as the loop does."""
         self.settings, self.base, self.device, self.examples = settings, base, device, examples
@@ -134,22 +137,17 @@ class Forecast:
             share = self.peak(replace(rung, micro_batch_tokens=tokens)) / room
             return share if share < 1 else None
 
-        enough = sum(sorted((len(one.ids) for one in self.examples), reverse=True)[: self.steps.effective_batch])
+        enough = sum(sorted(self.examples.lengths, reverse=True)[: self.steps.effective_batch])
         return replace(rung, micro_batch_tokens=bounds.largest_fitting(bounds.FIRST, enough, attempt)[0])
 
     def peak(self, rung: Rung) -> int:
         """Give the bytes needed on a rung, uncorrected."""
         return self.counted(rung).footprint.peak
 
-    def cut_to(self, rung: Rung) -> list[Example]:
-        """Give the rows as long as the rung lets them be."""
-        most = rung.max_length
-        return [Example(one.ids[:most], one.supervised[:most], one.row) for one in self.examples]
-
     def counted(self, rung: Rung) -> footprint.Counted:
         """Count what a rung needs. Rungs with the same largest micro-batch need the same."""
-        examples = self.cut_to(rung)
-        lengths = [len(one.ids) for one in examples]
+        examples = self.examples.cut_to(rung.max_length)
+        lengths = examples.lengths
         bound = steps.Bound(rung.batch_size, rung.micro_batch_tokens)
         largest = steps.largest_cut(self.steps, lengths, bound)
         accumulated = any(

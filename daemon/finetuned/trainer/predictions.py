@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetuned.dataset.checks import Row
+from finetuned.dataset.rows import Row
 from finetuned.trainer.attention import without_flat
-from finetuned.trainer.chat import render, takes_parts
+from finetuned.trainer.chat import Renderer
 from finetuned.trainer.model import evaluating
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def predict(
     Autocast is off: generation runs in the model's own number formats. Attention is transformers' own, as flat rows
     know no cache.
     """
-    asked = [(row.messages[:turn], row.messages[turn][1]) for row in rows if (turn := _last_answer(row)) > 0]
+    asked = [
+        (row.messages[:turn], row.tools, row.messages[turn].content) for row in rows if (turn := _last_answer(row)) > 0
+    ]
     if not asked:
         return []
     device = next(model.parameters()).device
@@ -51,8 +53,8 @@ def predict(
         tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
         model.set_attn_implementation(without_flat(model))
         model.config.use_cache = True
-        parts = takes_parts(tokenizer)
-        prompts = [render(chat, tokenizer, parts=parts, add_generation_prompt=True) for chat, _ in asked]
+        renderer = Renderer(tokenizer)
+        prompts = [renderer.render(chat, tools, add_generation_prompt=True) for chat, tools, _ in asked]
         encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
         with evaluating(model), torch.autocast(device.type, enabled=False):
             generated = model.generate(
@@ -73,8 +75,8 @@ def predict(
         model.config.use_cache = cache
     answers = tokenizer.batch_decode(generated[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
     return [
-        Prediction(chat[-1][1], expected, answer.strip())
-        for (chat, expected), answer in zip(asked, answers, strict=True)
+        Prediction(chat[-1].content, expected, answer.strip())
+        for (chat, _, expected), answer in zip(asked, answers, strict=True)
     ]
 
 
@@ -86,4 +88,4 @@ def _turn_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
 
 def _last_answer(row: Row) -> int:
     """Index of the last assistant message, or -1."""
-    return max((index for index, (role, _) in enumerate(row.messages) if role == "assistant"), default=-1)
+    return max((index for index, turn in enumerate(row.messages) if turn.role == "assistant"), default=-1)

@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from finetuned.trainer import attention
-from finetuned.trainer.batches import Batch, Example
+from finetuned.trainer.batches import Batch
 from finetuned.trainer.layout import Layout
 from finetuned.trainer.recipes import RECIPES
+from finetuned.trainer.tokens import Example
 
 # What a model may raise that does not run on such tensors, or not in a layout.
 _REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError, LookupError, AttributeError, AssertionError)

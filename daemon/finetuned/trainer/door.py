@@ -1,0 +1,219 @@
+"""The way of a file into the training: read, checked, put into the model's words, tokenised, judged; in one pass and
+constant memory, the index aside.
+
+While the tokenizer's threads work on some rows, the next ones are read and rendered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetuned.config import TrainingSettings
+from finetuned.dataset.quality import Quality
+from finetuned.dataset.reading import RowFile
+from finetuned.dataset.report import Fault, Report, rows_of
+from finetuned.dataset.rows import Row
+from finetuned.trainer import store
+from finetuned.trainer.store import Examples
+from finetuned.trainer.tokens import Encoded, Encoder, Refused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ROWS, _CHARACTERS = 1024, 2**20  # on their way at once
+_BARS = 12  # of the histogram
+_SHOWN = 1200  # tokens of the sample
+
+Progress = Callable[[float, int], None]  # share of the file, and rows so far
+
+
+class Door:
+    """Reads files for one model with one set of settings."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings, *, cache: Path) -> None:
+        self._tokenizer, self._settings, self._cache = tokenizer, settings, cache
+        self._encoder = Encoder(tokenizer, max_length=settings.max_length)
+        self.system_prompt = settings.system_prompt if self._encoder.renderer.takes_system() else None
+
+    def read(
+        self, path: Path, *, name: str, sha256: str | None = None, progress: Progress = lambda *_: None
+    ) -> tuple[Examples, Report]:
+        """Give a file's rows as tokens, from the cache where they are there, and the report.
+
+        `name` is what the user calls the file. Raises DataError where the file as a whole cannot be read, OSError.
+        """
+        folder = self._cache / self._key(sha256 or hash_of(path))
+        most = self._settings.max_length
+        kept = store.load(folder, max_length=most)
+        if kept is not None:
+            return kept
+        writer = store.Writer(folder)
+        try:
+            report = self._pass(path, name, writer, progress)
+            writer.finish(report)
+        finally:
+            writer.abandon()
+        store.prune(self._cache)
+        made = store.load(folder, max_length=most)
+        if made is None:
+            raise OSError(f"{folder} cannot be read again")
+        return made
+
+    def _key(self, sha256: str) -> str:
+        tokenizer = self._tokenizer
+        return store.cache_key(
+            file=sha256,
+            template=tokenizer.chat_template,
+            tokenizer=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+            special=repr(sorted(tokenizer.special_tokens_map.items())),
+            system_prompt=self.system_prompt,
+            max_length=self._settings.max_length,
+        )
+
+    def _pass(self, path: Path, name: str, writer: store.Writer, progress: Progress) -> Report:
+        report, quality = Report(), Quality(self._encoder.special_tokens)
+        collected = _Collected(report, quality, writer)
+        file = RowFile(path, name=name)
+        rows = rows_of(file, report, system_prompt=self.system_prompt)
+        with ThreadPoolExecutor(1, "tokenizer") as beside:
+            under_way: Future[list[Encoded | Refused]] | None = None
+            for part in _parts(rows):
+                rendered = self._encoder.render(part)
+                if under_way is not None:
+                    collected.take(under_way.result())
+                under_way = beside.submit(lambda *given: list(self._encoder.encode(*given)), part, rendered)
+                progress(file.fraction, report.rows)
+            if under_way is not None:
+                collected.take(under_way.result())
+        collected.conclude()
+        report.tokens = _figures(writer.index(), collected.lost)
+        if collected.sample is not None:
+            report.sample = self._shown(collected.sample)
+        return report
+
+    def _shown(self, encoded: Encoded) -> dict[str, Any]:
+        pairs = zip(encoded.ids[:_SHOWN].tolist(), encoded.supervised[:_SHOWN].tolist(), strict=True)
+        pieces = [
+            [self._tokenizer.decode([token for token, _ in run]), learned]
+            for learned, run in groupby(pairs, key=lambda pair: pair[1])
+        ]
+        return {"line": encoded.row.line, "pieces": pieces}
+
+
+class _Collected:
+    """Gathers what comes out of the tokenizer."""
+
+    def __init__(self, report: Report, quality: Quality, writer: store.Writer) -> None:
+        self._report, self._quality, self._writer = report, quality, writer
+        self.sample: Encoded | None = None
+        self.lost = 0
+        self._rows = 0
+
+    def take(self, results: Sequence[Encoded | Refused]) -> None:
+        """Count and write some rows."""
+        report = self._report
+        good: list[Encoded] = []
+        for one in results:
+            if isinstance(one, Refused):
+                report.add(one.row.line, [one.problem])
+                continue
+            self._writer.add(one, one.row.hashes())
+            if one.lost:
+                self.lost += one.lost
+                report.warn("rows_cut", one.row.line)
+            if good and good[-1].row is one.row:  # a long text that goes on
+                continue
+            good.append(one)
+            self._quality.see(one.row, report)
+            if one.short_answer:
+                report.warn("single_token_answers", one.row.line)
+        if good:
+            self.sample = self.sample or good[0]
+            own = [one.ids[one.begin :] for one in good]
+            lengths = np.array([len(ids) for ids in own], np.int64)
+            self._quality.near.see(np.concatenate(own), lengths, np.arange(self._rows, self._rows + len(own)))
+            self._rows += len(own)
+
+    def conclude(self) -> None:
+        """Look at all rows together."""
+        index = self._writer.index()
+        rows = index[np.diff(index[:, store.LINE], prepend=0) != 0]  # a long text once
+        self._quality.conclude(self._report, lines=rows[:, store.LINE], identities=rows[:, store.IDENTITY])
+        cut = self._report.warnings.get("rows_cut")
+        if cut:
+            cut.detail = f"{self.lost:,} tokens lost"
+
+
+def _parts(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Gather rows to be worked on at once: so many, or fewer that are long."""
+    part: list[Row] = []
+    size = 0
+    for row in rows:
+        part.append(row)
+        size += len(row.text) if row.text is not None else sum(len(turn.content) for turn in row.messages)
+        if len(part) == _ROWS or size >= _CHARACTERS:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _figures(index: NDArray[np.int64], lost: int) -> dict[str, Any]:
+    """Give what will be trained: counts, percentiles of lengths in tokens, and a histogram of them."""
+    lengths = index[:, store.LENGTH]
+    if not len(lengths):
+        return {}
+    bars = min(_BARS, int(lengths.max() - lengths.min()) + 1)
+    counts, edges = np.histogram(lengths, bars)
+    return {
+        "rows": len(lengths),
+        "tokens": int(lengths.sum()),
+        "supervised": int(index[:, store.TARGETS].sum()),
+        "lost": lost,
+        "lengths": {f"p{share}": int(np.percentile(lengths, share)) for share in (5, 25, 50, 75, 95, 99)}
+        | {"longest": int(lengths.max())},
+        "histogram": [[int(np.ceil(edge)), int(count)] for edge, count in zip(edges[1:], counts, strict=True)],
+    }
+
+
+def split(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
+    """Hold a share of the rows back, chosen by their content: equal rows fall on the same side, always."""
+    shares = examples.column(store.IDENTITY).astype(np.uint64) / 2.0**64
+    return examples.chosen(shares >= fraction), examples.chosen(shares < fraction)
+
+
+def tell_overlap(train: Examples, held_out: Examples, report: Report) -> None:
+    """Warn of held-out questions that the training file asks too."""
+    both = np.isin(held_out.column(store.QUESTION), train.column(store.QUESTION))
+    if both.any():
+        lines = held_out.column(store.LINE)[both]
+        detail = "lines of the held-out file"
+        report.warnings["eval_overlap"] = Fault(int(both.sum()), lines[:3].tolist(), detail)
+
+
+def rows_at(path: Path, lines: Sequence[int], *, name: str, system_prompt: str | None) -> list[Row]:
+    """Read some rows once more, by their lines."""
+    wanted = set(lines)
+    found: list[Row] = []
+    if not wanted:
+        return found
+    for row in rows_of(RowFile(path, name=name), Report(), system_prompt=system_prompt):
+        if row.line in wanted:
+            found.append(row)
+        if row.line >= max(wanted):
+            break
+    return found
+
+
+def hash_of(path: Path) -> str:
+    """Give the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
