@@ -43,7 +43,6 @@ class Case:
     messages: list[dict]
     wanted: str
     tools: list[dict] | None = None
-    later: bool = False  # not what the trainer makes of it today
 
     def __str__(self) -> str:
         return f"{self.template.name}, {self.label}"
@@ -88,7 +87,7 @@ SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
 DEFAULT = "<|im_start|>system\nBe helpful.<|im_end|>\n"
 # Qwen3's own text, not the row's, and so not learned: who trains on answers alone keeps a model that can think.
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
-QWEN3_LAST = f"<|im_start|>assistant\n{EMPTY_THOUGHT}«{{}}<|im_end|>»\n"
+QWEN3_LAST = f"<|im_start|>assistant\n«{EMPTY_THOUGHT}{{}}<|im_end|>»\n"
 
 FORMS = {
     CHATML: Form(USER, ANSWER, SYSTEM),
@@ -99,7 +98,7 @@ FORMS = {
     QWEN3_VL: Form(USER, ANSWER, SYSTEM),
     SMOLVLM: Form(
         "User: {}<end_of_utterance>\n",
-        "Assistant: «{}<end_of_utterance>»\n",
+        "Assistant:« {}<end_of_utterance>»\n",
         "System: {}<end_of_utterance>\n",
         start="<|im_start|>",
     ),
@@ -157,11 +156,10 @@ def plain() -> Iterator[Case]:
     """Every plain chat through every template, with and without a system prompt."""
     for template, form in FORMS.items():
         for name, chat in CHATS.items():
-            later = template is SMOLLM3 or (template is PHI3 and name.startswith("white space"))
-            yield Case(template, name, turns(*chat), form.written(turns(*chat)), later=later)
+            yield Case(template, name, turns(*chat), form.written(turns(*chat)))
             if form.system:
                 messages = turns(*chat, system="Be brief: ü")
-                yield Case(template, f"{name}, system", messages, form.written(messages), later=later)
+                yield Case(template, f"{name}, system", messages, form.written(messages))
 
 
 TOOLS = [{"type": "function", "function": {"name": "warmth", "parameters": {"type": "object"}}}]
@@ -205,7 +203,7 @@ def calling() -> Iterator[Case]:
     """Calls, learned as a whole, and results, which are not."""
 
     def case(template: Template, label: str, messages: list[dict], wanted: str, tools: list | None = TOOLS) -> Case:
-        return Case(template, label, messages, wanted, tools, later=True)
+        return Case(template, label, messages, wanted, tools)
 
     yield case(QWEN2_5, "a call", ONE_CALL, QWEN2_5_ASKED + QWEN_ONE + QWEN_TOLD)
     yield case(QWEN2_5, "calls beside a text", CALLS_BESIDE_TEXT, QWEN2_5_ASKED + QWEN_TWO + QWEN_TOLD)
@@ -238,7 +236,7 @@ def calling() -> Iterator[Case]:
         '«[TOOL_CALLS] [{"name": "warmth", "arguments": {"city": "Köln", "days": 2}, "id": "call00001"}, '
         '{"name": "warmth", "arguments": {"city": "Bonn", "days": 2}, "id": "call00002"}]</s>»'
         '[TOOL_RESULTS] {"content": 7, "call_id": "call00001"}[/TOOL_RESULTS]'
-        '[TOOL_RESULTS] {"content": 8, "call_id": "call00002"}[/TOOL_RESULTS] «7 degrees.</s>»',
+        '[TOOL_RESULTS] {"content": 8, "call_id": "call00002"}[/TOOL_RESULTS]« 7 degrees.</s>»',
     )
 
 
@@ -252,7 +250,7 @@ def thinking() -> Iterator[Case]:
     """Thoughts, learned where the template keeps them."""
 
     def case(template: Template, label: str, messages: list[dict], *wanted: str) -> Case:
-        return Case(template, label, messages, "".join(wanted), later=True)
+        return Case(template, label, messages, "".join(wanted))
 
     yield case(QWEN3, "thoughts in the content", BOTH_THOUGHT, FIRST_STRIPPED)
     beside = [{**m, "reasoning_content": "Hm."} if m["role"] == "assistant" else m for m in turns("a?", "a", "b?", "b")]

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetuned.dataset.rows import Message, Problem, Row
 
@@ -26,6 +27,8 @@ _MARK = "\ue000{}\ue001"  # private-use characters: no template treats them in a
 _MARKS = re.compile("\ue000\\d+\ue001")
 _MOST_SHAPES = 1000
 _THOUGHT_END = "</think>"
+_SWITCHES = re.compile(r"/(no_)?think\b")  # in a system prompt; templates obey them and leave them out
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 Span = tuple[int, int]  # of characters
 
@@ -50,9 +53,11 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._template = tokenizer.get_chat_template()
         self._parts = takes_parts(tokenizer)
         self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
         self._prompt = self._generation_prompt()
+        self._says_what_is_learned = bool(_GENERATION.search(self._template))
 
     def takes_system(self) -> bool:
         """Whether the template takes a system message, and writes it down."""
@@ -80,6 +85,8 @@ class Renderer:
 
     def _row(self, row: Row, text: str | None) -> Rendered | Problem:
         try:
+            if self._says_what_is_learned:
+                return self._by_generation_marks(row)
             if text is None:
                 text = self.render(row.messages, row.tools)
             if found := self._by_skeleton(row, text):
@@ -206,6 +213,17 @@ class Renderer:
                 spans.append((before, behind))
         return _checked(row, text, spans)
 
+    def _by_generation_marks(self, row: Row) -> Rendered | Problem:
+        """Take what the template itself says is the model's."""
+        (text,), (spans,) = render_jinja_template(
+            [self._chat(row.messages)],
+            tools=row.tools,
+            chat_template=self._template,
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+        )
+        return _checked(row, text, spans)
+
     def _prefix(self, row: Row, turns: int, text: str, **options: Any) -> int:
         """Count the characters that a chat cut short has in common with the whole."""
         try:
@@ -256,9 +274,11 @@ def _checked(row: Row, text: str, spans: list[Span]) -> Rendered | Problem:
     """Look whether every text of a row is where it belongs."""
     for turn in row.messages:
         own = turn.role == "user" or (turn.role == "system" and not row.prompted)
-        if own and turn.content.strip() not in text:
+        if own and _SWITCHES.sub("", turn.content).strip() not in text:
             return Problem("template_drops_text", f"a {turn.role}'s text")
     answers = [(number, turn) for number, turn in enumerate(row.messages, 1) if turn.role == "assistant"]
+    if len(spans) != len(answers):
+        return Problem("template_drops_text", f"{len(spans)} answers of {len(answers)} are marked")
     for (number, turn), (start, end) in zip(answers, spans, strict=True):
         written = text[start:end]
         thought, _, answer = turn.content.rpartition(_THOUGHT_END)

@@ -114,8 +114,10 @@ class Encoder:
         firsts = np.searchsorted(tokens.ends, places[0::2], "right").tolist()
         behinds = np.searchsorted(tokens.starts, places[1::2], "left").tolist()
         short = False
-        for (_, end), first, behind in zip(spans, firsts, behinds, strict=True):
-            last = self._end_of_turn(text, end, tokens, behind)
+        for (_, end), start, first, behind in zip(spans, places[0::2], firsts, behinds, strict=True):
+            while first < behind and tokens.starts[first] < start and self._special[tokens.ids[first]]:
+                first += 1  # a mark that takes the white space behind it along
+            last = self._end_of_turn(text, end, tokens, first, behind)
             if last is None:
                 return Refused(
                     row, Problem("no_end_of_turn", f"behind {text[:end][-20:]!r} stands {text[end:][:20]!r}")
@@ -128,10 +130,16 @@ class Encoder:
         first_own = int(np.searchsorted(tokens.ends, begin, "right"))
         return Encoded(row, ids, kept, max(0, len(tokens.ids) - self._most), first_own, short)
 
-    def _end_of_turn(self, text: str, end: int, tokens: _Tokens, behind: int) -> int | None:
+    def _end_of_turn(self, text: str, end: int, tokens: _Tokens, first: int, behind: int) -> int | None:
         """Give the place of the special token that ends an answer, with nothing but white space between; None where
-        there is none. The answer ends with character `end` of the text, and token `behind` comes next.
+        there is none. The answer ends with character `end` of the text; its tokens are those from `first`, before
+        `behind`, and where a template marks what is learned the end may be among them.
         """
+        for place in range(behind - 1, first - 1, -1):
+            if self._special[tokens.ids[place]]:
+                return behind - 1
+            if text[max(0, end - int(tokens.ends[behind - 1] - tokens.starts[place])) : end].strip():
+                break
         for place in range(behind, len(tokens.ids)):
             if self._special[tokens.ids[place]]:
                 return place
