@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.config import settings_from
-from finetuned.dataset.report import read_file
 from finetuned.events import EventType, parse_event
 from finetuned.home import Home, JobFolder
 from finetuned.jobs import FileIdentity, JobSpec
@@ -88,14 +87,16 @@ class Work:
         self.models.mkdir(parents=True, exist_ok=True)
         self.data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows()))
 
-        from finetuned.trainer.batches import Example, tokenise
+        from finetuned.dataset.reading import RowFile
+        from finetuned.dataset.report import Report, rows_of
         from finetuned.trainer.base import find_base, load_tokenizer
         from finetuned.trainer.steps import plan_steps
+        from finetuned.trainer.tokens import Example, tokenise
 
         settings = settings_from(SETTINGS, where="benchmarks/train.py")
         base = find_base(settings, models=self.models, base_dir=folder)
         self.model = base.source
-        chats, _ = read_file(self.data, name=self.data.name, system_prompt=settings.system_prompt)
+        chats = list(rows_of(RowFile(self.data, name="the data"), Report(), system_prompt=settings.system_prompt))
         tokenizer = load_tokenizer(base, settings)
         examples = [e for e in tokenise(chats, tokenizer, max_length=settings.max_length) if isinstance(e, Example)]
         plan = plan_steps(len(examples), effective_batch=ROWS_A_STEP, epochs=1, max_steps=None, seed=settings.seed)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from finetuned.dataset.rows import Message, Row
 from finetuned.home import Home
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
@@ -50,6 +51,11 @@ def chat_rows(count: int, *, start: int = 0) -> list[dict]:
         }
         for n in range(start, start + count)
     ]
+
+
+def row_of(*turns: tuple[str, str], line: int = 1) -> Row:
+    """Give a row of (role, text) pairs."""
+    return Row(line, tuple(Message(role, text) for role, text in turns))
 
 
 def write_jsonl(path: Path, rows: list) -> Path:

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from conftest import chat_rows
 from finetuned.config import settings_from
-from finetuned.dataset.checks import check_row
+from finetuned.dataset.formats import check_row
 from finetuned.trainer import loop
-from finetuned.trainer.batches import tokenise
+from finetuned.trainer.tokens import tokenise
 from finetuned.trainer.base import Base
 from finetuned.trainer.precision import choose
 from finetuned.trainer.predictions import predict
@@ -47,7 +47,7 @@ def facts(model: str, tuning: str, setting: str, device: torch.device, folder: P
         where="the test",
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = [check_row(number, row) for number, row in enumerate(chat_rows(8))]
+    rows = [check_row(number, row)[1] for number, row in enumerate(chat_rows(8))]
     task = loop.Task(
         settings=settings,
         rung=settings.first_rung(),

@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from finetuned.dataset.checks import REMEDIES, Problem, Row
-from finetuned.trainer.batches import Example, collate_flat, collate_padded, tokenise
+from conftest import row_of
+from finetuned.dataset.rows import Problem, Row
+from finetuned.findings import ERRORS
+from finetuned.trainer.batches import collate_flat, collate_padded
 from finetuned.trainer.predictions import predict
+from finetuned.trainer.tokens import Example, tokenise
 
 TRIMMING = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n"
@@ -48,17 +51,13 @@ def tokenizer(tiny_model):
     return AutoTokenizer.from_pretrained(tiny_model)
 
 
-def row_of(*messages: tuple[str, str]) -> Row:
-    return Row(1, messages)
-
-
 def one(row: Row, tokenizer, *, max_length: int = 10_000):
     """What becomes of a row: an example, or the code of its problem."""
     (result,) = tokenise([row], tokenizer, max_length=max_length)
     if isinstance(result, Example):
         return result
     assert result[0] is row
-    assert result[1].code in REMEDIES
+    assert result[1].code in ERRORS
     return result[1].code
 
 
@@ -179,11 +178,11 @@ def test_a_prediction_ends_where_a_turn_ends(tokenizer):
 
 
 def test_rows_come_back_in_order_and_longer_lists_than_one_batch_too(chatml):
-    rows = [Row(n, (("user", f"{n}?"), ("assistant", "" if n % 2 else f"{n}!"))) for n in range(1, 2500)]
+    rows = [row_of(("user", f"{n}?"), ("assistant", "" if n % 2 else f"{n}!"), line=n) for n in range(1, 2500)]
     results = list(tokenise(rows, chatml, max_length=100))
-    assert [result.row for result in results] == rows
+    assert [result.line for result in results] == [row.line for row in rows]
     for result in (results[0], results[1023], results[1024], results[-1]):
-        assert shown(result, chatml) == chatml_text(result.row.messages)
+        assert shown(result, chatml) == chatml_text((turn.role, turn.content) for turn in rows[result.line - 1].messages)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +208,7 @@ def test_a_template_that_refuses_a_row_is_the_rows_problem(tokenizer):
     row, problem = results[0]
     assert row is bad
     assert isinstance(problem, Problem)
-    assert problem.code in REMEDIES
+    assert problem.code in ERRORS
     assert "no system role here" in problem.detail
 
 
@@ -229,13 +228,13 @@ def test_a_row_whose_answer_is_cut_off_is_told(chatml):
 
 
 def test_the_first_token_of_a_row_is_no_target():
-    assert Example([5, 6, 7], [True, False, True], row_of()).targets == 1
+    assert Example([5, 6, 7], [True, False, True], 1).targets == 1
 
 
 examples = st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=6).map(
     # Every token of the batch is another one, so that a token tells its place.
     lambda masks: [
-        Example([100 * (row + 1) + place for place in range(len(mask))], mask, Row(row, ()))
+        Example([100 * (row + 1) + place for place in range(len(mask))], mask, row)
         for row, mask in enumerate(masks)
     ]
 )

@@ -16,11 +16,15 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import chat_rows, write_jsonl
-from finetuned.dataset import formats
-from finetuned.dataset.checks import REMEDIES, ROLES, Row, check_row
-from finetuned.dataset.report import Report, judge, read_file
+from conftest import chat_rows, row_of, write_jsonl
+from finetuned.dataset import reading
+from finetuned.dataset.checks import ROLES
+from finetuned.dataset.formats import check_row as check_any_row
+from finetuned.dataset.reading import RowFile
+from finetuned.dataset.report import Report, judge, rows_of
+from finetuned.dataset.rows import Row
 from finetuned.errors import DataError
+from finetuned.findings import ERRORS
 
 GOOD = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 
@@ -30,7 +34,16 @@ def chat(*messages: tuple[str, Any]) -> dict[str, Any]:
 
 
 def read(path: Path, system_prompt: str | None = None) -> tuple[list[Row], Report]:
-    return read_file(path, name=path.name, system_prompt=system_prompt)
+    report = Report()
+    return list(rows_of(RowFile(path, name=path.name), report, system_prompt=system_prompt)), report
+
+
+def check_row(line: int, value: Any) -> Row | list:
+    return check_any_row(line, value)[1]
+
+
+def pairs(row: Row) -> list[tuple[str, str]]:
+    return [(turn.role, turn.content) for turn in row.messages]
 
 
 def read_bytes(folder: Path, content: bytes, name: str = "x.jsonl") -> tuple[list[Row], Report]:
@@ -41,7 +54,8 @@ def read_bytes(folder: Path, content: bytes, name: str = "x.jsonl") -> tuple[lis
 
 def refused(folder: Path, content: bytes, name: str = "x.jsonl") -> DataError:
     with pytest.raises(DataError) as caught:
-        read_bytes(folder, content, name)
+        _, report = read_bytes(folder, content, name)
+        judge(report, name=name, max_bad_rows=1.0)
     assert caught.value.remedy
     return caught.value
 
@@ -63,20 +77,6 @@ def test_preference_rows_are_refused_also_where_messages_stand_beside_them():
         assert [problem.code for problem in problems] == ["preference_data"]
 
 
-@pytest.mark.parametrize(
-    ("row", "name"),
-    [
-        ({"instruction": "a", "input": "", "output": "b"}, "Alpaca"),
-        ({"conversations": []}, "ShareGPT"),
-        ({"prompt": "a", "completion": "b"}, "prompt and completion"),
-    ],
-)
-def test_formats_that_are_known_but_not_taken_are_named(row, name):
-    problems = check_row(1, row)
-    assert isinstance(problems, list)
-    assert name in problems[0].detail
-
-
 def test_utf_16_is_told_for_what_it_is(tmp_path):
     error = refused(tmp_path, GOOD.decode().encode("utf-16"))
     assert (error.code, error.what) == ("not_utf8", "is UTF-16")
@@ -88,7 +88,7 @@ def test_utf_16_is_told_for_what_it_is(tmp_path):
 def test_good_rows_are_read_in_order_with_their_lines(tmp_path):
     rows, report = read(write_jsonl(tmp_path / "x.jsonl", chat_rows(20)))
     assert [row.line for row in rows] == list(range(1, 21))
-    assert [list(row.messages) for row in rows] == [
+    assert [pairs(row) for row in rows] == [
         [(m["role"], m["content"]) for m in r["messages"]] for r in chat_rows(20)
     ]
     assert (report.rows, report.bad_rows, report.faults) == (20, 0, {})
@@ -98,18 +98,20 @@ def test_good_rows_are_read_in_order_with_their_lines(tmp_path):
 def test_every_role_of_the_format_is_taken(role):
     row = check_row(1, chat((role, "x"), ("assistant", "y")))
     assert isinstance(row, Row)
-    assert row.messages == ((role, "x"), ("assistant", "y"))
+    assert tuple(pairs(row)) == ((role, "x"), ("assistant", "y"))
 
 
 def test_text_is_taken_as_it_is(tmp_path):
     text = "  é 漢字 🎉\n\t\\n \u2028 None null "
     rows, _ = read(write_jsonl(tmp_path / "x.jsonl", [chat(("user", text), ("assistant", text))]))
-    assert rows[0].messages == (("user", text), ("assistant", text))
+    assert tuple(pairs(rows[0])) == (("user", text), ("assistant", text))
 
 
 def test_other_keys_of_rows_and_messages_do_not_disturb():
     value = {"id": 3, "messages": [{"role": "assistant", "content": "x", "name": "n", "weight": 1}]}
-    assert check_row(1, value) == Row(1, (("assistant", "x"),))
+    row = check_row(1, value)
+    assert isinstance(row, Row)
+    assert pairs(row) == [("assistant", "x")]
 
 
 def test_a_last_line_without_newline_is_a_row(tmp_path):
@@ -158,20 +160,25 @@ def test_blank_lines_are_no_rows_but_keep_the_line_numbers(tmp_path):
         ([], "[]"),
         ([1, "a"], '[1,"a"]'),
         ([{"type": "text", "text": "one "}, {"type": "text", "text": "two"}], "one two"),
-        ([{"type": "text", "text": 1}], '[{"type":"text","text":1}]'),
-        ([{"type": "image_url", "image_url": "u"}], '[{"type":"image_url","image_url":"u"}]'),
     ],
 )
 def test_content_becomes_text_as_json_writes_it_and_text_parts_are_joined(tmp_path, content, text):
     rows, _ = read(write_jsonl(tmp_path / "x.jsonl", [chat(("user", content), ("assistant", content))]))
-    assert rows[0].messages == (("user", text), ("assistant", text))
+    assert tuple(pairs(rows[0])) == (("user", text), ("assistant", text))
+
+
+@pytest.mark.parametrize("content", [[{"type": "text", "text": 1}], [{"type": "image_url", "image_url": "u"}], 1e300])
+def test_content_that_could_not_be_trained_as_it_is_is_an_error(content):
+    problems = check_row(1, chat(("user", content), ("assistant", "a")))
+    assert isinstance(problems, list)
+    assert [problem.code for problem in problems] == ["data_type"]
 
 
 def test_null_as_content_is_an_error_and_never_the_word_none(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", [*chat_rows(1), chat(("user", "a"), ("assistant", None))])
     rows, report = read(path)
     assert report.faults["missing_content"].lines == [2]
-    assert not any("None" in text or "null" in text for row in rows for _, text in row.messages)
+    assert not any("None" in text or "null" in text for row in rows for _, text in pairs(row))
 
 
 def test_content_nested_as_deep_as_the_parser_allows_ends_in_a_row_or_a_fault(tmp_path):
@@ -198,7 +205,9 @@ BAD_ROWS = [
     (b'{"messages": []}', "missing_messages_list"),
     (b'{"messages": null}', "missing_messages_list"),
     (b'{"messages": {"role": "user"}}', "missing_messages_list"),
-    (b'{"prompt": "a", "completion": "b"}', "missing_messages_list"),
+    (b'{"prompt": "a", "completion": "b"}', "mixed_formats"),
+    (b'{"messages": [{"role": "assistant", "content": "a", "mood": "b"}]}', "message_unrecognized_key"),
+    (b'{"messages": [{"role": "assistant", "content": "a", "weight": 2}]}', "data_type"),
     (b'{"messages": [{"content": "a"}, {"role": "assistant", "content": "b"}]}', "message_missing_key"),
     (b'{"messages": [{"role": "assistant"}]}', "message_missing_key"),
     (b'{"messages": [{"role": "human", "content": "a"}]}', "unrecognized_role"),
@@ -221,7 +230,7 @@ def test_a_bad_row_is_named_with_its_kind_and_its_line(tmp_path, line, code):
 
 
 def test_a_row_that_is_too_large_is_passed_over_and_the_lines_still_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_ROW", 100)
+    monkeypatch.setattr(reading, "MAX_ROW", 100)
     long = GOOD.replace(b'"a"', b'"' + b"a" * 1000 + b'"')
     fits = GOOD.ljust(99) + b"\n"
     over = GOOD.ljust(100) + b"\n"
@@ -250,7 +259,7 @@ def test_a_report_names_the_first_lines_of_each_kind_and_counts_all(tmp_path):
 
 
 def test_every_kind_of_problem_has_a_remedy():
-    assert {code for _, code in BAD_ROWS} <= REMEDIES.keys()
+    assert {code for _, code in BAD_ROWS} <= ERRORS.keys()
 
 
 # -- files that cannot be used as a whole
@@ -275,24 +284,35 @@ def test_an_empty_array_is_an_empty_file(tmp_path):
 # -- arrays and archives
 
 
-def test_a_json_array_is_numbered_by_its_elements(tmp_path):
+def test_rows_of_an_array_are_named_by_the_lines_where_they_begin(tmp_path):
     content = json.dumps([*chat_rows(2), 3, *chat_rows(1)], indent=2).encode()
     rows, report = read_bytes(tmp_path, b"\xef\xbb\xbf" + content, "x.json")
-    assert [row.line for row in rows] == [1, 2, 4]
-    assert report.faults["data_type"].lines == [3]
+    begins = [n for n, line in enumerate(content.split(b"\n"), 1) if line in {b"  {", b"  3,"}]
+    assert [row.line for row in rows] == [begins[0], begins[1], begins[3]]
+    assert report.faults["data_type"].lines == [begins[2]]
+
+
+def test_a_json_file_with_a_row_a_line_is_read_so(tmp_path):
+    rows, report = read_bytes(tmp_path, GOOD + b"\nbad\n" + GOOD + b"\n", "x.json")
+    assert [row.line for row in rows] == [1, 3]
+    assert report.faults["not_json"].lines == [2]
+
+
+def test_an_array_under_a_jsonl_name_is_told_for_what_it_is(tmp_path):
+    assert refused(tmp_path, b"[\n" + GOOD + b"]", "x.jsonl").remedy.startswith("Name it .json")
 
 
 @pytest.mark.parametrize(
     ("content", "code"),
     [
-        (b"{", "not_json"),
-        (b'["\xff"]', "not_json"),
-        (b"[" + GOOD, "not_json"),
-        (GOOD, "data_type"),
+        (b"{", "truncated_last_line"),
+        (b'["\xff"]', "not_utf8"),
+        (b"[" + GOOD, "truncated_last_line"),
+        (b"{\n}", "data_type"),
         (b"1", "data_type"),
     ],
 )
-def test_a_json_file_that_is_no_array_is_refused(tmp_path, content, code):
+def test_a_json_file_that_is_no_whole_array_is_refused(tmp_path, content, code):
     assert refused(tmp_path, content, "x.json").code == code
 
 
@@ -354,8 +374,8 @@ def test_something_else_under_an_archives_name_is_damaged(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])
 def test_an_archive_that_unpacks_without_end_is_stopped(tmp_path, name, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_UNPACKED", 2**20)
-    monkeypatch.setattr(formats, "MAX_ROW", 2**16)
+    monkeypatch.setattr(reading, "MAX_UNPACKED", 2**20)
+    monkeypatch.setattr(reading, "MAX_ROW", 2**16)
     assert refused(tmp_path, PACKED[name](b" " * 2**23), name).code == "too_large"
     assert refused(tmp_path, PACKED[name]((GOOD + b"\n") * 20_000), name).code == "too_large"
 
@@ -421,13 +441,13 @@ def test_too_many_bad_rows_are_all_listed_in_one_error(tmp_path):
 def test_the_system_prompt_is_added_only_where_a_row_has_none(tmp_path, messages, first):
     rows, report = read(write_jsonl(tmp_path / "x.jsonl", [chat(*messages)]), "Be brief.")
     added = first == ("system", "Be brief.")
-    assert rows[0].messages == ((first,) if added else ()) + tuple(messages)
+    assert tuple(pairs(rows[0])) == ((first,) if added else ()) + tuple(messages)
     assert report.system_prompts_added == added
 
 
 def test_null_switches_the_system_prompt_off(tmp_path):
     rows, report = read(write_jsonl(tmp_path / "x.jsonl", chat_rows(3)), None)
-    assert all(row.messages[0][0] == "user" for row in rows)
+    assert all(row.messages[0].role == "user" for row in rows)
     assert report.system_prompts_added == 0
 
 
@@ -469,7 +489,8 @@ def usable(line: bytes) -> bool:
     try:
         messages = json.loads(line.decode())["messages"]
         roles = [message["role"] for message in messages if message["content"] is not None]
-        return bool(roles) and len(roles) == len(messages) and set(roles) <= ROLES and "assistant" in roles
+        exact = all(abs(m["content"]) < 2**53 for m in messages if isinstance(m["content"], float))
+        return exact and bool(roles) and len(roles) == len(messages) and set(roles) <= ROLES and "assistant" in roles
     except (ValueError, KeyError, TypeError, IndexError):
         return False
 
@@ -486,7 +507,7 @@ def test_no_bytes_end_in_anything_but_rows_and_faults_on_their_lines(tmp_path_fa
     cut_off = numbered and numbered[-1][0] == len(lines) and not last and not parses(numbered[-1][1])
     if cut_off or not numbered:
         with pytest.raises(DataError) as caught:
-            read(path)
+            judge(read(path)[1], name=path.name, max_bad_rows=1.0)
         assert caught.value.code == ("truncated_last_line" if cut_off else "empty_file")
         assert caught.value.where == (f"fuzz.jsonl:{len(lines)}" if cut_off else "fuzz.jsonl")
         return

@@ -21,13 +21,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.optim import optimizer as optimizers
 
-from conftest import chat_rows
+from conftest import chat_rows, row_of
 from finetuned.config import settings_from
-from finetuned.dataset.checks import Row
 from finetuned.events import Event, EventType, parse_event
 from finetuned.fallback import next_rung
 from finetuned.trainer import checkpoint, evaluation, loop, steps
-from finetuned.trainer.batches import Example, tokenise
+from finetuned.trainer.tokens import Example, tokenise
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.base import Base
 from finetuned.trainer.recipes import sft
@@ -147,7 +146,7 @@ def build_world(folder: Path, tiny_model: Path, sizes: dict[str, int]) -> World:
 
     def examples(chats: list[dict]) -> list[Example]:
         rows = [
-            Row(number, tuple((turn["role"], turn["content"]) for turn in chat["messages"]))
+            row_of(*((turn["role"], turn["content"]) for turn in chat["messages"]), line=number)
             for number, chat in enumerate(chats, 1)
         ]
         return list(tokenise(rows, tokenizer, max_length=256))

@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from conftest import chat_rows
 from finetuned.config import settings_from
-from finetuned.dataset.checks import check_row
+from finetuned.dataset.formats import check_row
 from finetuned.errors import ConfigError, ModelError, UnhealthyError
 from finetuned.events import EventType, parse_event
 from finetuned.trainer import loop
-from finetuned.trainer.batches import tokenise
+from finetuned.trainer.tokens import tokenise
 from finetuned.trainer.ends import StopAskedError
 from finetuned.trainer.health import Watch, check_step, check_trainable
 from finetuned.trainer.loop import Task, train
@@ -39,7 +39,7 @@ def training(tmp_path, tiny_model, monkeypatch):
     ):
         settings = settings_from({"dtype": "float32", "tuning": "lora", "epochs": 10, **settings}, where="the test")
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-        rows = [check_row(number, row) for number, row in enumerate(rows or chat_rows(16))]
+        rows = [check_row(number, row)[1] for number, row in enumerate(rows or chat_rows(16))]
         examples = spoil(list(tokenise(rows, tokenizer, max_length=200)))
         return train(
             Task(

@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetuned.dataset.checks import Row
 from finetuned.trainer import attention
 from finetuned.trainer.attention import FLAT
-from finetuned.trainer.batches import Batch, Example, collate_padded
+from finetuned.trainer.batches import Batch, collate_padded
 from finetuned.trainer.layout import choose_layout, rows_stand_alone
 from finetuned.trainer.model import set_checkpointing
+from finetuned.trainer.tokens import Example
 from finetuned.trainer.recipes.sft import Objective
 
 SIZES = {
@@ -96,7 +96,7 @@ def rows(lengths: Sequence[int] = LENGTHS, seed: int = 3, shared: int = 0) -> li
         Example(
             start + torch.randint(3, SIZES["vocab_size"], (length - shared,), generator=chance).tolist(),
             torch.rand(length, generator=chance).gt(0.4).tolist(),
-            Row(0, ()),
+            0,
         )
         for length in lengths
     ]

@@ -12,10 +12,9 @@ from click.testing import CliRunner
 from conftest import chat_rows, write_config, write_jsonl
 from finetuned.cli import cli
 from finetuned.config import settings_from
-from finetuned.dataset.checks import Row
 from finetuned.fallback import Rung
 from finetuned.trainer import attention, footprint, history, plan
-from finetuned.trainer.batches import Example
+from finetuned.trainer.tokens import Example
 from finetuned.trainer.layout import Layout
 from finetuned.trainer.lora import add_adapter
 from finetuned.trainer.base import Base
@@ -27,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def rows(*lengths: int) -> list[Example]:
-    return [Example([5 + n] * 2 + [7] * (length - 2), [True] * length, Row(0, ())) for n, length in enumerate(lengths)]
+    return [Example([5 + n] * 2 + [7] * (length - 2), [True] * length, 0) for n, length in enumerate(lengths)]
 
 
 def work(folder, tuning: str) -> footprint.Work:

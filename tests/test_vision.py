@@ -17,10 +17,10 @@ from transformers import (
     Qwen3VLConfig,
 )
 
-from conftest import CHATML, chat_rows, write_jsonl
-from finetuned.dataset.checks import Problem, Row
+from conftest import CHATML, chat_rows, row_of, write_jsonl
+from finetuned.dataset.rows import Problem
 from finetuned.events import EventType, ExitCode
-from finetuned.trainer.batches import Example, tokenise
+from finetuned.trainer.tokens import Example, tokenise
 from finetuned.trainer.chat import takes_parts
 from finetuned.trainer.layout import choose_layout
 from finetuned.trainer.vision import text_layers, tower
@@ -174,7 +174,7 @@ def test_a_template_gets_a_text_in_the_form_that_it_takes(tiny_model, template, 
 
 def test_parts_and_plain_text_come_out_the_same(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    rows = [Row(1, (("system", "Be brief."), ("user", "type"), ("assistant", "text")))]
+    rows = [row_of(("system", "Be brief."), ("user", "type"), ("assistant", "text"))]
     (wanted,) = tokenise(rows, tokenizer, max_length=100)
     for template in (LISTS, EITHER):
         tokenizer.chat_template = template
@@ -185,5 +185,5 @@ def test_parts_and_plain_text_come_out_the_same(tiny_model):
 def test_a_template_that_drops_the_users_text_is_told(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = WITHOUT_USER
-    ((_, problem),) = tokenise([Row(1, (("user", "question"), ("assistant", "answer")))], tokenizer, max_length=100)
+    ((_, problem),) = tokenise([row_of(("user", "question"), ("assistant", "answer"))], tokenizer, max_length=100)
     assert problem == Problem("template_drops_text", "a user's text")
