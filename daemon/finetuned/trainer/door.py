@@ -116,6 +116,7 @@ class _Collected:
         self.sample: Encoded | None = None
         self.lost = 0
         self._rows = 0
+        self._goes_on = bytearray()  # for each written example, whether it is the rest of the long text before it
 
     def take(self, results: Sequence[Encoded | Refused]) -> None:
         """Count and write some rows."""
@@ -129,7 +130,8 @@ class _Collected:
             if one.lost:
                 self.lost += one.lost
                 report.warn("rows_cut", one.row.line)
-            if good and good[-1].row is one.row:  # a long text that goes on
+            self._goes_on.append(bool(good) and good[-1].row is one.row)
+            if self._goes_on[-1]:
                 continue
             good.append(one)
             self._quality.see(one.row, report)
@@ -145,7 +147,7 @@ class _Collected:
     def conclude(self) -> None:
         """Look at all rows together."""
         index = self._writer.index()
-        rows = index[np.diff(index[:, store.LINE], prepend=0) != 0]  # a long text once
+        rows = index[np.frombuffer(self._goes_on, np.uint8) == 0]  # by its line a row cannot be told in an array
         self._quality.conclude(self._report, lines=rows[:, store.LINE], identities=rows[:, store.IDENTITY])
         cut = self._report.warnings.get("rows_cut")
         if cut:
