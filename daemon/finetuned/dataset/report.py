@@ -60,10 +60,13 @@ class Report:
         return self.rows - self.bad_rows
 
     def add(self, line: int, problems: Iterable[Problem]) -> None:
-        """Count a bad row."""
+        """Count a bad row, each kind of problem in it once."""
         self.bad_rows += 1
+        first: dict[str, str] = {}
         for problem in problems:
-            self.faults.setdefault(problem.code, Fault()).see(line, problem.detail)
+            first.setdefault(problem.code, problem.detail)
+        for code, detail in first.items():
+            self.faults.setdefault(code, Fault()).see(line, detail)
 
     def warn(self, code: Warned, line: int, detail: str = "") -> None:
         """Count a row that is trained all the same."""
