@@ -9,8 +9,9 @@ import pytest
 from chat_templates import CHATML, tokenizer_for
 from finetuned.config import TrainingSettings
 from finetuned.dataset.reading import BadLine, RowFile
-from finetuned.dataset.report import Report, rows_of
+from finetuned.dataset.report import Report, judge, rows_of
 from finetuned.dataset.rows import Row
+from finetuned.errors import DataError
 from finetuned.trainer.door import Door
 
 
@@ -49,3 +50,64 @@ def test_a_row_with_one_fault_in_many_messages_counts_once(tmp_path):
     _, report = checked(path)
     assert report.faults["message_missing_key"].count == report.bad_rows == 1
     assert report.faults["message_missing_key"].detail == "message 1"
+
+
+def test_a_cut_array_is_told_by_the_line_where_the_cut_row_begins(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("[\n" + json.dumps(chat("a")) + ",\n\n" + json.dumps(chat("b"))[:-9])
+    assert bad_lines(path) == [(4, "truncated_last_line")]
+
+
+def test_what_stands_behind_an_array_is_told_by_its_own_line(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("[\n" + json.dumps(chat("a")) + "\n]\n\nwhat")
+    assert bad_lines(path) == [(5, "not_json")]
+
+
+def test_white_space_before_an_array_is_skipped_however_long(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("\n" * 400_000 + json.dumps([chat("a")]))
+    rows, _ = checked(path)
+    assert [row.line for row in rows] == [400_001]
+
+
+def test_a_file_of_nothing_but_bad_rows_is_given_up_after_many(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"[" + b"," * 1_100_000 + b"]")
+    _, report = checked(path)
+    assert report.bad_rows == report.rows == 1_000_000
+    with pytest.raises(DataError, match="nothing stands before a comma"):
+        judge(report, name=path.name, max_bad_rows=1.0)
+
+
+DEEP = json.loads("[" * 900 + "]" * 900)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": DEEP, "content": "a"}]},
+        chat("a", weight=DEEP),
+        chat("a", [{"type": DEEP}]),
+        chat("a", DEEP),
+        chat("a", reasoning_content=DEEP),
+        chat("a", tool_calls=[{"function": {"name": "look", "arguments": DEEP}}]),
+        {**chat("a"), "tools": [{"name": "look", "parameters": DEEP}]},
+    ],
+    ids=("role", "weight", "part", "content", "reasoning", "call", "tool"),
+)
+def test_values_nested_deep_are_a_rows_fault(tmp_path, door, row):
+    path = tmp_path / "rows.jsonl"
+    deeper = json.dumps(row).replace("[" * 900, "[" * 1000).replace("]" * 900, "]" * 1000)
+    path.write_text(json.dumps(chat("a")) + "\n" + deeper + "\n")
+    examples, report = door.read(path, name=path.name)
+    assert [example.line for example in examples] == [1]
+    assert {line for fault in report.faults.values() for line in fault.lines} == {2}
+
+
+def test_an_input_that_is_a_number_is_not_lost(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"instruction": "Is this nothing?", "input": 0, "output": "It is."}) + "\n")
+    rows, report = checked(path)
+    assert not rows
+    assert "data_type" in report.faults
