@@ -54,8 +54,7 @@ def read_bytes(folder: Path, content: bytes, name: str = "x.jsonl") -> tuple[lis
 
 def refused(folder: Path, content: bytes, name: str = "x.jsonl") -> DataError:
     with pytest.raises(DataError) as caught:
-        _, report = read_bytes(folder, content, name)
-        judge(report, name=name, max_bad_rows=1.0)
+        judge(read_bytes(folder, content, name)[1], name=name, max_bad_rows=1.0)
     assert caught.value.remedy
     return caught.value
 
