@@ -17,11 +17,11 @@ from conftest import chat_rows
 from finetuned.config import settings_from
 from finetuned.dataset.formats import check_row
 from finetuned.trainer import loop
-from finetuned.trainer.tokens import tokenise
 from finetuned.trainer.base import Base
 from finetuned.trainer.precision import choose
 from finetuned.trainer.predictions import predict
 from finetuned.trainer.reporter import Reporter
+from finetuned.trainer.tokens import tokenise
 
 SETTINGS = ("auto", "bf16", "fp16", "float32")
 STEPS = 8

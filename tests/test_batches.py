@@ -182,7 +182,9 @@ def test_rows_come_back_in_order_and_longer_lists_than_one_batch_too(chatml):
     results = list(tokenise(rows, chatml, max_length=100))
     assert [result.line for result in results] == [row.line for row in rows]
     for result in (results[0], results[1023], results[1024], results[-1]):
-        assert shown(result, chatml) == chatml_text((turn.role, turn.content) for turn in rows[result.line - 1].messages)
+        assert shown(result, chatml) == chatml_text(
+            (turn.role, turn.content) for turn in rows[result.line - 1].messages
+        )
 
 
 @pytest.mark.parametrize(
@@ -234,8 +236,7 @@ def test_the_first_token_of_a_row_is_no_target():
 examples = st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=6).map(
     # Every token of the batch is another one, so that a token tells its place.
     lambda masks: [
-        Example([100 * (row + 1) + place for place in range(len(mask))], mask, row)
-        for row, mask in enumerate(masks)
+        Example([100 * (row + 1) + place for place in range(len(mask))], mask, row) for row, mask in enumerate(masks)
     ]
 )
 

@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import chat_rows, row_of, write_jsonl
+from conftest import chat_rows, write_jsonl
 from finetuned.dataset import reading
 from finetuned.dataset.checks import ROLES
 from finetuned.dataset.formats import check_row as check_any_row
@@ -54,8 +54,7 @@ def read_bytes(folder: Path, content: bytes, name: str = "x.jsonl") -> tuple[lis
 
 def refused(folder: Path, content: bytes, name: str = "x.jsonl") -> DataError:
     with pytest.raises(DataError) as caught:
-        _, report = read_bytes(folder, content, name)
-        judge(report, name=name, max_bad_rows=1.0)
+        judge(read_bytes(folder, content, name)[1], name=name, max_bad_rows=1.0)
     assert caught.value.remedy
     return caught.value
 
@@ -88,9 +87,7 @@ def test_utf_16_is_told_for_what_it_is(tmp_path):
 def test_good_rows_are_read_in_order_with_their_lines(tmp_path):
     rows, report = read(write_jsonl(tmp_path / "x.jsonl", chat_rows(20)))
     assert [row.line for row in rows] == list(range(1, 21))
-    assert [pairs(row) for row in rows] == [
-        [(m["role"], m["content"]) for m in r["messages"]] for r in chat_rows(20)
-    ]
+    assert [pairs(row) for row in rows] == [[(m["role"], m["content"]) for m in r["messages"]] for r in chat_rows(20)]
     assert (report.rows, report.bad_rows, report.faults) == (20, 0, {})
 
 

@@ -26,11 +26,11 @@ from finetuned.config import settings_from
 from finetuned.events import Event, EventType, parse_event
 from finetuned.fallback import next_rung
 from finetuned.trainer import checkpoint, evaluation, loop, steps
-from finetuned.trainer.tokens import Example, tokenise
-from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.base import Base
+from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.recipes import sft
 from finetuned.trainer.reporter import Reporter
+from finetuned.trainer.tokens import Example, tokenise
 
 ROWS, BATCH, EPOCHS = 22, 8, 2
 STEPS = 6  # three an epoch, the last of each with six rows

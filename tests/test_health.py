@@ -20,13 +20,13 @@ from finetuned.dataset.formats import check_row
 from finetuned.errors import ConfigError, ModelError, UnhealthyError
 from finetuned.events import EventType, parse_event
 from finetuned.trainer import loop
-from finetuned.trainer.tokens import tokenise
+from finetuned.trainer.base import Base
 from finetuned.trainer.ends import StopAskedError
 from finetuned.trainer.health import Watch, check_step, check_trainable
 from finetuned.trainer.loop import Task, train
-from finetuned.trainer.base import Base
 from finetuned.trainer.recipes.sft import Objective
 from finetuned.trainer.reporter import Reporter
+from finetuned.trainer.tokens import tokenise
 
 
 @pytest.fixture

@@ -84,11 +84,12 @@ def test_the_daemon_runs_where_nothing_heavy_is_installed(home, words):
 def test_data_can_be_checked_where_nothing_heavy_is_installed(tmp_path):
     path = write_jsonl(tmp_path / "x.jsonl", chat_rows(3))
     script = (
-        "from pathlib import Path; from finetuned.dataset.report import read_file;"
-        "print(read_file(Path(sys.argv[1]), name='x', system_prompt=None)[1].summary())"
+        "from pathlib import Path; from finetuned.dataset.reading import RowFile;"
+        "from finetuned.dataset.report import Report, rows_of; report = Report();"
+        "list(rows_of(RowFile(Path(sys.argv[1]), name='x'), report, system_prompt=None)); print(report.summary())"
     )
     said = python(BARE + script, str(path))
-    assert said.stdout == "3 rows\n", said.stderr
+    assert said.stdout == "3 rows of OpenAI chat\n", said.stderr
 
 
 def test_the_rooms_stand_on_the_floors_below_them():

@@ -12,8 +12,8 @@ from finetuned.trainer.attention import FLAT
 from finetuned.trainer.batches import Batch, collate_padded
 from finetuned.trainer.layout import choose_layout, rows_stand_alone
 from finetuned.trainer.model import set_checkpointing
-from finetuned.trainer.tokens import Example
 from finetuned.trainer.recipes.sft import Objective
+from finetuned.trainer.tokens import Example
 
 SIZES = {
     "vocab_size": 97,

@@ -14,13 +14,13 @@ from finetuned.cli import cli
 from finetuned.config import settings_from
 from finetuned.fallback import Rung
 from finetuned.trainer import attention, footprint, history, plan
-from finetuned.trainer.tokens import Example
+from finetuned.trainer.base import Base
 from finetuned.trainer.layout import Layout
 from finetuned.trainer.lora import add_adapter
-from finetuned.trainer.base import Base
 from finetuned.trainer.model import load_model
 from finetuned.trainer.precision import choose
 from finetuned.trainer.recipes.sft import Objective
+from finetuned.trainer.tokens import Example
 
 CPU = torch.device("cpu")
 

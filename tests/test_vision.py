@@ -20,9 +20,9 @@ from transformers import (
 from conftest import CHATML, chat_rows, row_of, write_jsonl
 from finetuned.dataset.rows import Problem
 from finetuned.events import EventType, ExitCode
-from finetuned.trainer.tokens import Example, tokenise
 from finetuned.trainer.chat import takes_parts
 from finetuned.trainer.layout import choose_layout
+from finetuned.trainer.tokens import Example, tokenise
 from finetuned.trainer.vision import text_layers, tower
 from test_layout import check_every_way
 from test_training import Run, plain_loss

@@ -30,7 +30,7 @@ ERRORS: dict[str, Finding] = {
     "data_type": Finding("a row, message or content is of the wrong type", "Rows and messages are JSON objects."),
     "missing_messages_list": Finding(
         "no format that is known has a row's keys",
-        'Write each row as {"messages": [{"role": "user", "content": "..."}, ...]}, or in another format of docs/data.md.',
+        'Write each row as {"messages": [{"role": "user", "content": "..."}, ...]}, or in a format of docs/data.md.',
     ),
     "message_missing_key": Finding(
         "a message has no role or no content, or a row lacks a key of its format", "Give each its keys."

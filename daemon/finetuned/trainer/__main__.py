@@ -88,6 +88,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     base = find_base(settings, models=Path(spec.models), base_dir=Path(spec.base_dir))
     tokenizer = load_tokenizer(base, settings)
     data = read_data(folder, spec, settings, tokenizer, say=say, asked_to_stop=lambda: _stop_asked)
+    settings = settings.model_copy(update={"system_prompt": data.system_prompt})
     earlier = settle(folder, spec, settings, base.name)
     if earlier is not None:
         say.say(EventType.MESSAGE, f"resume_adapter: {earlier} ({earlier.reason})", chain=earlier.chain)

@@ -35,6 +35,7 @@ class Data:
     held_out: Examples | None
     asked: list[Row]  # held-out rows whose questions are put to the model while it learns
     report: dict[str, Any]
+    system_prompt: str | None  # as it was used
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def read_data(
 ) -> Data:
     """Read, judge and tell a job's data. Raises DataError, ConfigError, OSError or StopAskedError."""
     door = Door(tokenizer, settings, cache=Path(spec.models).parent / "tokens")
+    if door.system_prompt != settings.system_prompt:
+        say.warn("system_prompt is not added: the model's chat template takes no system message")
     progress = _Progress(say, asked_to_stop)
     path = folder.path / spec.input
     train, report = door.read(path, name=spec.name, sha256=spec.sha256, progress=progress.of(spec.name))
@@ -75,7 +78,7 @@ def read_data(
     if held_out is not None and source is not None:
         lines = held_out.column(LINE)[: settings.predictions.samples].tolist()
         asked = rows_at(source.file, lines, name=source.name, system_prompt=door.system_prompt)
-    return Data(train, held_out, asked, facts)
+    return Data(train, held_out, asked, facts, door.system_prompt)
 
 
 def held_out_file(settings: TrainingSettings, *, base_dir: Path, beside: Path | None) -> HeldOut | None:

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetuned.config import TrainingSettings
-from finetuned.dataset.quality import Quality
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Fault, Report, rows_of
 from finetuned.dataset.rows import Row
 from finetuned.trainer import store
+from finetuned.trainer.quality import Quality
 from finetuned.trainer.store import Examples
 from finetuned.trainer.tokens import Encoded, Encoder, Refused
 

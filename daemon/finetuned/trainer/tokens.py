@@ -114,7 +114,8 @@ class Encoder:
         firsts = np.searchsorted(tokens.ends, places[0::2], "right").tolist()
         behinds = np.searchsorted(tokens.starts, places[1::2], "left").tolist()
         short = False
-        for (_, end), start, first, behind in zip(spans, places[0::2], firsts, behinds, strict=True):
+        for (_, end), start, overlapping, behind in zip(spans, places[0::2], firsts, behinds, strict=True):
+            first = overlapping
             while first < behind and tokens.starts[first] < start and self._special[tokens.ids[first]]:
                 first += 1  # a mark that takes the white space behind it along
             last = self._end_of_turn(text, end, tokens, first, behind)
@@ -150,7 +151,7 @@ class Encoder:
         return len(tokens.ids) if len(tokens.ids) >= self._most else None  # the text itself was cut
 
     def _plain(self, row: Row) -> Iterator[Encoded | Refused]:
-        """Give a text for continued pre-training: all is learned, its end too; what is too long goes on in a next row."""
+        """Give a text for continued pre-training: all of it is learned; what is too long goes on in a next row."""
         text = row.text or ""
         parts = [
             self._tokenizer(text[place : place + _AT_ONCE], add_special_tokens=place == 0)["input_ids"]

@@ -10,10 +10,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from finetuned.dataset.near import ALIKE, MOST_ROWS, NearDuplicates
 from finetuned.dataset.report import Fault, Report
 from finetuned.dataset.rows import Message, Row
 from finetuned.findings import Warned
+from finetuned.trainer.near import ALIKE, MOST_ROWS, NearDuplicates
 
 # The share of rows from which these are told; a few such answers are nothing to speak of.
 _TOLD_FROM: dict[Warned, float] = {"bare_number_answers": 0.01, "single_token_answers": 0.01}
