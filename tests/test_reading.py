@@ -111,3 +111,15 @@ def test_an_input_that_is_a_number_is_not_lost(tmp_path):
     rows, report = checked(path)
     assert not rows
     assert "data_type" in report.faults
+
+
+def test_system_prompts_in_two_languages_are_told(tmp_path, door):
+    path = tmp_path / "rows.jsonl"
+    prompts = [
+        "You are a helpful assistant who answers every question in few words.",
+        "Du bist ein hilfreicher Assistent und beantwortest jede Frage mit wenigen Worten.",
+    ]
+    rows = [{"messages": [{"role": "system", "content": prompt}, *chat("a")["messages"]]} for prompt in prompts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, report = door.read(path, name=path.name)
+    assert report.warnings["mixed_system_languages"].detail == "different prompts in de: 1, en: 1"
