@@ -123,3 +123,12 @@ def test_system_prompts_in_two_languages_are_told(tmp_path, door):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, report = door.read(path, name=path.name)
     assert report.warnings["mixed_system_languages"].detail == "different prompts in de: 1, en: 1"
+
+
+def test_a_refused_file_is_read_anew_under_the_name_it_should_have(tmp_path, door):
+    rows = json.dumps([chat("a"), chat("b")])
+    for name, good in (("rows.jsonl", 0), ("rows.json", 2)):
+        path = tmp_path / name
+        path.write_text(rows)
+        examples, report = door.read(path, name=name)
+        assert len(examples) == report.good_rows == good

@@ -50,7 +50,7 @@ class Door:
 
         `name` is what the user calls the file. Raises DataError where the file as a whole cannot be read, OSError.
         """
-        folder = self._cache / self._key(sha256 or hash_of(path))
+        folder = self._cache / self._key(sha256 or hash_of(path), path.suffix.lower())
         most = self._settings.max_length
         kept = store.load(folder, max_length=most)
         if kept is not None:
@@ -67,10 +67,11 @@ class Door:
             raise OSError(f"{folder} cannot be read again")
         return made
 
-    def _key(self, sha256: str) -> str:
+    def _key(self, sha256: str, kind: str) -> str:
         tokenizer = self._tokenizer
         return store.cache_key(
             file=sha256,
+            kind=kind,  # by which it is read
             template=tokenizer.chat_template,
             tokenizer=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             special=repr(sorted(tokenizer.special_tokens_map.items())),
