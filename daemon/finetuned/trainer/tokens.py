@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -106,7 +106,7 @@ class Encoder:
         text, spans = rendered.text, rendered.spans
         places = [place for span in spans for place in span]
         if tokens.bytes and not text.isascii():
-            places = [len(text[:place].encode()) for place in places]
+            places = _in_bytes(text, places)
             begin = len(text[: rendered.begin].encode())
         else:
             begin = rendered.begin
@@ -142,7 +142,7 @@ class Encoder:
             if text[max(0, end - int(tokens.ends[behind - 1] - tokens.starts[place])) : end].strip():
                 break
         for place in range(behind, len(tokens.ids)):
-            if self._special[tokens.ids[place]]:
+            if self._special[tokens.ids[place]] or place >= self._most:  # what lies behind is not seen, or cut off
                 return place
             width = int(tokens.ends[place] - tokens.starts[behind])
             between = text[end : end + width].encode()
@@ -208,6 +208,12 @@ class Encoder:
             if widths[ids].sum() == len(_PROBE.encode()):
                 return widths
         return None
+
+
+def _in_bytes(text: str, places: list[int]) -> list[int]:
+    """Give places in a text, in order, counted in bytes."""
+    parts = (len(text[start:end].encode()) for start, end in pairwise([0, *places]))
+    return list(accumulate(parts))
 
 
 def _metaspace_width(word: str) -> int:
