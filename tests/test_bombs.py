@@ -1,5 +1,7 @@
-"""Huge lines, rows and bombs are read or refused in bounded memory. Each is read in a process of its own, which tells its
-peak."""
+"""Huge lines, rows and bombs are read or refused in bounded memory.
+
+Each is read in a process of its own, which tells its peak.
+"""
 
 from __future__ import annotations
 
