@@ -28,6 +28,7 @@ from finetuned.spool.claim import claim, enqueue, files_to_hash, fingerprint, in
 from finetuned.spool.inbox import Found
 from finetuned.spool.publish import BadOutputError, archive, fail, publish
 from finetuned.spool.recover import MOST_INTERRUPTIONS, recover
+from test_settle import without_privileges
 
 CONTENT = "".join(json.dumps(row) + "\n" for row in chat_rows(3)).encode()
 REASON = {"code": "bad_data", "what": "it broke", "where": "x.jsonl:3", "remedy": "Mend it."}
@@ -1119,7 +1120,7 @@ def test_a_held_out_file_that_was_replaced_meanwhile_is_not_taken_for_the_jobs_o
         held_out.unlink()
     else:
         held_out.write_bytes(b"newer\n")
-        os.utime(held_out, ns=(0, before.st_mtime_ns + 1_000_000))
+        os.utime(held_out, ns=(0, before.st_mtime_ns + (how != "another file")))
     spool.recover()
     job = spool.enqueue(spool.ledger.job(job.id))
     assert job.state is State.FAILING
@@ -1134,6 +1135,31 @@ def test_a_held_out_file_that_was_replaced_meanwhile_is_not_taken_for_the_jobs_o
     again = spool.enqueue(orders.retry(spool.ledger, home, spool.config, spool.ledger.job(job.id)))
     assert (again.state, again.reason) == (State.QUEUED, None)
     assert again.held_out_sha256 == hashlib.sha256(HELD_OUT).hexdigest()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_held_out_file_that_may_not_be_moved_fails_the_job_and_stays_where_it_is(spool, home):
+    found = dropped_both(spool)
+    home.inbox.chmod(0o1777)  # sticky: everybody may remove what is his own
+    for path in (home.inbox, found.held_out):
+        os.chown(path, 65534, -1)
+
+    def taken() -> Job:
+        ledger = Ledger.open(home.ledger)  # of this thread
+        try:
+            return claim(ledger, home, found, spool.config)
+        finally:
+            ledger.close()
+
+    job = without_privileges(taken)
+    assert job.reason
+    assert (job.reason["code"], job.reason["what"]) == (
+        "no_held_out",
+        "the held-out file cannot be taken: Operation not permitted",
+    )
+    spool.fail(job)
+    assert files(home.inbox) == ["x.eval.jsonl"]
+    assert files(home.failed / job.id) == ["reason.json", "x.jsonl"]
 
 
 def test_claiming_leaves_a_newer_pair_of_the_same_names_in_the_inbox(spool, home):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import pytest
 
 from conftest import chat_rows, eventually, write_jsonl
 from finetuned.control import order
+from finetuned.drop import add
+from finetuned.errors import HomeError
 from finetuned.jobs import Outcome, State
 from finetuned.spool.orders import Verb
 from finetuned.status import gather, render
@@ -112,7 +116,36 @@ def test_add_copies_both_under_names_that_are_free(home, daemon, standin, tmp_pa
     assert one.process.wait(60) == 0
     for job in one.jobs():
         [folder] = home.archive.glob(f"20*/{job.id}")
-        assert contents(folder)[job.held_out.decode()] == held_out.read_bytes()
+        here = contents(folder)
+        assert here[job.name.decode()] == data.read_bytes()
+        assert here[job.held_out.decode()] == held_out.read_bytes()
+
+
+def test_add_takes_back_what_lay_beside_where_another_file_came_first(home, tmp_path, monkeypatch):
+    def came_first(partial: Path, target: Path, link=os.link) -> None:
+        if target.name == "x.jsonl":
+            target.write_text("theirs")
+        link(partial, target)
+
+    monkeypatch.setattr(os, "link", came_first)
+    data = write_jsonl(tmp_path / "x.jsonl", chat_rows(1))
+    assert add(home, data, profile="", settings={"epochs": 2}, held_out=data).name == "x-2.jsonl"
+    theirs, ours = {"x.jsonl"}, {"x-2.jsonl", "x-2.eval.jsonl", "x-2.config.json"}
+    assert {path.name for path in home.inbox.iterdir()} == theirs | ours
+
+
+@pytest.mark.parametrize("which", ["x.eval.jsonl", "x.jsonl"])
+def test_add_leaves_nothing_where_there_is_room_for_one_of_both_only(home, tmp_path, monkeypatch, which):
+    def full(partial: Path, target: Path, link=os.link) -> None:
+        if target.name == which:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        link(partial, target)
+
+    monkeypatch.setattr(os, "link", full)
+    data = write_jsonl(tmp_path / "x.jsonl", chat_rows(1))
+    with pytest.raises(HomeError, match="No space left"):
+        add(home, data, profile="", settings={"epochs": 2}, held_out=data)
+    assert list(home.inbox.iterdir()) == []
 
 
 @pytest.mark.parametrize("there", ["x.eval.json", "x.eval.jsonl", "x.config.json", "x.jsonl.gz"])

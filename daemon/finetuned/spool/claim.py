@@ -15,7 +15,7 @@ from typing import Any
 
 from finetuned.adapters import belongs_to
 from finetuned.config import Config, TrainingSettings, read_overrides, resolve
-from finetuned.durable import make_folder, move, same_file, sync_file, sync_folder, write_file
+from finetuned.durable import make_folder, move, sync_file, sync_folder, write_file
 from finetuned.errors import ConfigError, DataError
 from finetuned.home import Home, JobFolder, data_extension, printable, safe_name
 from finetuned.jobs import FileIdentity, Job, JobSpec, State
@@ -230,8 +230,8 @@ def take_beside(ledger: Ledger, home: Home, job: Job, inbox: Path, beside: Besid
 
 
 def _take_once(source: Path, place: Path) -> None:
-    """Move a file into the job's folder; where a crash left it there already as a whole copy, remove the original."""
-    if place.exists() and not same_file(source, place):
+    """Move a file into the job's folder; where a crash left it there already, or a whole copy, remove the original."""
+    if place.exists():
         source.unlink()
         sync_folder(source.parent)
     else:
