@@ -593,6 +593,7 @@ def test_a_held_out_file_without_data_waits_for_it(inbox, name):
     path = inbox.drop(name)
     inbox.drop("x.eval.config.json", b"{}")
     look = inbox.look()
+    assert {one.path.name for one in look.complaints} == {path.name, "x.eval.config.json"}, "nor has it settings"
     [complaint] = [one for one in look.complaints if one.path == path]
     assert complaint.what == "is held-out data by its name and waits for its data file"
     assert "Drop x.jsonl too" in complaint.remedy.replace("X", "x")
