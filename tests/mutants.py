@@ -200,7 +200,7 @@ MUTANTS = [
         "recovery: what lay beside the data is left",
         RECOVER,
         "def _recover_beside",
-        "take_beside(ledger, home, job, home.inbox / job.profile, beside)",
+        "take_beside(ledger, home, job, home.inbox / job.profile, read_beside(home.job(job.id)))",
     ),
     Mutant(
         "recovery: a retry is not gone on with",

@@ -1110,6 +1110,24 @@ def cut_off_between(spool: Spool) -> tuple[Job, Path]:
     return job, found.held_out
 
 
+def test_a_job_that_was_moved_in_the_queue_still_knows_its_held_out_file(spool, home):
+    spool.enqueue(spool.claim("other.jsonl", b"other\n"))
+    job, held_out = cut_off_between(spool)
+    orders.change_turn(spool.ledger, home, job, orders.Verb.FIRST)
+    spool.recover()
+    assert not held_out.exists()
+    assert [path.read_bytes() for path in files_to_hash(home, spool.ledger.job(job.id))] == [CONTENT, HELD_OUT]
+
+
+@pytest.mark.parametrize("content", [b"{}", b"", b"[]"])
+def test_a_claim_with_a_damaged_job_json_leaves_the_held_out_file_where_it_is_and_says_so(spool, home, content):
+    job, held_out = cut_off_between(spool)
+    home.job(job.id).spec.write_bytes(content)
+    spool.recover()
+    assert spool.ledger.job(job.id).reason["code"] == "no_held_out"
+    assert held_out.read_bytes() == HELD_OUT
+
+
 @pytest.mark.parametrize("how", ["another file", "the same inode, written anew", "taken away"])
 def test_a_held_out_file_that_was_replaced_meanwhile_is_not_taken_for_the_jobs_own(spool, home, how):
     job, held_out = cut_off_between(spool)

@@ -177,6 +177,15 @@ def read_spec(folder: JobFolder) -> JobSpec:
     return JobSpec.decode(folder.spec.read_bytes())
 
 
+def read_beside(folder: JobFolder) -> Beside:
+    """Give what lay beside the data as it was taken, by job.json; nothing where there is no whole one."""
+    try:
+        spec = read_spec(folder)
+    except (OSError, ValueError, TypeError, KeyError):
+        return Beside()
+    return Beside(spec.override_inode, spec.held_out_identity)
+
+
 def input_path(home: Home, job: Job) -> Path:
     """Give the place of a claimed job's input."""
     return home.job(job.id).path / f"input{data_extension(job.name)}"

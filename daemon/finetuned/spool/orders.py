@@ -15,7 +15,7 @@ from finetuned.errors import FinetunedError
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
-from finetuned.spool.claim import columns_of, settings_beside, write_spec
+from finetuned.spool.claim import columns_of, read_beside, settings_beside, write_spec
 from finetuned.spool.publish import CANCELLED, REASON, users_files
 
 
@@ -67,7 +67,7 @@ def change_turn(ledger: Ledger, home: Home, job: Job, verb: Verb) -> Job:
     edge = others[0] if verb is Verb.FIRST else others[-1]
     step = -1 if verb is Verb.FIRST else 1
     job = ledger.update(job.id, priority=edge.priority, place=edge.place + step)
-    write_spec(home, job)
+    write_spec(home, job, read_beside(home.job(job.id)))  # it may not have been taken as a whole yet
     return job
 
 

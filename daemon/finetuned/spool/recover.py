@@ -9,7 +9,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -21,7 +20,7 @@ from finetuned.home import Home, printable
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
 from finetuned.lifesigns import locked
-from finetuned.spool.claim import Beside, forget, input_path, read_spec, take_beside
+from finetuned.spool.claim import forget, input_path, read_beside, take_beside
 from finetuned.spool.crashes import note_crash
 from finetuned.spool.orders import take_back
 from finetuned.spool.publish import archive, archive_folder, fail, publish, published, users_files
@@ -111,11 +110,7 @@ def _recover_beside(ledger: Ledger, home: Home, job: Job) -> None:
         put_away = archive_folder(home, job) / name
         if put_away.exists() and not place.exists():  # of a duplicate: the ledger was lost before its input followed
             move(put_away, place)
-    beside = Beside()
-    with suppress(OSError, ValueError, TypeError):  # a damaged job.json knows of nothing
-        spec = read_spec(home.job(job.id))
-        beside = Beside(spec.override_inode, spec.held_out_identity)
-    take_beside(ledger, home, job, home.inbox / job.profile, beside)
+    take_beside(ledger, home, job, home.inbox / job.profile, read_beside(home.job(job.id)))
 
 
 def _same_inode(path: Path, job: Job) -> bool:
