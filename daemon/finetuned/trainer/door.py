@@ -50,7 +50,7 @@ class Door:
 
         `name` is what the user calls the file. Raises DataError where the file as a whole cannot be read, OSError.
         """
-        folder = self._cache / self._key(sha256 or hash_of(path))
+        folder = self._cache / self._key(sha256 or hash_of(path), path.suffix.lower())
         most = self._settings.max_length
         kept = store.load(folder, max_length=most)
         if kept is not None:
@@ -67,10 +67,11 @@ class Door:
             raise OSError(f"{folder} cannot be read again")
         return made
 
-    def _key(self, sha256: str) -> str:
+    def _key(self, sha256: str, kind: str) -> str:
         tokenizer = self._tokenizer
         return store.cache_key(
             file=sha256,
+            kind=kind,  # by which it is read
             template=tokenizer.chat_template,
             tokenizer=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             special=repr(sorted(tokenizer.special_tokens_map.items())),
@@ -116,6 +117,7 @@ class _Collected:
         self.sample: Encoded | None = None
         self.lost = 0
         self._rows = 0
+        self._goes_on = bytearray()  # for each written example, whether it is the rest of the long text before it
 
     def take(self, results: Sequence[Encoded | Refused]) -> None:
         """Count and write some rows."""
@@ -129,7 +131,8 @@ class _Collected:
             if one.lost:
                 self.lost += one.lost
                 report.warn("rows_cut", one.row.line)
-            if good and good[-1].row is one.row:  # a long text that goes on
+            self._goes_on.append(bool(good) and good[-1].row is one.row)
+            if self._goes_on[-1]:
                 continue
             good.append(one)
             self._quality.see(one.row, report)
@@ -145,7 +148,7 @@ class _Collected:
     def conclude(self) -> None:
         """Look at all rows together."""
         index = self._writer.index()
-        rows = index[np.diff(index[:, store.LINE], prepend=0) != 0]  # a long text once
+        rows = index[np.frombuffer(self._goes_on, np.uint8) == 0]  # by its line a row cannot be told in an array
         self._quality.conclude(self._report, lines=rows[:, store.LINE], identities=rows[:, store.IDENTITY])
         cut = self._report.warnings.get("rows_cut")
         if cut:
