@@ -5,7 +5,7 @@ No torch here: the data is checked before it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +17,7 @@ from finetuned.dataset.rows import Problem, Row
 from finetuned.trainer.chat import Rendered, Renderer
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 _ROWS = 1024  # tokenised at once
@@ -83,6 +84,7 @@ class Encoder:
         self._special = np.zeros(max(tokenizer.get_vocab().values()) + 1, bool)
         self._special[list(added | set(tokenizer.all_special_ids))] = True
         self._widths = self._byte_widths()
+        self._batch = self._backend.encode_batch if self._widths is None else self._backend.encode_batch_fast
 
     def render(self, rows: Sequence[Row]) -> list[Rendered | Problem | None]:
         """Put chats into the model's words, in order; None for a plain text."""
@@ -90,17 +92,23 @@ class Encoder:
         found = iter(self.renderer.render_rows(chats) if chats else ())
         return [next(found) if row.text is None else None for row in rows]
 
-    def encode(self, rows: Sequence[Row], rendered: Sequence[Rendered | Problem | None]) -> Iterator[Encoded | Refused]:
-        """Tokenise rows that `render` has seen, in order. A long plain text gives several of max_length tokens."""
+    def tokenise(self, rendered: Sequence[Rendered | Problem | None]) -> list[Encoding]:
+        """Tokenise what `render` gave, on all cores and beside what else the program does."""
         texts = [one.text[: self._most * _LONGEST_TOKEN] for one in rendered if isinstance(one, Rendered)]
-        tokens = iter(self._tokenise(texts))
+        return self._batch(texts, add_special_tokens=False)
+
+    def encode(
+        self, rows: Sequence[Row], rendered: Sequence[Rendered | Problem | None], tokenised: Iterable[Encoding]
+    ) -> Iterator[Encoded | Refused]:
+        """Find in the tokens what is learned, in order. A long plain text gives several rows of max_length tokens."""
+        tokens = iter(tokenised)
         for row, one in zip(rows, rendered, strict=True):
             if one is None:
                 yield from self._plain(row)
             elif isinstance(one, Problem):
                 yield Refused(row, one)
             else:
-                yield self._chat(row, one, next(tokens))
+                yield self._chat(row, one, self._placed(one.text, next(tokens)))
 
     def _chat(self, row: Row, rendered: Rendered, tokens: _Tokens) -> Encoded | Refused:
         text, spans = rendered.text, rendered.spans
@@ -168,32 +176,20 @@ class Encoder:
             if len(piece) > 1:
                 yield Encoded(row, piece, np.ones(len(piece), bool))
 
-    def _tokenise(self, texts: list[str]) -> list[_Tokens]:
-        """Tokenise texts on all cores. Where tokens stand follows from how many bytes each is, which is faster than to
-        ask; where the sum says that this does not hold, it is asked.
+    def _placed(self, text: str, tokens: Encoding) -> _Tokens:
+        """Say where tokens stand. It follows from how many bytes each is, which is faster than to ask; where the sum
+        says that this does not hold, it is asked.
         """
-        if self._widths is None:
-            return self._with_offsets(texts)
-        rows = [np.array(one.ids, np.int32) for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        found: list[_Tokens] = []
-        odd = []
-        for number, (text, ids) in enumerate(zip(texts, rows, strict=True)):
-            ends = np.cumsum(self._widths[ids])
-            size = len(text) if text.isascii() else len(text.encode())
-            if (ends[-1] if len(ends) else 0) != size:
-                odd.append(number)
-            found.append(_Tokens(ids, ends - self._widths[ids], ends, bytes=True))
-        if odd:
-            for number, tokens in zip(odd, self._with_offsets([texts[number] for number in odd]), strict=True):
-                found[number] = tokens
-        return found
-
-    def _with_offsets(self, texts: list[str]) -> list[_Tokens]:
-        found = []
-        for one in self._backend.encode_batch(texts, add_special_tokens=False):
-            offsets = np.array(one.offsets, np.int64).reshape(-1, 2)
-            found.append(_Tokens(np.array(one.ids, np.int32), offsets[:, 0], offsets[:, 1], bytes=False))
-        return found
+        if self._widths is not None:
+            ids = np.array(tokens.ids, np.int32)
+            widths = self._widths[ids]
+            ends = np.cumsum(widths)
+            text = text[: self._most * _LONGEST_TOKEN]
+            if (ends[-1] if len(ends) else 0) == (len(text) if text.isascii() else len(text.encode())):
+                return _Tokens(ids, ends - widths, ends, bytes=True)
+            tokens = self._backend.encode(text, add_special_tokens=False)
+        offsets = np.array(tokens.offsets, np.int64).reshape(-1, 2)
+        return _Tokens(np.array(tokens.ids, np.int32), offsets[:, 0], offsets[:, 1], bytes=False)
 
     def _byte_widths(self) -> NDArray[np.int64] | None:
         """Give how many bytes of a text each token is, or None where its words do not tell: tried out on a text."""
@@ -221,7 +217,8 @@ def tokenise(
     encoder = Encoder(tokenizer, max_length=max_length)
     for start in range(0, len(rows), _ROWS):
         part = rows[start : start + _ROWS]
-        for one in encoder.encode(part, encoder.render(part)):
+        rendered = encoder.render(part)
+        for one in encoder.encode(part, rendered, encoder.tokenise(rendered)):
             if isinstance(one, Refused):
                 yield one.row, one.problem
             else:
