@@ -25,10 +25,9 @@ from finetuned.dataset.rows import Problem, Row
 from finetuned.trainer import store
 from finetuned.trainer.chat import Rendered
 from finetuned.trainer.store import Examples
-from finetuned.trainer.tokens import Encoded, Encoder, Refused
+from finetuned.trainer.tokens import Encoded, Encoder, Refused, Tokens
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 _ROWS, _CHARACTERS = 256, 2**18  # tokenised at once
@@ -36,7 +35,7 @@ _AHEAD = 2  # times that many are on their way, so that the tokenizer's threads 
 _BARS = 12  # of the histogram
 _SHOWN = 1200  # tokens of the sample
 
-_UnderWay = tuple[list[Row], list[Rendered | Problem | None], "Future[list[Encoding]]"]
+_UnderWay = tuple[list[Row], list[Rendered | Problem | None], Future[list[Tokens]]]
 Progress = Callable[[float, int], None]  # share of the file, and rows so far
 
 
@@ -105,7 +104,7 @@ class Door:
         return report
 
     def _encoded(
-        self, rows: list[Row], rendered: list[Rendered | Problem | None], tokenised: Future[list[Encoding]]
+        self, rows: list[Row], rendered: list[Rendered | Problem | None], tokenised: Future[list[Tokens]]
     ) -> list[Encoded | Refused]:
         return list(self._encoder.encode(rows, rendered, tokenised.result()))
 

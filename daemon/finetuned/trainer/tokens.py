@@ -17,7 +17,6 @@ from finetuned.dataset.rows import Problem, Row
 from finetuned.trainer.chat import Rendered, Renderer
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 _ROWS = 1024  # tokenised at once
@@ -63,13 +62,16 @@ class Refused(NamedTuple):
     problem: Problem
 
 
-class _Tokens(NamedTuple):
-    """The tokens of a text: token i is its units from starts[i] to ends[i], which are bytes or characters."""
+class Tokens(NamedTuple):
+    """The tokens of a text: token i is its units from starts[i] to ends[i], bytes or characters, counted from `base`
+    where the text begins.
+    """
 
     ids: NDArray[np.int32]
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
     bytes: bool
+    base: int
 
 
 class Encoder:
@@ -84,7 +86,6 @@ class Encoder:
         self._special = np.zeros(max(tokenizer.get_vocab().values()) + 1, bool)
         self._special[list(added | set(tokenizer.all_special_ids))] = True
         self._widths = self._byte_widths()
-        self._batch = self._backend.encode_batch if self._widths is None else self._backend.encode_batch_fast
 
     def render(self, rows: Sequence[Row]) -> list[Rendered | Problem | None]:
         """Put chats into the model's words, in order; None for a plain text."""
@@ -92,13 +93,43 @@ class Encoder:
         found = iter(self.renderer.render_rows(chats) if chats else ())
         return [next(found) if row.text is None else None for row in rows]
 
-    def tokenise(self, rendered: Sequence[Rendered | Problem | None]) -> list[Encoding]:
-        """Tokenise what `render` gave, on all cores and beside what else the program does."""
+    def tokenise(self, rendered: Sequence[Rendered | Problem | None]) -> list[Tokens]:
+        """Tokenise the chats in what `render` gave, on all cores, nearly all of the time without Python's lock.
+
+        Where tokens stand follows from how many bytes each is, which is faster than to ask; where the sum says that
+        this does not hold, it is asked.
+        """
         texts = [one.text[: self._most * _LONGEST_TOKEN] for one in rendered if isinstance(one, Rendered)]
-        return self._batch(texts, add_special_tokens=False)
+        if self._widths is None:
+            return self._with_offsets(texts)
+        rows = [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        ids = np.fromiter(chain.from_iterable(rows), np.int32)
+        ends = np.cumsum(self._widths[ids])
+        starts = ends - self._widths[ids]
+        found: list[Tokens] = []
+        odd = []
+        begin = base = 0
+        for number, (text, row) in enumerate(zip(texts, rows, strict=True)):
+            own = slice(begin, begin + len(row))
+            found.append(Tokens(ids[own], starts[own], ends[own], bytes=True, base=base))
+            begin, before = own.stop, base
+            base = int(ends[begin - 1]) if begin else 0
+            if base - before != (len(text) if text.isascii() else len(text.encode())):
+                odd.append(number)
+        if odd:
+            for number, tokens in zip(odd, self._with_offsets([texts[number] for number in odd]), strict=True):
+                found[number] = tokens
+        return found
+
+    def _with_offsets(self, texts: list[str]) -> list[Tokens]:
+        found = []
+        for one in self._backend.encode_batch(texts, add_special_tokens=False):
+            offsets = np.array(one.offsets, np.int64).reshape(-1, 2)
+            found.append(Tokens(np.array(one.ids, np.int32), offsets[:, 0], offsets[:, 1], bytes=False, base=0))
+        return found
 
     def encode(
-        self, rows: Sequence[Row], rendered: Sequence[Rendered | Problem | None], tokenised: Iterable[Encoding]
+        self, rows: Sequence[Row], rendered: Sequence[Rendered | Problem | None], tokenised: Iterable[Tokens]
     ) -> Iterator[Encoded | Refused]:
         """Find in the tokens what is learned, in order. A long plain text gives several rows of max_length tokens."""
         tokens = iter(tokenised)
@@ -108,21 +139,19 @@ class Encoder:
             elif isinstance(one, Problem):
                 yield Refused(row, one)
             else:
-                yield self._chat(row, one, self._placed(one.text, next(tokens)))
+                yield self._chat(row, one, next(tokens))
 
-    def _chat(self, row: Row, rendered: Rendered, tokens: _Tokens) -> Encoded | Refused:
+    def _chat(self, row: Row, rendered: Rendered, tokens: Tokens) -> Encoded | Refused:
         text, spans = rendered.text, rendered.spans
-        places = [place for span in spans for place in span]
+        places = [rendered.begin, *chain.from_iterable(spans)]
         if tokens.bytes and not text.isascii():
             places = [len(text[:place].encode()) for place in places]
-            begin = len(text[: rendered.begin].encode())
-        else:
-            begin = rendered.begin
+        places = [tokens.base + place for place in places]
+        begin, *firsts = np.searchsorted(tokens.ends, places[:1] + places[1::2], "right").tolist()
+        behinds = np.searchsorted(tokens.starts, places[2::2], "left").tolist()
         supervised = np.zeros(len(tokens.ids), bool)
-        firsts = np.searchsorted(tokens.ends, places[0::2], "right").tolist()
-        behinds = np.searchsorted(tokens.starts, places[1::2], "left").tolist()
         short = False
-        for (_, end), start, first, behind in zip(spans, places[0::2], firsts, behinds, strict=True):
+        for (_, end), start, first, behind in zip(spans, places[1::2], firsts, behinds, strict=True):
             while first < behind and tokens.starts[first] < start and self._special[tokens.ids[first]]:
                 first += 1  # a mark that takes the white space behind it along
             last = self._end_of_turn(text, end, tokens, first, behind)
@@ -135,10 +164,9 @@ class Encoder:
         ids, kept = tokens.ids[: self._most], supervised[: self._most]
         if not kept[1:].any():
             return Refused(row, Problem("no_supervised_tokens"))
-        first_own = int(np.searchsorted(tokens.ends, begin, "right"))
-        return Encoded(row, ids, kept, max(0, len(tokens.ids) - self._most), first_own, short)
+        return Encoded(row, ids, kept, max(0, len(tokens.ids) - self._most), begin, short)
 
-    def _end_of_turn(self, text: str, end: int, tokens: _Tokens, first: int, behind: int) -> int | None:
+    def _end_of_turn(self, text: str, end: int, tokens: Tokens, first: int, behind: int) -> int | None:
         """Give the place of the special token that ends an answer, with nothing but white space between; None where
         there is none. The answer ends with character `end` of the text; its tokens are those from `first`, before
         `behind`, and where a template marks what is learned the end may be among them.
@@ -175,21 +203,6 @@ class Encoder:
             piece = ids[place : place + self._most]
             if len(piece) > 1:
                 yield Encoded(row, piece, np.ones(len(piece), bool))
-
-    def _placed(self, text: str, tokens: Encoding) -> _Tokens:
-        """Say where tokens stand. It follows from how many bytes each is, which is faster than to ask; where the sum
-        says that this does not hold, it is asked.
-        """
-        if self._widths is not None:
-            ids = np.array(tokens.ids, np.int32)
-            widths = self._widths[ids]
-            ends = np.cumsum(widths)
-            text = text[: self._most * _LONGEST_TOKEN]
-            if (ends[-1] if len(ends) else 0) == (len(text) if text.isascii() else len(text.encode())):
-                return _Tokens(ids, ends - widths, ends, bytes=True)
-            tokens = self._backend.encode(text, add_special_tokens=False)
-        offsets = np.array(tokens.offsets, np.int64).reshape(-1, 2)
-        return _Tokens(np.array(tokens.ids, np.int32), offsets[:, 0], offsets[:, 1], bytes=False)
 
     def _byte_widths(self) -> NDArray[np.int64] | None:
         """Give how many bytes of a text each token is, or None where its words do not tell: tried out on a text."""
