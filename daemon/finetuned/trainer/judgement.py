@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from finetuned.config import TrainingSettings, settings_from
-from finetuned.trainer.quality import Quality
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Report, judge, rows_of
 from finetuned.errors import DataError, ModelError
@@ -21,6 +20,7 @@ from finetuned.trainer import history, store
 from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer
 from finetuned.trainer.data import HeldOut, check_sides, facts_of, held_out_file, hold_back
 from finetuned.trainer.door import Door, Progress
+from finetuned.trainer.quality import Quality
 from finetuned.trainer.steps import plan_steps
 from finetuned.trainer.store import Examples
 
