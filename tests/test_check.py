@@ -113,6 +113,13 @@ def test_every_format_is_told_and_shown_as_the_model_sees_it(base, tmp_path, for
     assert said.facts["training"]["supervised"] >= len(ANSWER)
 
 
+def test_a_link_is_read_as_what_it_is_called(base, tmp_path):
+    (tmp_path / "1f3a").write_bytes(FILES["x.json"](FORMATS["Alpaca"]))
+    (tmp_path / "x.json").symlink_to("1f3a")
+    said = check(tmp_path / "x.json", "--base-dir", base.root, "--json")
+    assert (said.facts["file"], said.facts["rows"]) == ("x.json", 2)
+
+
 # -- every error
 
 # Refuses one row, leaves a text out of another, and ends a third without its mark.
@@ -291,6 +298,15 @@ def test_the_report_says_what_would_be_trained(base, tmp_path, tiny_model):
     assert estimate["minutes"] == pytest.approx(facts["training"]["tokens"] / 100 / 60, abs=0.01)
 
 
+@pytest.mark.parametrize("lengths", [range(30, 44), [2, 500], [50] * 3, range(20, 120, 3)], ids=str)
+def test_each_bar_of_the_histogram_is_called_by_the_most_tokens_in_it(base, tmp_path, lengths):
+    file = write_jsonl(tmp_path / "x.jsonl", [{"text": "x" * (length - 1)} for length in lengths])
+    bars = check(file, "--base-dir", base.root, "--json").facts["tokens"]["histogram"]
+    assert bars[-1][0] == max(lengths)
+    for place, (most, _) in enumerate(bars, start=1):
+        assert sum(count for _, count in bars[:place]) == sum(length <= most for length in lengths)
+
+
 def test_eval_fraction_holds_rows_back(base, tmp_path, tiny_model):
     settled(base, tiny_model, eval_fraction=0.3)
     facts = check(write_jsonl(tmp_path / "x.jsonl", chat_rows(60)), "--base-dir", base.root, "--json").facts
@@ -328,6 +344,11 @@ def test_on_a_terminal_what_is_learned_is_in_colour_and_progress_is_shown(base, 
     assert b"\x1b[32m\x1b[1mThe number is 0.<|im_end|>\x1b[0m" in said
     assert "«".encode() not in said
     assert b"reading x.jsonl" in said
+
+
+def test_letters_that_a_terminal_lacks_are_written_as_numbers(base, tmp_path):
+    file = write_jsonl(tmp_path / "x.jsonl", [chat("What for?", "For 5 \N{EURO SIGN}.")])
+    assert "For 5 \\u20ac." in check(file, "--base-dir", base.root, PYTHONIOENCODING="latin-1").out
 
 
 # -- what cannot be had

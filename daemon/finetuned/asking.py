@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from finetuned.errors import ConfigError, DataError, FinetunedError, HomeError, 
 from finetuned.home import find_home
 from finetuned.launchers.local import trainer_environment
 
+_PATIENCE = 5.0  # seconds
 _ERRORS: tuple[type[FinetunedError], ...] = (ConfigError, DataError, ModelError)
 
 
@@ -90,6 +92,9 @@ def ask(
                         said = found
                         heard(said)
             except BaseException:
+                process.send_signal(signal.SIGINT)  # it leaves nothing half-written, if it has a moment
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_PATIENCE)
                 process.kill()
                 raise
         if "answer" in said:

@@ -250,8 +250,9 @@ def check(base_dir: Path | None, file: Path, profile: str, model: str | None, as
     if as_json:
         click.echo(json.dumps(facts, indent=2))
     else:
-        refused_whole = "format" not in facts
-        click.echo(render(facts, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), err=refused_whole)
+        text = render(facts, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+        letters = sys.stdout.encoding  # a terminal's may be fewer than a file's
+        click.echo(text.encode(letters, "backslashreplace").decode(letters), err="format" not in facts)
     sys.exit(facts["verdict"] != "usable")
 
 
