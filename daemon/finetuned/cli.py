@@ -242,6 +242,30 @@ def install(
 @click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
 @click.option("--model", help="A hub id, a folder, or smollm2-135m, in place of the configured one.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
+def check(base_dir: Path | None, file: Path, profile: str, model: str | None, as_json: bool) -> None:  # noqa: FBT001
+    """Say what is wrong or odd in FILE, where, and what the model would learn from it; exit 1 if it is refused."""
+    from finetuned.check import check_file, render
+    from finetuned.errors import DataError
+
+    try:
+        facts = check_file(file, base_dir=base_dir, profile=profile, model=model)
+    except DataError as error:
+        facts = {"file": str(file), "verdict": "refused", "reason": error.as_dict(), "unchecked": ""}
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        text = render(facts, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+        letters = sys.stdout.encoding  # a terminal's may be fewer than a file's
+        click.echo(text.encode(letters, "backslashreplace").decode(letters), err="format" not in facts)
+    sys.exit(facts["verdict"] != "usable")
+
+
+@cli.command()
+@_base_dir
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
+@click.option("--model", help="A hub id, a folder, or smollm2-135m, in place of the configured one.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
 def plan(base_dir: Path | None, file: Path, profile: str, model: str | None, as_json: bool) -> None:  # noqa: FBT001
     """Predict memory and time of a training on FILE, and the rung of the ladder it would start on."""
     from finetuned.errors import DataError, ModelError

@@ -183,16 +183,17 @@ def _figures(index: NDArray[np.int64], lost: int) -> dict[str, Any]:
     lengths = index[:, store.LENGTH]
     if not len(lengths):
         return {}
-    bars = min(_BARS, int(lengths.max() - lengths.min()) + 1)
-    counts, edges = np.histogram(lengths, bars)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    wide = -(-(longest - shortest + 1) // _BARS)  # whole tokens, as many in each bar
+    bars = np.bincount((lengths - shortest) // wide).tolist()
     return {
         "rows": len(lengths),
         "tokens": int(lengths.sum()),
         "supervised": int(index[:, store.TARGETS].sum()),
         "lost": lost,
         "lengths": {f"p{share}": int(np.percentile(lengths, share)) for share in (5, 25, 50, 75, 95, 99)}
-        | {"longest": int(lengths.max())},
-        "histogram": [[int(np.ceil(edge)), int(count)] for edge, count in zip(edges[1:], counts, strict=True)],
+        | {"longest": longest},
+        "histogram": [[min(shortest + (bar + 1) * wide - 1, longest), count] for bar, count in enumerate(bars)],
     }
 
 
