@@ -127,7 +127,6 @@ class JobSpec:
     place: float = 0.0
     base_dir: str = ""
     models: str = ""
-    held_out: str | None = None  # held-out rows that came with the input
 
     def encode(self) -> bytes:
         """Give the file's content."""
