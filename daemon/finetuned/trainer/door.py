@@ -7,6 +7,7 @@ While the tokenizer's threads work on some rows, the next ones are read and rend
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
@@ -19,19 +20,22 @@ from numpy.typing import NDArray
 from finetuned.config import TrainingSettings
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Fault, Report, rows_of
-from finetuned.dataset.rows import Row
+from finetuned.dataset.rows import Problem, Row
 from finetuned.trainer import store
+from finetuned.trainer.chat import Rendered
 from finetuned.trainer.quality import Quality
 from finetuned.trainer.store import Examples
-from finetuned.trainer.tokens import Encoded, Encoder, Refused
+from finetuned.trainer.tokens import Encoded, Encoder, Refused, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ROWS, _CHARACTERS = 1024, 2**20  # on their way at once
+_ROWS, _CHARACTERS = 256, 2**18  # tokenised at once
+_AHEAD = 2  # times that many are on their way, so that the tokenizer's threads never wait
 _BARS = 12  # of the histogram
 _SHOWN = 1200  # tokens of the sample
 
+_UnderWay = tuple[list[Row], list[Rendered | Problem | None], Future[list[Tokens]]]
 Progress = Callable[[float, int], None]  # share of the file, and rows so far
 
 
@@ -85,20 +89,25 @@ class Door:
         file = RowFile(path, name=name)
         rows = rows_of(file, report, system_prompt=self.system_prompt)
         with ThreadPoolExecutor(1, "tokenizer") as beside:
-            under_way: Future[list[Encoded | Refused]] | None = None
+            under_way: deque[_UnderWay] = deque()
             for part in _parts(rows):
                 rendered = self._encoder.render(part)
-                if under_way is not None:
-                    collected.take(under_way.result())
-                under_way = beside.submit(lambda *given: list(self._encoder.encode(*given)), part, rendered)
+                under_way.append((part, rendered, beside.submit(self._encoder.tokenise, rendered)))
+                if len(under_way) > _AHEAD:
+                    collected.take(self._encoded(*under_way.popleft()))
                 progress(file.fraction, report.rows)
-            if under_way is not None:
-                collected.take(under_way.result())
+            while under_way:
+                collected.take(self._encoded(*under_way.popleft()))
         collected.conclude()
         report.tokens = _figures(writer.index(), collected.lost)
         if collected.sample is not None:
             report.sample = self._shown(collected.sample)
         return report
+
+    def _encoded(
+        self, rows: list[Row], rendered: list[Rendered | Problem | None], tokenised: Future[list[Tokens]]
+    ) -> list[Encoded | Refused]:
+        return list(self._encoder.encode(rows, rendered, tokenised.result()))
 
     def _shown(self, encoded: Encoded) -> dict[str, Any]:
         pairs = zip(encoded.ids[:_SHOWN].tolist(), encoded.supervised[:_SHOWN].tolist(), strict=True)
@@ -174,16 +183,17 @@ def _figures(index: NDArray[np.int64], lost: int) -> dict[str, Any]:
     lengths = index[:, store.LENGTH]
     if not len(lengths):
         return {}
-    bars = min(_BARS, int(lengths.max() - lengths.min()) + 1)
-    counts, edges = np.histogram(lengths, bars)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    wide = -(-(longest - shortest + 1) // _BARS)  # whole tokens, as many in each bar
+    bars = np.bincount((lengths - shortest) // wide).tolist()
     return {
         "rows": len(lengths),
         "tokens": int(lengths.sum()),
         "supervised": int(index[:, store.TARGETS].sum()),
         "lost": lost,
         "lengths": {f"p{share}": int(np.percentile(lengths, share)) for share in (5, 25, 50, 75, 95, 99)}
-        | {"longest": int(lengths.max())},
-        "histogram": [[int(np.ceil(edge)), int(count)] for edge, count in zip(edges[1:], counts, strict=True)],
+        | {"longest": longest},
+        "histogram": [[min(shortest + (bar + 1) * wide - 1, longest), count] for bar, count in enumerate(bars)],
     }
 
 
