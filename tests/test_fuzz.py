@@ -238,9 +238,9 @@ def check_door(door: Door, tokenizer, path: Path) -> int:
     written_down = iter(rows)
     for example in good:
         text = tokenizer.decode(example.ids)
-        row = next((row for row in written_down if as_text(row, tokenizer).startswith(text)), None)
+        own = (row for row in written_down if row.line == example.line and as_text(row, tokenizer) == text)
+        row = next(own, None)
         assert row is not None, text
-        assert row.line == example.line
         learned = tokenizer.decode(
             [one for one, is_learned in zip(example.ids, example.supervised, strict=True) if is_learned]
         )
