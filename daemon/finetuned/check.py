@@ -84,7 +84,7 @@ class _ProgressLine:
 
 def render(facts: dict[str, Any], *, colour: bool) -> str:
     """Give the report for people. Without colour what is learned stands between guillemets."""
-    name = harmless(facts["file"])
+    name = printable(os.fsencode(facts["file"]))
     lines: list[str] = []
     if "format" in facts:
         report = Report.from_dict(facts)
