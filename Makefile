@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo test test-systemd torture mutants lint gpu-test bench bench-spool bench-train bench-plan schema clean
+.PHONY: .venv demo test test-systemd torture mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door schema clean
 
 .venv: .venv/ready
 
@@ -67,6 +67,10 @@ bench-train: .venv
 # Predicted beside measured memory; a quarter of an hour on two cores.
 bench-plan: .venv
 	$(BIN)/python benchmarks/plan.py
+
+# Beside `datasets`, installed into an environment of its own the first time. Some minutes a round.
+bench-door: .venv
+	$(BIN)/python benchmarks/door.py
 
 schema: .venv
 	$(BIN)/python -c 'from finetuned.config import json_schema; print(json_schema(), end="")' > config.schema.json

@@ -122,12 +122,16 @@ def status(base_dir: Path | None, as_json: bool, watch: bool) -> None:  # noqa: 
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A training setting for this file alone; repeatable."
 )
-def add(base_dir: Path | None, file: Path, profile: str, settings: tuple[str, ...]) -> None:
-    """Copy FILE into the inbox, whole or not at all, with settings of its own."""
+@click.option(
+    "--eval-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Held-out rows for this file."
+)
+def add(base_dir: Path | None, file: Path, profile: str, settings: tuple[str, ...], eval_file: Path | None) -> None:
+    """Copy FILE into the inbox, whole or not at all, with settings and held-out rows of its own."""
     from finetuned.drop import add as drop
     from finetuned.drop import parse_settings
 
-    click.echo(drop(_home(base_dir), file, profile=profile, settings=parse_settings(settings)))
+    given = parse_settings(settings)
+    click.echo(drop(_home(base_dir), file, profile=profile, settings=given, held_out=eval_file))
 
 
 @cli.command()

@@ -87,7 +87,11 @@ CREATE TABLE orders (
     job_id TEXT NOT NULL
 ) STRICT;
 """
-MIGRATIONS = [_TABLES, _ORDERS]  # each brings the file from one version to the next
+_HELD_OUT = """
+ALTER TABLE jobs ADD COLUMN held_out BLOB;
+ALTER TABLE jobs ADD COLUMN held_out_sha256 TEXT;
+"""
+MIGRATIONS = [_TABLES, _ORDERS, _HELD_OUT]  # each brings the file from one version to the next
 
 _LAST_CHARACTER = "\U0010ffff"
 _IN_TURN = "ORDER BY priority DESC, place, created_at, rowid"
@@ -269,12 +273,14 @@ class Ledger:
         )
         return [_job(row) for row in rows]
 
-    def trained_before(self, sha256: str, settings: dict[str, Any]) -> Job | None:
-        """Give the newest job that succeeded on the same content with the same settings."""
+    def trained_before(
+        self, sha256: str, settings: dict[str, Any], *, held_out_sha256: str | None = None
+    ) -> Job | None:
+        """Give the newest job that succeeded on the same content, held-out data included, with the same settings."""
         row = self._database.execute(
-            "SELECT * FROM jobs WHERE sha256 = ? AND settings = ? AND outcome = ? AND duplicate_of IS NULL"
-            " ORDER BY finished_at DESC LIMIT 1",
-            (sha256, _stored("settings", settings), Outcome.SUCCEEDED),
+            "SELECT * FROM jobs WHERE sha256 = ? AND held_out_sha256 IS ? AND settings = ? AND outcome = ?"
+            " AND duplicate_of IS NULL ORDER BY finished_at DESC LIMIT 1",
+            (sha256, held_out_sha256, _stored("settings", settings), Outcome.SUCCEEDED),
         ).fetchone()
         return _job(row) if row else None
 

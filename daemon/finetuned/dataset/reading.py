@@ -159,12 +159,14 @@ def _check_zstd_end(path: Path) -> None:
             raise EOFError("the last frame has no end")
 
 
-def _array(meter: _Meter) -> Iterator[tuple[int, Any | BadLine]]:  # noqa: C901, a state machine reads best whole
+def _array(meter: _Meter) -> Iterator[tuple[int, Any | BadLine]]:  # noqa: C901, PLR0912, a state machine reads best whole
     """Cut an array into its elements without reading it whole. One that is no JSON spoils no other.
 
     Its strings and brackets are found by a pattern; what an element means is the parser's business.
     """
-    text, line = meter.read(_BLOCK).removeprefix(_BOM), 1
+    text, line = b"", 1
+    while b"[" not in text:
+        text += meter.read(_BLOCK)
     start = place = text.index(b"[") + 1  # of the element; up to `place` its structure is known
     line += text.count(b"\n", 0, start)
     block, depth = _BLOCK, 0
@@ -182,7 +184,7 @@ def _array(meter: _Meter) -> Iterator[tuple[int, Any | BadLine]]:  # noqa: C901,
             elif not depth and mark in b",]":
                 element = text[start : token.start()]
                 content = element.lstrip()
-                at = line + element.count(b"\n", 0, len(element) - len(content))
+                at = line + _breaks_before(element)
                 if content:
                     yield at, _element(content.rstrip())
                 elif mark == b",":
@@ -190,22 +192,28 @@ def _array(meter: _Meter) -> Iterator[tuple[int, Any | BadLine]]:  # noqa: C901,
                 line += element.count(b"\n")
                 start = place
                 if mark == b"]":
-                    if text[place:].strip() or meter.read(_BLOCK).strip():
-                        yield line, BadLine("not_json", "something stands behind the array's end")
+                    behind = text[place:] + meter.read(_BLOCK)
+                    if behind.strip():
+                        yield line + _breaks_before(behind), BadLine("not_json", "it stands behind the array's end")
                     return
         more = meter.read(block)
         if not more:
-            yield line, BadLine("truncated_last_line", "the array has no end")
+            yield line + _breaks_before(text[start:]), BadLine("truncated_last_line", "the array has no end")
             return
         block = _BLOCK if start else 2 * block
         text, place, start = text[start:] + more, place - start, 0
         if len(text) > 2 * MAX_ROW:
             raise DataError(
                 f"an element is {_TOO_LARGE}",
-                where=f"{meter.name}:{line}",
+                where=f"{meter.name}:{line + _breaks_before(text)}",
                 remedy=ERRORS["row_too_large"].remedy,
                 code="row_too_large",
             )
+
+
+def _breaks_before(text: bytes) -> int:
+    """Count the lines that end before a text begins."""
+    return text.count(b"\n", 0, len(text) - len(text.lstrip()))
 
 
 def _element(text: bytes) -> Any | BadLine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from finetuned.dataset.rows import Row
 from finetuned.errors import ConfigError, DataError
 from finetuned.events import EventType
 from finetuned.findings import ERRORS
-from finetuned.home import JobFolder
+from finetuned.home import JobFolder, printable
 from finetuned.jobs import JobSpec
 from finetuned.trainer.door import Door, rows_at, split, tell_overlap
 from finetuned.trainer.ends import StopAskedError
@@ -44,6 +45,7 @@ class HeldOut:
 
     file: Path
     name: str
+    sha256: str | None = None
 
 
 def read_data(
@@ -62,13 +64,18 @@ def read_data(
     progress = _Progress(say, asked_to_stop)
     path = folder.path / spec.input
     train, report = door.read(path, name=spec.name, sha256=spec.sha256, progress=progress.of(spec.name))
-    beside = folder.path / spec.held_out if spec.held_out else None
+    beside = None
+    if spec.held_out:
+        name = printable(os.fsencode(spec.held_out_name or spec.held_out))
+        beside = HeldOut(folder.path / spec.held_out, name, spec.held_out_sha256)
     train, held_out, source = hold_back(
         train,
         settings,
         own=HeldOut(path, spec.name),
         source=held_out_file(settings, base_dir=Path(spec.base_dir), beside=beside),
-        read=lambda source: door.read(source.file, name=source.name, progress=progress.of(source.name)),
+        read=lambda source: door.read(
+            source.file, name=source.name, sha256=source.sha256, progress=progress.of(source.name)
+        ),
     )
     facts = tell(say, train, held_out, report, source)
     judge(report, name=spec.name, max_bad_rows=settings.max_bad_rows, fail_on=settings.fail_on)
@@ -80,10 +87,10 @@ def read_data(
     return Data(train, held_out, asked, facts, door.system_prompt)
 
 
-def held_out_file(settings: TrainingSettings, *, base_dir: Path, beside: Path | None) -> HeldOut | None:
+def held_out_file(settings: TrainingSettings, *, base_dir: Path, beside: HeldOut | None) -> HeldOut | None:
     """Give the held-out file: the one that came with the data, else the configured one. Raises ConfigError."""
     if beside is not None:
-        return HeldOut(beside, beside.name)
+        return beside
     if settings.eval_file is None:
         return None
     path = base_dir / Path(settings.eval_file).expanduser()

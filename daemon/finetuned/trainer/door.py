@@ -7,6 +7,7 @@ While the tokenizer's threads work on some rows, the next ones are read and rend
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
@@ -19,19 +20,22 @@ from numpy.typing import NDArray
 from finetuned.config import TrainingSettings
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Fault, Report, rows_of
-from finetuned.dataset.rows import Row
+from finetuned.dataset.rows import Problem, Row
 from finetuned.trainer import store
+from finetuned.trainer.chat import Rendered
 from finetuned.trainer.quality import Quality
 from finetuned.trainer.store import Examples
-from finetuned.trainer.tokens import Encoded, Encoder, Refused
+from finetuned.trainer.tokens import Encoded, Encoder, Refused, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ROWS, _CHARACTERS = 1024, 2**20  # on their way at once
+_ROWS, _CHARACTERS = 256, 2**18  # tokenised at once
+_AHEAD = 2  # times that many are on their way, so that the tokenizer's threads never wait
 _BARS = 12  # of the histogram
 _SHOWN = 1200  # tokens of the sample
 
+_UnderWay = tuple[list[Row], list[Rendered | Problem | None], Future[list[Tokens]]]
 Progress = Callable[[float, int], None]  # share of the file, and rows so far
 
 
@@ -50,7 +54,7 @@ class Door:
 
         `name` is what the user calls the file. Raises DataError where the file as a whole cannot be read, OSError.
         """
-        folder = self._cache / self._key(sha256 or hash_of(path))
+        folder = self._cache / self._key(sha256 or hash_of(path), path.suffix.lower())
         most = self._settings.max_length
         kept = store.load(folder, max_length=most)
         if kept is not None:
@@ -67,10 +71,11 @@ class Door:
             raise OSError(f"{folder} cannot be read again")
         return made
 
-    def _key(self, sha256: str) -> str:
+    def _key(self, sha256: str, kind: str) -> str:
         tokenizer = self._tokenizer
         return store.cache_key(
             file=sha256,
+            kind=kind,  # by which it is read
             template=tokenizer.chat_template,
             tokenizer=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             special=repr(sorted(tokenizer.special_tokens_map.items())),
@@ -84,20 +89,25 @@ class Door:
         file = RowFile(path, name=name)
         rows = rows_of(file, report, system_prompt=self.system_prompt)
         with ThreadPoolExecutor(1, "tokenizer") as beside:
-            under_way: Future[list[Encoded | Refused]] | None = None
+            under_way: deque[_UnderWay] = deque()
             for part in _parts(rows):
                 rendered = self._encoder.render(part)
-                if under_way is not None:
-                    collected.take(under_way.result())
-                under_way = beside.submit(lambda *given: list(self._encoder.encode(*given)), part, rendered)
+                under_way.append((part, rendered, beside.submit(self._encoder.tokenise, rendered)))
+                if len(under_way) > _AHEAD:
+                    collected.take(self._encoded(*under_way.popleft()))
                 progress(file.fraction, report.rows)
-            if under_way is not None:
-                collected.take(under_way.result())
+            while under_way:
+                collected.take(self._encoded(*under_way.popleft()))
         collected.conclude()
         report.tokens = _figures(writer.index(), collected.lost)
         if collected.sample is not None:
             report.sample = self._shown(collected.sample)
         return report
+
+    def _encoded(
+        self, rows: list[Row], rendered: list[Rendered | Problem | None], tokenised: Future[list[Tokens]]
+    ) -> list[Encoded | Refused]:
+        return list(self._encoder.encode(rows, rendered, tokenised.result()))
 
     def _shown(self, encoded: Encoded) -> dict[str, Any]:
         pairs = zip(encoded.ids[:_SHOWN].tolist(), encoded.supervised[:_SHOWN].tolist(), strict=True)
@@ -116,6 +126,7 @@ class _Collected:
         self.sample: Encoded | None = None
         self.lost = 0
         self._rows = 0
+        self._goes_on = bytearray()  # for each written example, whether it is the rest of the long text before it
 
     def take(self, results: Sequence[Encoded | Refused]) -> None:
         """Count and write some rows."""
@@ -129,7 +140,8 @@ class _Collected:
             if one.lost:
                 self.lost += one.lost
                 report.warn("rows_cut", one.row.line)
-            if good and good[-1].row is one.row:  # a long text that goes on
+            self._goes_on.append(bool(good) and good[-1].row is one.row)
+            if self._goes_on[-1]:
                 continue
             good.append(one)
             self._quality.see(one.row, report)
@@ -145,7 +157,7 @@ class _Collected:
     def conclude(self) -> None:
         """Look at all rows together."""
         index = self._writer.index()
-        rows = index[np.diff(index[:, store.LINE], prepend=0) != 0]  # a long text once
+        rows = index[np.frombuffer(self._goes_on, np.uint8) == 0]  # by its line a row cannot be told in an array
         self._quality.conclude(self._report, lines=rows[:, store.LINE], identities=rows[:, store.IDENTITY])
         cut = self._report.warnings.get("rows_cut")
         if cut:

@@ -45,7 +45,7 @@ def examine(order: dict[str, Any], say: Say) -> dict[str, Any]:
     settings = settings_from(order["settings"], where="the settings")
     base_dir, models = Path(order["base_dir"]), Path(order["models"])
     own = HeldOut(Path(order["file"]), Path(order["file"]).name)
-    beside = Path(order["beside"]) if order["beside"] else None
+    beside = HeldOut(Path(order["beside"]), Path(order["beside"]).name) if order["beside"] else None
     reader, model, unchecked = _reader(settings, base_dir, models, say)
 
     def read(source: HeldOut) -> tuple[Examples, Report]:

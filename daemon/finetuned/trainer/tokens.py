@@ -5,7 +5,7 @@ No torch here: the data is checked before it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -62,13 +62,16 @@ class Refused(NamedTuple):
     problem: Problem
 
 
-class _Tokens(NamedTuple):
-    """The tokens of a text: token i is its units from starts[i] to ends[i], which are bytes or characters."""
+class Tokens(NamedTuple):
+    """The tokens of a text: token i is its units from starts[i] to ends[i], bytes or characters, counted from `base`
+    where the text begins.
+    """
 
     ids: NDArray[np.int32]
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
     bytes: bool
+    base: int
 
 
 class Encoder:
@@ -90,10 +93,46 @@ class Encoder:
         found = iter(self.renderer.render_rows(chats) if chats else ())
         return [next(found) if row.text is None else None for row in rows]
 
-    def encode(self, rows: Sequence[Row], rendered: Sequence[Rendered | Problem | None]) -> Iterator[Encoded | Refused]:
-        """Tokenise rows that `render` has seen, in order. A long plain text gives several of max_length tokens."""
+    def tokenise(self, rendered: Sequence[Rendered | Problem | None]) -> list[Tokens]:
+        """Tokenise the chats in what `render` gave, on all cores, nearly all of the time without Python's lock.
+
+        Where tokens stand follows from how many bytes each is, which is faster than to ask; where the sum says that
+        this does not hold, it is asked.
+        """
         texts = [one.text[: self._most * _LONGEST_TOKEN] for one in rendered if isinstance(one, Rendered)]
-        tokens = iter(self._tokenise(texts))
+        if self._widths is None:
+            return self._with_offsets(texts)
+        rows = [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        ids = np.fromiter(chain.from_iterable(rows), np.int32)
+        ends = np.cumsum(self._widths[ids])
+        starts = ends - self._widths[ids]
+        found: list[Tokens] = []
+        odd = []
+        begin = base = 0
+        for number, (text, row) in enumerate(zip(texts, rows, strict=True)):
+            own = slice(begin, begin + len(row))
+            found.append(Tokens(ids[own], starts[own], ends[own], bytes=True, base=base))
+            begin, before = own.stop, base
+            base = int(ends[begin - 1]) if begin else 0
+            if base - before != (len(text) if text.isascii() else len(text.encode())):
+                odd.append(number)
+        if odd:
+            for number, tokens in zip(odd, self._with_offsets([texts[number] for number in odd]), strict=True):
+                found[number] = tokens
+        return found
+
+    def _with_offsets(self, texts: list[str]) -> list[Tokens]:
+        found = []
+        for one in self._backend.encode_batch(texts, add_special_tokens=False):
+            offsets = np.array(one.offsets, np.int64).reshape(-1, 2)
+            found.append(Tokens(np.array(one.ids, np.int32), offsets[:, 0], offsets[:, 1], bytes=False, base=0))
+        return found
+
+    def encode(
+        self, rows: Sequence[Row], rendered: Sequence[Rendered | Problem | None], tokenised: Iterable[Tokens]
+    ) -> Iterator[Encoded | Refused]:
+        """Find in the tokens what is learned, in order. A long plain text gives several rows of max_length tokens."""
+        tokens = iter(tokenised)
         for row, one in zip(rows, rendered, strict=True):
             if one is None:
                 yield from self._plain(row)
@@ -102,19 +141,17 @@ class Encoder:
             else:
                 yield self._chat(row, one, next(tokens))
 
-    def _chat(self, row: Row, rendered: Rendered, tokens: _Tokens) -> Encoded | Refused:
+    def _chat(self, row: Row, rendered: Rendered, tokens: Tokens) -> Encoded | Refused:
         text, spans = rendered.text, rendered.spans
-        places = [place for span in spans for place in span]
+        places = [rendered.begin, *chain.from_iterable(spans)]
         if tokens.bytes and not text.isascii():
             places = [len(text[:place].encode()) for place in places]
-            begin = len(text[: rendered.begin].encode())
-        else:
-            begin = rendered.begin
+        places = [tokens.base + place for place in places]
+        begin, *firsts = np.searchsorted(tokens.ends, places[:1] + places[1::2], "right").tolist()
+        behinds = np.searchsorted(tokens.starts, places[2::2], "left").tolist()
         supervised = np.zeros(len(tokens.ids), bool)
-        firsts = np.searchsorted(tokens.ends, places[0::2], "right").tolist()
-        behinds = np.searchsorted(tokens.starts, places[1::2], "left").tolist()
         short = False
-        for (_, end), start, overlapping, behind in zip(spans, places[0::2], firsts, behinds, strict=True):
+        for (_, end), start, overlapping, behind in zip(spans, places[1::2], firsts, behinds, strict=True):
             first = overlapping
             while first < behind and tokens.starts[first] < start and self._special[tokens.ids[first]]:
                 first += 1  # a mark that takes the white space behind it along
@@ -128,10 +165,9 @@ class Encoder:
         ids, kept = tokens.ids[: self._most], supervised[: self._most]
         if not kept[1:].any():
             return Refused(row, Problem("no_supervised_tokens"))
-        first_own = int(np.searchsorted(tokens.ends, begin, "right"))
-        return Encoded(row, ids, kept, max(0, len(tokens.ids) - self._most), first_own, short)
+        return Encoded(row, ids, kept, max(0, len(tokens.ids) - self._most), begin, short)
 
-    def _end_of_turn(self, text: str, end: int, tokens: _Tokens, first: int, behind: int) -> int | None:
+    def _end_of_turn(self, text: str, end: int, tokens: Tokens, first: int, behind: int) -> int | None:
         """Give the place of the special token that ends an answer, with nothing but white space between; None where
         there is none. The answer ends with character `end` of the text; its tokens are those from `first`, before
         `behind`, and where a template marks what is learned the end may be among them.
@@ -169,33 +205,6 @@ class Encoder:
             if len(piece) > 1:
                 yield Encoded(row, piece, np.ones(len(piece), bool))
 
-    def _tokenise(self, texts: list[str]) -> list[_Tokens]:
-        """Tokenise texts on all cores. Where tokens stand follows from how many bytes each is, which is faster than to
-        ask; where the sum says that this does not hold, it is asked.
-        """
-        if self._widths is None:
-            return self._with_offsets(texts)
-        rows = [np.array(one.ids, np.int32) for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        found: list[_Tokens] = []
-        odd = []
-        for number, (text, ids) in enumerate(zip(texts, rows, strict=True)):
-            ends = np.cumsum(self._widths[ids])
-            size = len(text) if text.isascii() else len(text.encode())
-            if (ends[-1] if len(ends) else 0) != size:
-                odd.append(number)
-            found.append(_Tokens(ids, ends - self._widths[ids], ends, bytes=True))
-        if odd:
-            for number, tokens in zip(odd, self._with_offsets([texts[number] for number in odd]), strict=True):
-                found[number] = tokens
-        return found
-
-    def _with_offsets(self, texts: list[str]) -> list[_Tokens]:
-        found = []
-        for one in self._backend.encode_batch(texts, add_special_tokens=False):
-            offsets = np.array(one.offsets, np.int64).reshape(-1, 2)
-            found.append(_Tokens(np.array(one.ids, np.int32), offsets[:, 0], offsets[:, 1], bytes=False))
-        return found
-
     def _byte_widths(self) -> NDArray[np.int64] | None:
         """Give how many bytes of a text each token is, or None where its words do not tell: tried out on a text."""
         added = {number: token.content for number, token in self._tokenizer.added_tokens_decoder.items()}
@@ -222,7 +231,8 @@ def tokenise(
     encoder = Encoder(tokenizer, max_length=max_length)
     for start in range(0, len(rows), _ROWS):
         part = rows[start : start + _ROWS]
-        for one in encoder.encode(part, encoder.render(part)):
+        rendered = encoder.render(part)
+        for one in encoder.encode(part, rendered, encoder.tokenise(rendered)):
             if isinstance(one, Refused):
                 yield one.row, one.problem
             else:
