@@ -429,3 +429,11 @@ def test_bad_settings_are_named_and_are_not_the_file_s_fault(base, tmp_path, tin
     assert "eval_file" in said.err
     settled(base, tiny_model, fail_on=["no_such_code"])
     assert "fail_on" in check(file, "--base-dir", base.root).err
+
+
+def test_two_held_out_files_are_one_too_many(base, tmp_path):
+    for name in ("x.jsonl", "x.eval.jsonl", "x.eval.json"):
+        write_jsonl(tmp_path / name, chat_rows(3))
+    said = check(tmp_path / "x.jsonl", "--base-dir", base.root)
+    assert said.code == 1
+    assert "several held-out files: x.eval.jsonl, x.eval.json" in said.err
