@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo test test-systemd torture mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door schema clean
+.PHONY: .venv demo test test-systemd torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door schema clean
 
 .venv: .venv/ready
 
@@ -44,6 +44,11 @@ lint: .venv
 N ?= 300
 torture: .venv
 	$(BIN)/python tests/torture.py $(N) $(if $(SEED),--seed $(SEED))
+
+# N bad files read, from another seed each time; SEED begins at the same one.
+fuzz: N = 300000
+fuzz: .venv
+	FINETUNED_FUZZ=$(N) FINETUNED_FUZZ_SEED=$(or $(SEED),$(shell date +%s)) $(BIN)/pytest -s --timeout 0 tests/test_fuzz.py
 
 # On a machine with a CUDA device.
 gpu-test: .venv

@@ -132,3 +132,15 @@ def test_a_refused_file_is_read_anew_under_the_name_it_should_have(tmp_path, doo
         path.write_text(rows)
         examples, report = door.read(path, name=name)
         assert len(examples) == report.good_rows == good
+
+
+@pytest.mark.parametrize("size", range(32, 43))
+def test_a_chat_cut_off_anywhere_is_trained_as_far_as_it_is_seen(tmp_path, size):
+    """No more of a row than can fill max_length is looked at; a mark that this cuts in two is still a mark."""
+    door = Door(tokenizer_for(CHATML), TrainingSettings(max_length=120, system_prompt=None), cache=tmp_path / "cache")
+    path = tmp_path / "rows.jsonl"
+    rest = [turn for _ in range(1000) for turn in chat("b")["messages"]]
+    path.write_text(json.dumps({"messages": [*chat("a" * size)["messages"], *rest]}) + "\n")
+    examples, report = door.read(path, name=path.name)
+    assert not report.faults
+    assert len(examples) == 1

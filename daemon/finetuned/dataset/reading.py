@@ -20,6 +20,7 @@ MAX_ROW = 64 * 2**20  # bytes of one line
 MAX_UNPACKED = 64 * 2**30  # bytes of a file after decompression
 _SURE = 2**30  # bytes that any file may have
 _DENSEST = 200  # times that text of any use is smaller when packed
+_LINE = 256  # bytes that a line of a packed file counts for at least: each takes its time
 _BLOCK = 2**18  # bytes read at once
 _TOO_LARGE = f"longer than {MAX_ROW // 2**20} MiB"
 # Whole strings, and what gives an array its structure. Possessive, so that long strings take no memory.
@@ -113,7 +114,9 @@ class _Meter:
 
     def readline(self, most: int) -> bytes:
         """Read to the end of the line, or so many bytes."""
-        return self._counted(self._file.readline(most))
+        line = self._file.readline(most)
+        self._total += max(0, _LINE - len(line))
+        return self._counted(line)
 
     def read(self, size: int) -> bytes:
         """Read so many bytes, fewer at the end."""

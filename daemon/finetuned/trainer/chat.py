@@ -10,6 +10,7 @@ are looked at one by one.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -91,9 +92,11 @@ class Renderer:
                 text = self.render(row.messages, row.tools)
             if found := self._by_skeleton(row, text):
                 return found
-            ways = (way(row, text) for way in (self._by_marks, self._by_prefixes))
-            tried = [found for found in ways if found]
-            return next((found for found in tried if isinstance(found, Rendered)), tried[0])
+            marked = self._by_marks(row, text)
+            if isinstance(marked, Rendered):
+                return marked
+            cut = self._by_prefixes(row, text)
+            return cut if marked is None or isinstance(cut, Rendered) else marked
         except _REFUSALS as error:
             return Problem("template_refuses_row", f"{error}"[:200])
 
@@ -230,7 +233,8 @@ class Renderer:
             cut = self.render(row.messages[:turns], row.tools, **options)
         except _REFUSALS:
             return 0
-        return next((n for n, (a, b) in enumerate(zip(cut, text, strict=False)) if a != b), min(len(cut), len(text)))
+        alike = bisect_left(range(len(cut) + 1), True, key=lambda size: not text.startswith(cut[:size]))
+        return alike - 1
 
 
 def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -145,7 +145,7 @@ class Encoder:
         text, spans = rendered.text, rendered.spans
         places = [rendered.begin, *chain.from_iterable(spans)]
         if tokens.bytes and not text.isascii():
-            places = [len(text[:place].encode()) for place in places]
+            places = [len(text[: rendered.begin].encode()), *_in_bytes(text, places[1:])]
         places = [tokens.base + place for place in places]
         begin, *firsts = np.searchsorted(tokens.ends, places[:1] + places[1::2], "right").tolist()
         behinds = np.searchsorted(tokens.starts, places[2::2], "left").tolist()
@@ -178,7 +178,7 @@ class Encoder:
             if text[max(0, end - int(tokens.ends[behind - 1] - tokens.starts[place])) : end].strip():
                 break
         for place in range(behind, len(tokens.ids)):
-            if self._special[tokens.ids[place]]:
+            if self._special[tokens.ids[place]] or place >= self._most:  # what lies behind is not seen, or cut off
                 return place
             width = int(tokens.ends[place] - tokens.starts[behind])
             between = text[end : end + width].encode()
@@ -217,6 +217,12 @@ class Encoder:
             if widths[ids].sum() == len(_PROBE.encode()):
                 return widths
         return None
+
+
+def _in_bytes(text: str, places: list[int]) -> list[int]:
+    """Give places in a text, in order, counted in bytes."""
+    parts = (len(text[start:end].encode()) for start, end in pairwise([0, *places]))
+    return list(accumulate(parts))
 
 
 def _metaspace_width(word: str) -> int:
