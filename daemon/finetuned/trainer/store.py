@@ -134,7 +134,7 @@ class Writer:
         self._file.write(np.where(supervised, ids, ~ids).tobytes())
         self._rows.append((encoded.row.line, self._at, len(ids), encoded.targets, *hashes))
         self._at += len(ids)
-        if len(self._rows) == 2**14:  # an array takes a tenth of the memory
+        if len(self._rows) == 2**10:  # an array takes a tenth of the memory
             self._pack()
 
     def _pack(self) -> None:
