@@ -63,14 +63,14 @@ class Door:
         kept = store.load(folder, max_length=most)
         if kept is not None:
             return kept
-        writer = store.Writer(folder)
-        try:
-            report = self._pass(path, name, writer, progress)
-            writer.finish(report)
-        finally:
-            writer.abandon()
-        store.prune(self._cache)
-        made = store.load(folder, max_length=most)
+        with store.writable(self._cache) as cache:
+            writer = store.Writer(cache / folder.name)
+            try:
+                report = self._pass(path, name, writer, progress)
+                made = store.load(writer.finish(report), max_length=most)
+            finally:
+                writer.abandon()
+            store.prune(cache)
         if made is None:
             raise OSError(f"{folder} cannot be read again")
         return made
