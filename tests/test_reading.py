@@ -12,7 +12,8 @@ from finetuned.dataset.reading import BadLine, RowFile
 from finetuned.dataset.report import Report, judge, rows_of
 from finetuned.dataset.rows import Row
 from finetuned.errors import DataError
-from finetuned.trainer.door import Door
+from finetuned.trainer.door import Door, rows_known_by, split
+from finetuned.trainer.store import IDENTITY
 
 
 @pytest.fixture
@@ -144,3 +145,14 @@ def test_a_chat_cut_off_anywhere_is_trained_as_far_as_it_is_seen(tmp_path, size)
     examples, report = door.read(path, name=path.name)
     assert not report.faults
     assert len(examples) == 1
+
+
+def test_held_out_rows_of_an_array_on_one_line_are_found_again(tmp_path, door):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([chat(f"question {number}") for number in range(100)]))
+    _, held_out = split(door.read(path, name=path.name)[0], 0.2)
+    first = held_out.column(IDENTITY)[:5].tolist()
+    found = rows_known_by(first, path, name=path.name, system_prompt=door.system_prompt)
+    assert len(found) == 5
+    for row, example in zip(found, held_out, strict=False):
+        assert row.messages[-2].content + "<|im_end|>" in tokenizer_for(CHATML).decode(example.ids)

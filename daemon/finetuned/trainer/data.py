@@ -17,10 +17,10 @@ from finetuned.events import EventType
 from finetuned.findings import ERRORS
 from finetuned.home import JobFolder, printable
 from finetuned.jobs import JobSpec
-from finetuned.trainer.door import Door, rows_at, split, tell_overlap
+from finetuned.trainer.door import Door, rows_known_by, split, tell_overlap
 from finetuned.trainer.ends import StopAskedError
 from finetuned.trainer.reporter import Reporter
-from finetuned.trainer.store import LINE, Examples
+from finetuned.trainer.store import IDENTITY, Examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,8 +82,8 @@ def read_data(
     check_sides(train, held_out, settings, name=spec.name)
     asked: list[Row] = []
     if held_out is not None and source is not None:
-        lines = held_out.column(LINE)[: settings.predictions.samples].tolist()
-        asked = rows_at(source.file, lines, name=source.name, system_prompt=door.system_prompt)
+        first = held_out.column(IDENTITY)[: settings.predictions.samples].tolist()
+        asked = rows_known_by(first, source.file, name=source.name, system_prompt=door.system_prompt)
     return Data(train, held_out, asked, facts, door.system_prompt)
 
 

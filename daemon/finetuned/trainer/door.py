@@ -217,16 +217,18 @@ def tell_overlap(train: Examples, held_out: Examples, report: Report) -> None:
         report.warnings["eval_overlap"] = Fault(int(both.sum()), lines[:3].tolist(), detail)
 
 
-def rows_at(path: Path, lines: Sequence[int], *, name: str, system_prompt: str | None) -> list[Row]:
-    """Read some rows once more, by their lines."""
-    wanted = set(lines)
+def rows_known_by(identities: Sequence[int], path: Path, *, name: str, system_prompt: str | None) -> list[Row]:
+    """Read some rows once more. Their lines would not do: an array may be all on one."""
+    wanted = set(identities)
     found: list[Row] = []
     if not wanted:
         return found
     for row in rows_of(RowFile(path, name=name), Report(), system_prompt=system_prompt):
-        if row.line in wanted:
+        identity, _ = row.hashes()
+        if identity in wanted:
+            wanted.remove(identity)
             found.append(row)
-        if row.line >= max(wanted):
+        if not wanted:
             break
     return found
 
