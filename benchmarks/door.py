@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,6 @@ CONTENDERS: dict[str, dict[str, Any]] = {  # name -> what `map` is told
 }
 AS_WRITTEN = "datasets, a row at a time"
 SPEED_GOAL, MEMORY_GOAL = 3.0, 1 / 3  # beside what people write
-LARGE = 2 * 10**9  # bytes
 SYSTEM = "You are a careful assistant that answers in one sentence."
 SHORT_SHARE = 0.8  # of rows, of some 20 words; the others are texts of 20 to 1,000
 LOOK_SECONDS = 0.1  # between two looks at the memory
@@ -51,7 +51,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", action="append", help="a contender's name, or the beginning of it")
-    parser.add_argument("--large", action="store_true", help="finetuned alone, on a file of 2 GB")
+    parser.add_argument("--large", action="store_true", help="finetuned alone, once, on a large file")
+    parser.add_argument("--megabytes", type=int, default=2000, help="of the large file")
     options = parser.parse_args()
     chosen = [name for name in CONTENDERS if not options.only or name.startswith(tuple(options.only))]
     if options.large:
@@ -62,7 +63,7 @@ def main() -> None:
     model = find_base(settings_from({}, where="the benchmark"), models=models, base_dir=HERE).source
     with tempfile.TemporaryDirectory(prefix="finetuned-bench-") as scratch:
         file = Path(scratch) / "chats.jsonl"
-        write(file, rows=options.rows, size=LARGE if options.large else None)
+        write(file, rows=options.rows, size=options.megabytes * 10**6 if options.large else None)
         order = {"file": str(file), "scratch": scratch, "models": str(models), "model": model}
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
         for _ in range(options.rounds):
@@ -106,9 +107,10 @@ def chats() -> Iterator[dict[str, Any]]:
 
 
 def measured(command: list[str]) -> dict[str, Any]:
-    """Run a process to its end: what its last line says, seconds in all, and the peaks of its and its children's memory
-    in bytes: all that is resident, and what no file stands behind; pages that two share count once.
+    """Run a process to its end: what its last line says, seconds in all and of processors, and the peaks of its and its
+    children's memory in bytes: all that is resident, and what no file stands behind; pages that two share count once.
     """
+    used = _processor_seconds()
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=dict(os.environ))
@@ -119,7 +121,18 @@ def measured(command: list[str]) -> dict[str, Any]:
         if process.returncode:
             sys.exit(f"{command} ended with {process.returncode}:\n{errors.read()[-3000:]}")
     found: dict[str, Any] = json.loads(said.strip().rsplit("\n", 1)[-1])
-    return found | {"whole": time.perf_counter() - began, "resident": peaks.resident, "anonymous": peaks.anonymous}
+    return found | {
+        "whole": time.perf_counter() - began,
+        "processors": _processor_seconds() - used,
+        "resident": peaks.resident,
+        "anonymous": peaks.anonymous,
+    }
+
+
+def _processor_seconds() -> float:
+    """Count what processes that have ended used, their children's too."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 class _Peaks:
@@ -169,14 +182,15 @@ def report(runs: dict[str, list[dict[str, Any]]], *, megabytes: float) -> None:
     medians = {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items()}
     first = next(iter(medians.values()))
     print(f"\n{first['rows']:,.0f} rows, {megabytes:,.0f} MB, {first['tokens']:,.0f} tokens\n")
-    print("| run | rows/s | MB/s | tokens/s | finetuned is | whole process | peak memory | of it no file's |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| run | rows/s | MB/s | tokens/s | finetuned is | whole process | CPU | peak memory | of it no file's |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, found in medians.items():
         seconds = found["seconds"]
         ratio = f"{seconds / medians[OURS]['seconds']:.1f}x" if OURS in medians and name != OURS else ""
         print(
             f"| {name} | {found['rows'] / seconds:,.0f} | {megabytes / seconds:.1f} | {found['tokens'] / seconds:,.0f} "
-            f"| {ratio} | {found['whole']:.1f} s | {found['resident'] / 2**20:,.0f} MiB "
+            f"| {ratio} | {found['whole']:.1f} s | {found['processors']:.1f} s "
+            f"| {found['resident'] / 2**20:,.0f} MiB "
             f"| {found['anonymous'] / 2**20:,.0f} MiB |"
         )
     print()

@@ -377,7 +377,6 @@ UNREADABLE = {
     "cut.jsonl.gz": (gzip.compress(lines(chat("a", "b")))[:-9], "damaged or cut off"),
     "utf16.jsonl": (json.dumps(chat("a", "b")).encode("utf-16"), "UTF-16"),
     "pretty.jsonl": (json.dumps([chat("a", "b")], indent=1).encode(), "array"),
-    "odd\udcff\x1b[2Jname.jsonl": (b"", "the file is empty"),
 }
 
 
@@ -389,7 +388,18 @@ def test_a_file_that_cannot_be_read_is_refused_in_a_sentence(base, tmp_path, nam
     text = check(file, "--base-dir", base.root)
     assert (text.code, text.out) == (1, "")
     assert why in text.err
-    assert "\x1b" not in text.err
+
+
+@pytest.mark.parametrize("content", [lines(chat("What?", "That.\x1b[2J")), b"{}\n", b""])
+def test_no_name_or_content_of_a_file_plays_with_the_terminal(base, tmp_path, content):
+    file = tmp_path / "odd\udcff\x1b[2J\nname.jsonl"
+    file.write_bytes(content)
+    text = check(file, "--base-dir", base.root)
+    assert "odd\\xff\\x1b[2J" in text.out + text.err or "odd\\udcff\\x1b[2J" in text.out + text.err
+    assert "\x1b" not in text.out + text.err
+    assert check(file, "--base-dir", base.root, "--json").facts["verdict"] == (
+        "usable" if len(content) > 9 else "refused"
+    )
 
 
 def test_a_file_that_cannot_be_read_is_one_object_for_machines(base, tmp_path):
@@ -419,3 +429,11 @@ def test_bad_settings_are_named_and_are_not_the_file_s_fault(base, tmp_path, tin
     assert "eval_file" in said.err
     settled(base, tiny_model, fail_on=["no_such_code"])
     assert "fail_on" in check(file, "--base-dir", base.root).err
+
+
+def test_two_held_out_files_are_one_too_many(base, tmp_path):
+    for name in ("x.jsonl", "x.eval.jsonl", "x.eval.json"):
+        write_jsonl(tmp_path / name, chat_rows(3))
+    said = check(tmp_path / "x.jsonl", "--base-dir", base.root)
+    assert said.code == 1
+    assert "several held-out files: x.eval.jsonl, x.eval.json" in said.err

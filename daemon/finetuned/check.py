@@ -16,9 +16,9 @@ from finetuned.by_hand import first_gpu
 from finetuned.dataset.report import Fault, Report
 from finetuned.errors import DataError, harmless
 from finetuned.findings import ERRORS, WARNINGS, Finding
-from finetuned.home import data_extension, printable
+from finetuned.home import printable
 from finetuned.live import duration
-from finetuned.spool.inbox import EXTENSIONS
+from finetuned.spool.inbox import EXTENSIONS, held_out_of
 
 _BAR = 40  # characters of a histogram's longest bar
 
@@ -50,9 +50,7 @@ def check_file(file: Path, *, base_dir: Path | None, profile: str = "", model: s
 
 def held_out_beside(file: Path) -> Path | None:
     """Give `x.eval.jsonl` beside `x.jsonl`, in any of the endings. Raises DataError if there are several."""
-    name = file.name
-    stem = name[: len(name) - len(data_extension(os.fsencode(name)))]
-    found = [path for ending in EXTENSIONS if (path := file.with_name(f"{stem}.eval{ending}")).is_file()]
+    found = [path for ending in EXTENSIONS if (path := file.with_name(held_out_of(file.name, ending))).is_file()]
     if len(found) > 1:
         names = ", ".join(printable(os.fsencode(path.name)) for path in found)
         raise DataError(f"has several held-out files: {names}", where=str(file), remedy="Leave one of them beside it.")
@@ -84,7 +82,7 @@ class _ProgressLine:
 
 def render(facts: dict[str, Any], *, colour: bool) -> str:
     """Give the report for people. Without colour what is learned stands between guillemets."""
-    name = harmless(facts["file"])
+    name = printable(os.fsencode(facts["file"]))
     lines: list[str] = []
     if "format" in facts:
         report = Report.from_dict(facts)

@@ -14,6 +14,7 @@ ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function
 # Beside role and content. Those of the second line go to the chat template as they are.
 _KEYS = frozenset({"role", "content", "weight", "tool_calls", "function_call", "refusal"})
 _FOR_TEMPLATES = frozenset({"name", "tool_call_id", "reasoning_content", "reasoning", "thinking"})
+_KNOWN = _KEYS | _FOR_TEMPLATES
 _EXACT = 2**53  # from there on a number with a fraction's format has lost digits
 
 
@@ -40,9 +41,9 @@ def _check(message: Any) -> Message | list[tuple[str, str]]:
     problems = []
     if not isinstance(role, str) or role not in ROLES:
         problems.append(("unrecognized_role", f": {_shown(role)}"))
-    unknown = message.keys() - _KEYS - _FOR_TEMPLATES
-    if unknown:
-        problems.append(("message_unrecognized_key", f": {', '.join(map(repr, sorted(unknown)))[:100]}"))
+    if not _KNOWN.issuperset(message):
+        unknown = sorted(message.keys() - _KNOWN)
+        problems.append(("message_unrecognized_key", f": {', '.join(map(repr, unknown))[:100]}"))
     if message.get("weight") not in (None, 0, 1):
         problems.append(("data_type", f": weight {_shown(message['weight'])} is neither 0 nor 1"))
     if content is None and not called:
@@ -59,7 +60,7 @@ def _check(message: Any) -> Message | list[tuple[str, str]]:
 
 def _extra(message: Mapping[str, Any]) -> dict[str, Any] | None:
     """Give what a template takes beside role and content. Raises ValueError."""
-    extra = {name: message[name] for name in _FOR_TEMPLATES & message.keys() if message[name] is not None}
+    extra = {name: value for name, value in message.items() if name in _FOR_TEMPLATES and value is not None}
     if message.get("tool_calls") or message.get("function_call"):
         extra["tool_calls"] = _calls(message)
     if extra:

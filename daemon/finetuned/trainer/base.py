@@ -69,16 +69,9 @@ def choose_tuning(setting: str, *, gpu: bool) -> tuple[str, str]:
 
 
 def load_tokenizer(base: Base, settings: TrainingSettings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer. Raises ModelError if there is none or it has no chat template."""
+    """Load the tokenizer. Raises ModelError if there is none that will do."""
     with loading(base):
         tokenizer = AutoTokenizer.from_pretrained(base.source, **hub_options(settings))
-    if not tokenizer.chat_template:
-        raise ModelError(
-            "the model has no chat template, so chats cannot be put into its words",
-            where=base.name,
-            remedy="Take its instruct or chat variant.",
-            code="no_chat_template",
-        )
     if not tokenizer.is_fast:
         raise ModelError(
             "the model has no fast tokenizer, which tells where each token stands",

@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetuned.dataset.rows import Message, Problem, Row
+from finetuned.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,7 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._template = tokenizer.get_chat_template()
+        self._template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
         self._parts = takes_parts(tokenizer)
         self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
         self._prompt = self._generation_prompt()
@@ -75,7 +76,17 @@ class Renderer:
         return str(self._tokenizer.apply_chat_template(chat, tokenize=False, **offered, **options))
 
     def render_rows(self, rows: Sequence[Row]) -> list[Rendered | Problem]:
-        """Render rows and find what is to be learned, or why the template does not do."""
+        """Render rows and find what is to be learned, or why the template does not do.
+
+        Raises ModelError where there is none: a base model learns plain texts alone.
+        """
+        if not self._template:
+            raise ModelError(
+                "the model has no chat template, so chats cannot be put into its words",
+                where=self._tokenizer.name_or_path,
+                remedy="Take its instruct or chat variant; without one it can learn plain texts.",
+                code="no_chat_template",
+            )
         plain = [row for row in rows if row.tools is None]
         try:
             texts = self._tokenizer.apply_chat_template([self._chat(row.messages) for row in plain], tokenize=False)

@@ -6,10 +6,12 @@ While the tokenizer's threads work on some rows, the next ones are read and rend
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +47,8 @@ class Door:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings, *, cache: Path) -> None:
         self._tokenizer, self._settings, self._cache = tokenizer, settings, cache
         self._encoder = Encoder(tokenizer, max_length=settings.max_length)
+        with suppress(AttributeError):  # musl has none
+            ctypes.CDLL(None).malloc_trim(0)  # loading a tokenizer leaves as much behind as it keeps
         self.system_prompt = settings.system_prompt if self._encoder.renderer.takes_system() else None
 
     def read(
@@ -59,14 +63,14 @@ class Door:
         kept = store.load(folder, max_length=most)
         if kept is not None:
             return kept
-        writer = store.Writer(folder)
-        try:
-            report = self._pass(path, name, writer, progress)
-            writer.finish(report)
-        finally:
-            writer.abandon()
-        store.prune(self._cache)
-        made = store.load(folder, max_length=most)
+        with store.writable(self._cache) as cache:
+            writer = store.Writer(cache / folder.name)
+            try:
+                report = self._pass(path, name, writer, progress)
+                made = store.load(writer.finish(report), max_length=most)
+            finally:
+                writer.abandon()
+            store.prune(cache)
         if made is None:
             raise OSError(f"{folder} cannot be read again")
         return made
@@ -157,8 +161,9 @@ class _Collected:
     def conclude(self) -> None:
         """Look at all rows together."""
         index = self._writer.index()
-        rows = index[np.frombuffer(self._goes_on, np.uint8) == 0]  # by its line a row cannot be told in an array
-        self._quality.conclude(self._report, lines=rows[:, store.LINE], identities=rows[:, store.IDENTITY])
+        once = np.frombuffer(self._goes_on, np.uint8) == 0  # by its line a row cannot be told in an array
+        lines, identities = index[once, store.LINE], index[once, store.IDENTITY]
+        self._quality.conclude(self._report, lines=lines, identities=identities)
         cut = self._report.warnings.get("rows_cut")
         if cut:
             cut.detail = f"{self.lost:,} tokens lost"

@@ -52,7 +52,7 @@ class NearDuplicates:
             part = np.ascontiguousarray(signatures[:, band * wide : (band + 1) * wide])
             _, first, group = np.unique(part.view(f"V{2 * wide}").ravel(), return_index=True, return_inverse=True)
             partner = first[group]
-            later = np.flatnonzero(partner < np.arange(len(rows)))
+            later = np.flatnonzero((partner < np.arange(len(rows))) & ~alike)
             same = (signatures[later] == signatures[partner[later]]).mean(axis=1)
             alike[later[same >= ALIKE]] = True
         return np.sort(rows[alike])
