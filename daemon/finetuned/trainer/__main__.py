@@ -68,7 +68,7 @@ def _run(folder: JobFolder, spec: JobSpec) -> ExitCode:
 
 def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say: Reporter) -> None:
     """Do all that needs the libraries."""
-    say.phase("loading_model", "starting torch")
+    say.phase("validating_files", f"opening {spec.name}")
     import torch
 
     from finetuned.trainer import memory
