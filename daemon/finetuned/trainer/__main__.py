@@ -1,6 +1,6 @@
 """`python -m finetuned.trainer JOB_DIR`: job.json in, events and an adapter out, and an exit code (`events.ExitCode`).
 
-The data is checked before the model's weights are read.
+A file that is bad at a glance is refused before torch is imported, any other before the model's weights are read.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetuned.config import TrainingSettings, settings_from
+from finetuned.dataset.reading import RowFile
+from finetuned.dataset.report import glance
 from finetuned.durable import NO_ROOM, OTHERS_NOTHING
 from finetuned.errors import DataError, FinetunedError, ModelError, OutOfMemoryError
 from finetuned.events import EventType, ExitCode
@@ -69,6 +71,7 @@ def _run(folder: JobFolder, spec: JobSpec) -> ExitCode:
 def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say: Reporter) -> None:
     """Do all that needs the libraries."""
     say.phase("validating_files", f"opening {spec.name}")
+    glance(RowFile(folder.path / spec.input, name=spec.name), max_bad_rows=settings.max_bad_rows)
     import torch
 
     from finetuned.trainer import memory
