@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.by_hand import models_folder
-from finetuned.config import Config, TrainingSettings, load_config, resolve, settings_from
+from finetuned.config import Config, TrainingSettings, load_config, read_overrides, resolve, settings_from
 from finetuned.errors import ConfigError, DataError, FinetunedError, HomeError, ModelError
-from finetuned.home import find_home
+from finetuned.home import find_home, printable
 from finetuned.launchers.local import trainer_environment
+from finetuned.spool.inbox import Found, held_out_files
 
 _PATIENCE = 5.0  # seconds
 _ERRORS: tuple[type[FinetunedError], ...] = (ConfigError, DataError, ModelError)
@@ -33,8 +34,10 @@ class Terms:
     models: Path
 
 
-def terms(*, base_dir: Path | None, profile: str = "", model: str | None = None) -> Terms:
-    """Give those of the base directory, or the defaults where there is none. Raises FinetunedError."""
+def terms(file: Path, *, base_dir: Path | None, profile: str = "", model: str | None = None) -> Terms:
+    """Give those of the base directory, or the defaults where there is none, with what `x.config.json` beside the file
+    says. Raises FinetunedError.
+    """
     try:
         home = find_home(base_dir)
     except HomeError:
@@ -44,10 +47,21 @@ def terms(*, base_dir: Path | None, profile: str = "", model: str | None = None)
     else:
         config, root, models = load_config(home.config_file), home.root, home.models
         models.mkdir(parents=True, exist_ok=True)
-    settings = resolve(config, profile, {}, where=str(root / "config.json"))
+    override = Found(file, profile).override
+    overrides = read_overrides(override) if override.is_file() else {}
+    settings = resolve(config, profile, overrides, where=str(override if overrides else root / "config.json"))
     if model:
         settings = settings_from({**settings.model_dump(), "model": model}, where="the command line")
     return Terms(settings, root, models)
+
+
+def held_out_beside(file: Path) -> str | None:
+    """Give `x.eval.jsonl` beside `x.jsonl`, in any of the endings. Raises DataError if there are several."""
+    found = held_out_files(file)
+    if len(found) > 1:
+        names = ", ".join(printable(os.fsencode(path.name)) for path in found)
+        raise DataError(f"has several held-out files: {names}", where=str(file), remedy="Leave one of them beside it.")
+    return str(found[0].absolute()) if found else None
 
 
 def ask(

@@ -11,14 +11,13 @@ from typing import Any
 
 import click
 
-from finetuned.asking import ask, terms
+from finetuned.asking import ask, held_out_beside, terms
 from finetuned.by_hand import first_gpu
 from finetuned.dataset.report import Fault, Report
 from finetuned.errors import DataError, harmless
 from finetuned.findings import ERRORS, WARNINGS, Finding
 from finetuned.home import printable
 from finetuned.live import duration
-from finetuned.spool.inbox import EXTENSIONS, held_out_of
 
 _BAR = 40  # characters of a histogram's longest bar
 
@@ -32,29 +31,19 @@ def check_file(file: Path, *, base_dir: Path | None, profile: str = "", model: s
         raise DataError("is no regular file", where=str(file), remedy="Save it as one first.", code="unreadable")
     gpu = first_gpu()
     device = gpu.name if gpu and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu"
-    beside = held_out_beside(file)
     line = _ProgressLine()
     try:
         return ask(
             "finetuned.trainer.check",
             file,
-            terms(base_dir=base_dir, profile=profile, model=model),
+            terms(file, base_dir=base_dir, profile=profile, model=model),
             gpu=gpu.uuid if gpu else None,
             heard=line.show,
-            beside=str(beside.absolute()) if beside else None,
+            beside=held_out_beside(file),
             device=device,
         )
     finally:
         line.end()
-
-
-def held_out_beside(file: Path) -> Path | None:
-    """Give `x.eval.jsonl` beside `x.jsonl`, in any of the endings. Raises DataError if there are several."""
-    found = [path for ending in EXTENSIONS if (path := file.with_name(held_out_of(file.name, ending))).is_file()]
-    if len(found) > 1:
-        names = ", ".join(printable(os.fsencode(path.name)) for path in found)
-        raise DataError(f"has several held-out files: {names}", where=str(file), remedy="Leave one of them beside it.")
-    return found[0] if found else None
 
 
 class _ProgressLine:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -274,15 +274,24 @@ class Ledger:
         return [_job(row) for row in rows]
 
     def trained_before(
-        self, sha256: str, settings: dict[str, Any], *, held_out_sha256: str | None = None
+        self,
+        sha256: str,
+        settings: dict[str, Any],
+        *,
+        held_out_sha256: str | None = None,
+        defaults: Mapping[str, Any] | None = None,
     ) -> Job | None:
-        """Give the newest job that succeeded on the same content, held-out data included, with the same settings."""
-        row = self._database.execute(
-            "SELECT * FROM jobs WHERE sha256 = ? AND held_out_sha256 IS ? AND settings = ? AND outcome = ?"
-            " AND duplicate_of IS NULL ORDER BY finished_at DESC LIMIT 1",
-            (sha256, held_out_sha256, _stored("settings", settings), Outcome.SUCCEEDED),
-        ).fetchone()
-        return _job(row) if row else None
+        """Give the newest job that succeeded on the same content, held-out data included, with the same settings.
+
+        `defaults` stand for settings that did not exist when a job was done.
+        """
+        rows = self._database.execute(
+            "SELECT * FROM jobs WHERE sha256 = ? AND held_out_sha256 IS ? AND outcome = ? AND duplicate_of IS NULL"
+            " ORDER BY finished_at DESC",
+            (sha256, held_out_sha256, Outcome.SUCCEEDED),
+        )
+        jobs = (_job(row) for row in rows)
+        return next((job for job in jobs if {**(defaults or {}), **job.settings} == settings), None)
 
     def events(self, job_id: str, *, kind: EventType | None = None) -> list[Event]:
         """Give what a job's trainers said, in order."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from finetuned.asking import Terms, ask, terms
+from finetuned.asking import Terms, ask, held_out_beside, terms
 from finetuned.by_hand import first_gpu
 
 _SHOWN = 2**20  # bytes
@@ -14,12 +14,13 @@ _SHOWN = 2**20  # bytes
 def plan_file(file: Path, *, base_dir: Path | None, profile: str = "", model: str | None = None) -> dict[str, Any]:
     """Predict with the settings of the base directory, or the defaults where there is none. Raises FinetunedError."""
     gpu = first_gpu()
-    return predict(file, terms(base_dir=base_dir, profile=profile, model=model), gpu=gpu.uuid if gpu else None)
+    return predict(file, terms(file, base_dir=base_dir, profile=profile, model=model), gpu=gpu.uuid if gpu else None)
 
 
 def predict(file: Path, terms: Terms, *, gpu: str | None, memory: int | None = None) -> dict[str, Any]:
     """Ask a process with a trainer's environment. `memory`, in bytes, stands in for what the machine has."""
-    return ask("finetuned.trainer.plan", file, terms, gpu=gpu, memory=memory)
+    beside = held_out_beside(file)
+    return ask("finetuned.trainer.plan", file, terms, gpu=gpu, memory=memory, beside=beside)
 
 
 def render(facts: dict[str, Any]) -> str:

@@ -80,17 +80,24 @@ def text_of(content: Any) -> str:
             if part["type"] != "text" or not isinstance(part.get("text"), str):
                 raise ValueError(f"a part of type {_shown(part['type'])}; texts alone are trained")
         return "".join(part["text"] for part in content)
-    if isinstance(content, float) and abs(content) >= _EXACT:
-        raise ValueError("a number too large to be kept exactly; write it as a string")
     return to_json(content)
 
 
 def to_json(value: Any) -> str:
-    """Give a value that came from JSON as JSON. Raises ValueError where it is nested deeper than templates can go."""
+    """Give a value that came from JSON as JSON. Raises ValueError where it is nested deeper than templates can go, or
+    holds a number that has lost digits when it was read.
+    """
     try:
-        return orjson.dumps(value).decode()
+        text = orjson.dumps(value).decode()
     except orjson.JSONEncodeError:
         raise ValueError("it is nested too deep") from None
+    inner = [value]
+    while inner:
+        one = inner.pop()
+        if isinstance(one, float) and abs(one) >= _EXACT:
+            raise ValueError("a number too large to be kept exactly; write it as a string")
+        inner += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return text
 
 
 def _shown(value: Any) -> str:

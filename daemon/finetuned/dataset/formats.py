@@ -31,11 +31,15 @@ def check_row(line: int, value: Any, expected: Format | None = None) -> tuple[Fo
 
     `expected` is the format of the rows before it; a row of another one is refused.
     """
+    if isinstance(value, list):
+        return None, [Problem("data_type", "a list; a file that is one array of rows must be named .json")]
     if not isinstance(value, dict):
         return None, [Problem("data_type", f"a {type(value).__name__}")]
     if why := _preference(value):
         return None, [Problem("preference_data", why)]
-    found = expected if expected and expected.keys <= value.keys() else recognise(value)
+    found = recognise(value)
+    if expected and expected is not TEXT and expected.keys <= value.keys():
+        found = expected  # whatever else it has; but a text beside a question is no plain text
     if found is None:
         return None, _unknown(value, expected)
     if expected and found is not expected:
@@ -178,9 +182,16 @@ def _prompt_completion(value: dict[str, Any]) -> list[Any]:
     prompt, completion = value["prompt"], value["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
         return _system(value) + _pair(prompt, completion)
-    asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    asked = _unlearned(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     given = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
     return _system(value) + asked + given
+
+
+def _unlearned(prompt: list[Any]) -> list[Any]:
+    """Answers in a prompt were given before: the completion alone is learned."""
+    return [
+        {**turn, "weight": 0} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn for turn in prompt
+    ]
 
 
 def _question_answer(value: dict[str, Any]) -> list[Any]:

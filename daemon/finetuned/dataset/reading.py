@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,15 @@ _TOO_LARGE = f"longer than {MAX_ROW // 2**20} MiB"
 _STRUCTURE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\],"]', re.DOTALL)
 _BOM = b"\xef\xbb\xbf"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+_NO_TEXT = {  # how other files begin, what they are, and what to do
+    b"PK\x03\x04": ("is a zip archive, or a document of an office program", "Save the rows as .jsonl."),
+    b"PAR1": ("is Parquet", "Save it as .jsonl, a row a line."),
+    b"\x1f\x8b": ("is packed with gzip", "Name it .jsonl.gz."),
+    b"\x28\xb5\x2f\xfd": ("is packed with zstd", "Name it .jsonl.zst."),
+    b"ARROW1": ("is Arrow", "Save it as .jsonl, a row a line."),
+}
 
 
 class BadLine(Exception):  # noqa: N818, it is no error of the program: the caller counts it
@@ -65,7 +75,7 @@ class RowFile:
             )
         try:
             with self._raw, self._unpacked() as file:
-                meter = _Meter(file, self.name, packed=self.size)
+                meter = _Meter(file, self.name, packed=self.size if self._kind in {".gz", ".zst"} else None)
                 yield from _array(meter) if self._holds_array(meter) else _lines(meter)
         except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
             raise DataError(
@@ -101,10 +111,10 @@ class RowFile:
 class _Meter:
     """The bytes of a file, counted, so that a bomb ends here and not on the disk or in an endless night."""
 
-    def __init__(self, file: IO[bytes], name: str, *, packed: int) -> None:
+    def __init__(self, file: IO[bytes], name: str, *, packed: int | None) -> None:
         self.name = name
         self._file = file
-        self._most = min(MAX_UNPACKED, max(_SURE, packed * _DENSEST))
+        self._most = sys.maxsize if packed is None else min(MAX_UNPACKED, max(_SURE, packed * _DENSEST))
         self._total = 0
 
     def first_bytes(self) -> bytes:
@@ -240,12 +250,18 @@ def _lines(meter: _Meter) -> Iterator[tuple[int, Any | BadLine]]:
 def _check_first(line: bytes, name: str) -> None:
     if _is_utf_16(line):
         raise DataError("is UTF-16", where=name, remedy="Save it as UTF-8.", code="not_utf8")
+    for start, (what, remedy) in _NO_TEXT.items():
+        if line.startswith(start):
+            raise DataError(what, where=name, remedy=remedy, code="not_json")
+    if line.count(b"\0") > max(len(line) // 4, 8):
+        remedy = "Save it as UTF-8, a row a line."
+        raise DataError("holds zero bytes: it is UTF-16, or no text at all", where=name, remedy=remedy, code="not_utf8")
     text = line.removeprefix(_BOM).strip()
     if text.startswith(b"[") and not text.endswith(b"]"):
         raise DataError(
             "begins as an array, not as a row a line",
             where=f"{name}:1",
-            remedy="Name it .json, which may hold one array, or save a row a line.",
+            remedy="Name it .json (unpacked), which may hold one array, or save a row a line.",
             code="not_json",
         )
 

@@ -13,6 +13,7 @@ from finetuned.errors import DataError
 from finetuned.findings import ERRORS, FATAL, WARNINGS, Warned
 
 _LINES_NAMED = 3
+_DETAIL_SHOWN = 300  # characters
 _GLANCED_AT = 10_000  # rows, in about a twentieth of a second
 _GIVEN_UP = 1_000_000  # bad rows, with no good one among them
 
@@ -24,17 +25,19 @@ class Fault:
     count: int = 0
     lines: list[int] = field(default_factory=list)
     detail: str = ""
+    of: int = 0  # rows among which it was looked for, where these are not the good rows of the file
 
     def see(self, line: int, detail: str = "") -> None:
         """Count a row."""
         self.count += 1
         if len(self.lines) < _LINES_NAMED and line not in self.lines:
             self.lines.append(line)
-            self.detail = self.detail or detail
+            self.detail = self.detail or detail[:_DETAIL_SHOWN]
 
     def sentence(self, code: str, remedy: str, *, rows: int = 0) -> str:
-        """Give it as a line of a log. `rows` are those among which it was found."""
+        """Give it as a line of a log. `rows` are those among which it was found, unless it knows better."""
         many = "1 row" if self.count == 1 else f"{self.count:,} rows"
+        rows = self.of or rows
         share = f" ({self.count / rows:.1%})" if rows else ""
         if not self.lines:
             return f"{code}: {many}{share}{f', {self.detail}' if self.detail else ''}. {remedy}"
@@ -84,7 +87,7 @@ class Report:
             "system_prompts_added": self.system_prompts_added,
             "errors": {code: {**asdict(f), "remedy": ERRORS[code].remedy} for code, f in self.faults.items()},
             "warnings": {
-                code: {**asdict(f), "share": round(f.count / good, 6), "remedy": WARNINGS[code].remedy}
+                code: {**asdict(f), "share": round(f.count / (f.of or good), 6), "remedy": WARNINGS[code].remedy}
                 for code, f in self.warnings.items()
             },
             "tokens": self.tokens,
@@ -96,7 +99,7 @@ class Report:
         """Make a report of what `as_dict` gave. Raises KeyError or TypeError if it is something else."""
 
         def faults(kind: str) -> dict[Any, Fault]:
-            return {code: Fault(f["count"], f["lines"], f["detail"]) for code, f in stored[kind].items()}
+            return {code: Fault(f["count"], f["lines"], f["detail"], f["of"]) for code, f in stored[kind].items()}
 
         plain = ("rows", "bad_rows", "format", "system_prompts_added", "tokens", "sample")
         return cls(faults=faults("errors"), warnings=faults("warnings"), **{name: stored[name] for name in plain})
@@ -163,7 +166,9 @@ def glance(file: RowFile, *, max_bad_rows: float) -> None:
     judge(report, name=file.name, max_bad_rows=max_bad_rows)
 
 
-def judge(report: Report, *, name: str, max_bad_rows: float, fail_on: Collection[str] = ()) -> None:
+def judge(
+    report: Report, *, name: str, max_bad_rows: float, fail_on: Collection[str] = (), held_out: bool = False
+) -> None:
     """Raise DataError with all that was found if too many rows are bad, none is good, or `fail_on` names a warning."""
     fatal = [code for code in report.faults if code in FATAL]
     few = report.bad_rows < report.rows and report.bad_rows <= max_bad_rows * report.rows
@@ -171,6 +176,8 @@ def judge(report: Report, *, name: str, max_bad_rows: float, fail_on: Collection
         first = report.faults[fatal[0]] if fatal else next(iter(report.faults.values()))
         if fatal:
             remedy = ERRORS[fatal[0]].remedy
+        elif held_out:
+            remedy = "Mend them: of a held-out file every row must be good, as a figure over some would mislead."
         elif report.bad_rows == report.rows:
             remedy = "Mend them."
         else:

@@ -55,7 +55,7 @@ class Row:
             whole.append(orjson.dumps(self.tools, option=orjson.OPT_SORT_KEYS))
         last = max((place for place, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
         asked = [part for part, turn in zip(whole[:last], turns, strict=False) if turn.role != "system"]
-        return _number(b"\0".join(whole)), _number(b"\0".join(asked))
+        return _number(b"\0".join(whole)), _number(b"\0".join(asked or whole))
 
 
 def _bytes_of(turn: Message) -> bytes:

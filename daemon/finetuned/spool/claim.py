@@ -15,7 +15,7 @@ from typing import Any
 
 from finetuned.adapters import belongs_to
 from finetuned.config import Config, TrainingSettings, read_overrides, resolve
-from finetuned.durable import make_folder, move, sync_file, sync_folder, write_file
+from finetuned.durable import NO_ROOM, make_folder, move, sync_file, sync_folder, write_file
 from finetuned.errors import ConfigError, DataError
 from finetuned.home import Home, JobFolder, data_extension, printable, safe_name
 from finetuned.jobs import FileIdentity, Job, JobSpec, State
@@ -225,7 +225,9 @@ def take_beside(ledger: Ledger, home: Home, job: Job, inbox: Path, beside: Besid
     try:
         if beside.held_out and _is_still(source, beside.held_out):
             _take_once(source, place)
-    except PermissionError as error:  # it is somebody else's in a folder with the sticky bit, say
+    except OSError as error:  # it is somebody else's in a folder with the sticky bit, say, or cannot be copied
+        if error.errno in NO_ROOM:
+            raise
         why = f"cannot be taken: {error.strerror}"
     if place.exists() or job.reason:
         return job
@@ -305,7 +307,10 @@ def settle_duplicate(ledger: Ledger, home: Home, config: Config, job: Job) -> Jo
     hashes = {"sha256": job.sha256, "held_out_sha256": job.held_out_sha256}
     before = None
     if config.duplicates != "run":
-        before = ledger.trained_before(str(job.sha256), job.settings, held_out_sha256=job.held_out_sha256)
+        defaults = columns_of(TrainingSettings())["settings"]
+        before = ledger.trained_before(
+            str(job.sha256), job.settings, held_out_sha256=job.held_out_sha256, defaults=defaults
+        )
     kept = before and belongs_to(home.adapters / str(before.adapter), before.id)  # it may have been thrown away
     if before is None or not kept:
         return job

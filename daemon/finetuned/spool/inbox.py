@@ -168,6 +168,13 @@ def held_out_of(name: str, extension: str) -> str:
     return f"{_stem(name)}{HELD_OUT_SUFFIX}{extension}"
 
 
+def held_out_files(data: Path) -> list[Path]:
+    """Give the files that lie beside a data file and would be taken with it as its held-out data."""
+    with os.scandir(data.parent) as listing:
+        names = sorted(entry.name for entry in listing if is_held_out(entry.name) and entry.is_file())
+    return [data.with_name(name) for name in names if held_out_stem(name) == _stem(data.name)]
+
+
 def relatives(name: str) -> list[str]:
     """Give the names of what would go with a data file, or be another to which that may belong."""
     stems = (_stem(name), _stem(name) + HELD_OUT_SUFFIX)

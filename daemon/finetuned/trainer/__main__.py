@@ -78,7 +78,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer.adapter import write_adapter
     from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer, quiet_libraries
     from finetuned.trainer.chain import settle
-    from finetuned.trainer.data import read_data
+    from finetuned.trainer.data import cut, read_data
     from finetuned.trainer.loop import Task, train
 
     quiet_libraries()
@@ -90,6 +90,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     base = find_base(settings, models=Path(spec.models), base_dir=Path(spec.base_dir))
     tokenizer = load_tokenizer(base, settings)
     data = read_data(folder, spec, settings, tokenizer, say=say, asked_to_stop=lambda: _stop_asked)
+    data = cut(data, settings, rung.max_length, name=spec.name, say=say)
     settings = settings.model_copy(update={"system_prompt": data.system_prompt})
     earlier = settle(folder, spec, settings, base.name)
     if earlier is not None:
@@ -100,8 +101,8 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         rung=rung,
         base=base,
         tokenizer=tokenizer,
-        train=data.train.cut_to(rung.max_length),
-        held_out=data.held_out.cut_to(rung.max_length) if data.held_out else [],
+        train=data.train,
+        held_out=data.held_out if data.held_out is not None else [],
         asked=data.asked,
         device=device,
         checkpoints=folder.checkpoints,

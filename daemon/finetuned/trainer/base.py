@@ -78,7 +78,14 @@ def load_tokenizer(base: Base, settings: TrainingSettings) -> PreTrainedTokenize
             where=base.name,
             remedy="Take another model.",
         )
+    without_padding(tokenizer)
     return tokenizer
+
+
+def without_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take back what a call or a file has told the tokenizer to add or cut: rows are what they are."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
 
 
 def hub_options(settings: TrainingSettings) -> dict[str, Any]:

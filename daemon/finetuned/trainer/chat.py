@@ -12,8 +12,10 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import orjson
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -41,6 +43,7 @@ class Rendered(NamedTuple):
     text: str
     spans: list[Span]
     begin: int
+    ended: bool = False  # whether the spans hold the ends of their turns
 
 
 class _Skeleton(NamedTuple):
@@ -100,7 +103,11 @@ class Renderer:
             if self._says_what_is_learned:
                 return self._by_generation_marks(row)
             if text is None:
-                text = self.render(row.messages, row.tools)
+                try:
+                    text = self.render(row.messages, row.tools)
+                except TypeError:
+                    row = self._with_arguments_as_text(row)
+                    text = self.render(row.messages, row.tools)
             if found := self._by_skeleton(row, text):
                 return found
             marked = self._by_marks(row, text)
@@ -110,6 +117,21 @@ class Renderer:
             return cut if marked is None or isinstance(cut, Rendered) else marked
         except _REFUSALS as error:
             return Problem("template_refuses_row", f"{error}"[:200])
+
+    def _with_arguments_as_text(self, row: Row) -> Row:
+        """Some templates take the arguments of a tool call as JSON in a string, and refuse an object."""
+
+        def texts(call: dict[str, Any]) -> dict[str, Any]:
+            arguments = orjson.dumps(call["function"]["arguments"]).decode()
+            return {**call, "function": {**call["function"], "arguments": arguments}}
+
+        turns = [
+            turn._replace(extra={**turn.extra, "tool_calls": [texts(call) for call in turn.extra["tool_calls"]]})
+            if turn.extra and "tool_calls" in turn.extra
+            else turn
+            for turn in row.messages
+        ]
+        return replace(row, messages=tuple(turns))
 
     def _chat(self, messages: Iterable[Message]) -> list[dict[str, Any]]:
         if self._parts:
@@ -225,7 +247,7 @@ class Renderer:
                 if behind <= before or not _holds(text[before:behind], turn, last=index + 1 == len(row.messages)):
                     return _dropped(row, index + 1)
                 spans.append((before, behind))
-        return _checked(row, text, spans)
+        return _ended(_checked(row, text, spans))
 
     def _by_generation_marks(self, row: Row) -> Rendered | Problem:
         """Take what the template itself says is the model's."""
@@ -236,7 +258,7 @@ class Renderer:
             return_assistant_tokens_mask=True,
             **self._tokenizer.special_tokens_map,
         )
-        return _checked(row, text, spans)
+        return _ended(_checked(row, text, spans))
 
     def _prefix(self, row: Row, turns: int, text: str, **options: Any) -> int:
         """Count the characters that a chat cut short has in common with the whole."""
@@ -268,6 +290,10 @@ def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     return False
 
 
+def _ended(found: Rendered | Problem) -> Rendered | Problem:
+    return found._replace(ended=True) if isinstance(found, Rendered) else found
+
+
 def _as_it_is(text: str) -> str:
     return text
 
@@ -288,9 +314,16 @@ def _place_of(text: str, start: int, piece: str) -> int:
 def _checked(row: Row, text: str, spans: list[Span]) -> Rendered | Problem:
     """Look whether every text of a row is where it belongs."""
     for turn in row.messages:
-        own = turn.role == "user" or (turn.role == "system" and not row.prompted)
-        if own and _SWITCHES.sub("", turn.content).strip() not in text:
+        configured = row.prompted and turn.role == "system"
+        if turn.role == "assistant" or configured:
+            continue
+        said = _SWITCHES.sub("", turn.content).strip()
+        if said not in text and orjson.dumps(said).decode()[1:-1] not in text:  # some write results of tools as JSON
             return Problem("template_drops_text", f"a {turn.role}'s text")
+    for tool in row.tools or ():
+        name = tool["function"].get("name") if isinstance(tool["function"], dict) else None
+        if isinstance(name, str) and name not in text:
+            return Problem("template_drops_text", f"the tool {name:.40}")
     answers = [(number, turn) for number, turn in enumerate(row.messages, 1) if turn.role == "assistant"]
     if len(spans) != len(answers):
         return Problem("template_drops_text", f"{len(spans)} answers of {len(answers)} are marked")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetuned.config import TrainingSettings
+from finetuned.dataset.formats import TEXT
 from finetuned.dataset.report import Report, judge
 from finetuned.dataset.rows import Row
 from finetuned.errors import ConfigError, DataError
@@ -40,8 +41,8 @@ class Data:
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Where held-out rows come from."""
+class Source:
+    """Where rows come from."""
 
     file: Path
     name: str
@@ -59,35 +60,27 @@ def read_data(
 ) -> Data:
     """Read, judge and tell a job's data. Raises DataError, ConfigError, OSError or StopAskedError."""
     door = Door(tokenizer, settings, cache=Path(spec.models).parent / "tokens")
-    if door.system_prompt != settings.system_prompt:
-        say.warn("system_prompt is not added: the model's chat template takes no system message")
     progress = _Progress(say, asked_to_stop)
-    path = folder.path / spec.input
-    train, report = door.read(path, name=spec.name, sha256=spec.sha256, progress=progress.of(spec.name))
     beside = None
     if spec.held_out:
         name = printable(os.fsencode(spec.held_out_name or spec.held_out))
-        beside = HeldOut(folder.path / spec.held_out, name, spec.held_out_sha256)
-    train, held_out, source = hold_back(
-        train,
+        beside = Source(folder.path / spec.held_out, name, spec.held_out_sha256)
+    sides = read_sides(
+        Source(folder.path / spec.input, spec.name, spec.sha256),
+        held_out_file(settings, base_dir=Path(spec.base_dir), beside=beside),
         settings,
-        own=HeldOut(path, spec.name),
-        source=held_out_file(settings, base_dir=Path(spec.base_dir), beside=beside),
         read=lambda source: door.read(
             source.file, name=source.name, sha256=source.sha256, progress=progress.of(source.name)
         ),
     )
-    facts = tell(say, train, held_out, report, source)
-    judge(report, name=spec.name, max_bad_rows=settings.max_bad_rows, fail_on=settings.fail_on)
-    check_sides(train, held_out, settings, name=spec.name)
-    asked: list[Row] = []
-    if held_out is not None and source is not None:
-        first = held_out.column(IDENTITY)[: settings.predictions.samples].tolist()
-        asked = rows_known_by(first, source.file, name=source.name, system_prompt=door.system_prompt)
-    return Data(train, held_out, asked, facts, door.system_prompt)
+    facts = _tell(say, sides)
+    if door.system_prompt != settings.system_prompt and sides.report.format != TEXT.name:
+        say.warn("system_prompt is not added: the model's chat template takes no system message")
+    sides.judge(settings)
+    return Data(sides.train, sides.held_out, sides.asked(door, settings), facts, door.system_prompt)
 
 
-def held_out_file(settings: TrainingSettings, *, base_dir: Path, beside: HeldOut | None) -> HeldOut | None:
+def held_out_file(settings: TrainingSettings, *, base_dir: Path, beside: Source | None) -> Source | None:
     """Give the held-out file: the one that came with the data, else the configured one. Raises ConfigError."""
     if beside is not None:
         return beside
@@ -100,49 +93,86 @@ def held_out_file(settings: TrainingSettings, *, base_dir: Path, beside: HeldOut
             where=f"eval_file {path}",
             remedy="Mend the path in config.json, or set it to null.",
         )
-    return HeldOut(path, path.name)
+    return Source(path, path.name)
 
 
-def hold_back(
-    train: Examples,
+@dataclass(frozen=True)
+class Sides:
+    """What is trained and what is held out, and what was found in both."""
+
+    own: Source
+    train: Examples
+    report: Report
+    source: Source | None = None  # of held-out rows: a file of their own, or the training file
+    held_out: Examples | None = None
+    held_out_report: Report | None = None  # of a file of their own
+
+    def facts(self) -> dict[str, Any]:
+        """Give the report as it is stored."""
+        facts = self.report.as_dict()
+        if self.held_out is not None and self.source is not None:
+            rows, tokens = len(self.held_out.rows()), sum(self.held_out.lengths)
+            facts["held_out"] = {"file": self.source.name, "rows": rows, "tokens": tokens, "warnings": {}}
+            if self.held_out_report is not None:
+                facts["held_out"]["warnings"] = self.held_out_report.as_dict()["warnings"]
+        return facts
+
+    def summary(self) -> str:
+        """Give it in one line."""
+        held_out = f"; held out: {len(self.held_out.rows()):,} rows" if self.held_out is not None else ""
+        return f"{self.report.summary()}{held_out}"
+
+    def warning_sentences(self) -> list[str]:
+        """Give a line for each kind of warning, in either file."""
+        own = self.report.warning_sentences()
+        if self.held_out_report is None or self.source is None:
+            return own
+        return own + [f"{self.source.name}: {one}" for one in self.held_out_report.warning_sentences()]
+
+    def judge(self, settings: TrainingSettings) -> None:
+        """Raise DataError or ConfigError where they will not do. A figure over some held-out rows would mislead, so all
+        of them must be good.
+        """
+        judge(self.report, name=self.own.name, max_bad_rows=settings.max_bad_rows, fail_on=settings.fail_on)
+        if self.held_out_report is not None and self.source is not None:
+            judge(self.held_out_report, name=self.source.name, max_bad_rows=0.0, held_out=True)
+        check_sides(self.train, self.held_out, settings, name=self.own.name)
+
+    def asked(self, door: Door, settings: TrainingSettings) -> list[Row]:
+        """Give the held-out rows whose questions are put to the model, always the same."""
+        if self.held_out is None or self.source is None:
+            return []
+        first = self.held_out.column(IDENTITY)[: settings.predictions.samples].tolist()
+        return rows_known_by(first, self.source.file, name=self.source.name, system_prompt=door.system_prompt)
+
+
+def read_sides(
+    own: Source,
+    source: Source | None,
     settings: TrainingSettings,
     *,
-    own: HeldOut,
-    source: HeldOut | None,
-    read: Callable[[HeldOut], tuple[Examples, Report]],
-) -> tuple[Examples, Examples | None, HeldOut | None]:
-    """Give what is trained, what is held out, and where that comes from: `source`, or a share of the file's own rows.
-
-    Raises DataError if a row of `source` is bad: a figure over some of the rows would mislead.
-    """
+    read: Callable[[Source], tuple[Examples, Report]],
+) -> Sides:
+    """Read the training file, and hold rows back: those of `source`, or a share of its own. Nothing is judged yet."""
+    train, report = read(own)
     if source is not None:
         held_out, found = read(source)
-        judge(found, name=source.name, max_bad_rows=0.0)
-        return train, held_out, source
-    if settings.eval_fraction:
-        return *split(train, settings.eval_fraction), own
-    return train, None, None
-
-
-def facts_of(train: Examples, held_out: Examples | None, report: Report, source: HeldOut | None) -> dict[str, Any]:
-    """Give the report as it is stored, once it is known which rows are held out."""
-    if held_out is not None:
         tell_overlap(train, held_out, report)
-    facts = report.as_dict()
-    if held_out is not None and source is not None:
-        facts["held_out"] = {"file": source.name, "rows": len(held_out), "tokens": sum(held_out.lengths)}
-    return facts
+        return Sides(own, train, report, source, held_out, found)
+    if settings.eval_fraction:
+        train, held_out = split(train, settings.eval_fraction)
+        tell_overlap(train, held_out, report)
+        return Sides(own, train, report, own, held_out)
+    return Sides(own, train, report)
 
 
-def tell(
-    say: Reporter, train: Examples, held_out: Examples | None, report: Report, source: HeldOut | None
-) -> dict[str, Any]:
+def _tell(say: Reporter, sides: Sides) -> dict[str, Any]:
     """Say what was found, and give it as it is stored."""
-    facts = facts_of(train, held_out, report, source)
-    say.say(EventType.DATA_REPORT, f"data: {report.summary()}", **facts)
-    for sentence in report.sentences():
+    facts = sides.facts()
+    say.say(EventType.DATA_REPORT, f"data: {sides.summary()}", **facts)
+    for sentence in sides.report.sentences():
         say.warn(f"left out: {sentence}")
-    for sentence in report.warning_sentences():
+    for sentence in sides.warning_sentences():
         say.warn(sentence)
     return facts
 
@@ -150,12 +180,18 @@ def tell(
 def check_sides(train: Examples, held_out: Examples | None, settings: TrainingSettings, *, name: str) -> None:
     """Raise DataError or ConfigError where nothing is left to train, or nothing to measure by."""
     if not len(train):
+        held = f"all rows are held back by eval_fraction {settings.eval_fraction:g}" if held_out else ""
         raise DataError(
-            "no row is left to train on", where=name, remedy=ERRORS["no_supervised_tokens"].remedy, code="no_rows"
+            held or "no row is left to train on",
+            where=name,
+            remedy="Lower it, or add rows." if held else ERRORS["no_supervised_tokens"].remedy,
+            code="no_rows",
         )
     if held_out is not None and not len(held_out):
         raise DataError(
-            f"eval_fraction {settings.eval_fraction:g} holds none of {len(train):,} rows back",
+            f"eval_fraction {settings.eval_fraction:g} holds none of {len(train):,} rows back"
+            if settings.eval_fraction
+            else "no held-out row has a token to learn within max_length",
             where=name,
             remedy="Raise it, or give a held-out file.",
             code="no_rows",
@@ -166,6 +202,18 @@ def check_sides(train: Examples, held_out: Examples | None, settings: TrainingSe
             where=name,
             remedy="Drop x.eval.jsonl beside x.jsonl, or set eval_file or eval_fraction.",
         )
+
+
+def cut(data: Data, settings: TrainingSettings, most: int, *, name: str, say: Reporter) -> Data:
+    """Cut rows to what a rung of the memory ladder lets them be, and tell what that costs. Raises DataError."""
+    if most >= settings.max_length:
+        return data
+    train = data.train.cut_to(most)
+    held_out = data.held_out.cut_to(most) if data.held_out is not None else None
+    check_sides(train, held_out, settings, name=name)
+    rows, tokens = len(data.train) - len(train), sum(data.train.lengths) - sum(train.lengths)
+    say.warn(f"max_length is {most} on this rung: {tokens:,} tokens are cut off, and {rows:,} rows lose their answers")
+    return replace(data, train=train, held_out=held_out)
 
 
 class _Progress:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.metadata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from finetuned.config import TrainingSettings
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Fault, Report, rows_of
 from finetuned.dataset.rows import Problem, Row
+from finetuned.durable import NO_ROOM
 from finetuned.trainer import store
 from finetuned.trainer.chat import Rendered
 from finetuned.trainer.quality import Quality
@@ -58,22 +60,31 @@ class Door:
 
         `name` is what the user calls the file. Raises DataError where the file as a whole cannot be read, OSError.
         """
+        before = None if sha256 else _state(path)
         folder = self._cache / self._key(sha256 or hash_of(path), path.suffix.lower())
-        most = self._settings.max_length
-        kept = store.load(folder, max_length=most)
+        kept = store.load(folder, max_length=self._settings.max_length)
         if kept is not None:
             return kept
+        try:
+            return self._read(path, name, folder.name, progress, before)
+        except OSError as error:
+            if error.errno not in NO_ROOM or not self._cache.is_dir():
+                raise
+        store.prune(self._cache, kept_days=0)  # all of it can be made again
+        return self._read(path, name, folder.name, progress, before)
+
+    def _read(
+        self, path: Path, name: str, key: str, progress: Progress, before: tuple[int, ...] | None
+    ) -> tuple[Examples, Report]:
         with store.writable(self._cache) as cache:
-            writer = store.Writer(cache / folder.name)
+            store.prune(cache)
+            writer = store.Writer(cache / key)
             try:
                 report = self._pass(path, name, writer, progress)
-                made = store.load(writer.finish(report), max_length=most)
+                same = before is None or before == _state(path)  # else it is not what was hashed
+                return writer.finish(report, max_length=self._settings.max_length, publish=same)
             finally:
                 writer.abandon()
-            store.prune(cache)
-        if made is None:
-            raise OSError(f"{folder} cannot be read again")
-        return made
 
     def _key(self, sha256: str, kind: str) -> str:
         tokenizer = self._tokenizer
@@ -85,6 +96,7 @@ class Door:
             special=repr(sorted(tokenizer.special_tokens_map.items())),
             system_prompt=self.system_prompt,
             max_length=self._settings.max_length,
+            versions=[importlib.metadata.version(package) for package in ("transformers", "tokenizers", "jinja2")],
         )
 
     def _pass(self, path: Path, name: str, writer: store.Writer, progress: Progress) -> Report:
@@ -210,11 +222,11 @@ def split(examples: Examples, fraction: float) -> tuple[Examples, Examples]:
 
 def tell_overlap(train: Examples, held_out: Examples, report: Report) -> None:
     """Warn of held-out questions that the training file asks too."""
-    both = np.isin(held_out.column(store.QUESTION), train.column(store.QUESTION))
-    if both.any():
-        lines = held_out.column(store.LINE)[both]
-        detail = "lines of the held-out file"
-        report.warnings["eval_overlap"] = Fault(int(both.sum()), lines[:3].tolist(), detail)
+    rows = held_out.rows()
+    both = rows[np.isin(rows[:, store.QUESTION], train.column(store.QUESTION))]
+    if len(both):
+        lines = both[:3, store.LINE].tolist()
+        report.warnings["eval_overlap"] = Fault(len(both), lines, "lines of the held-out file", of=len(rows))
 
 
 def rows_known_by(identities: Sequence[int], path: Path, *, name: str, system_prompt: str | None) -> list[Row]:
@@ -231,6 +243,11 @@ def rows_known_by(identities: Sequence[int], path: Path, *, name: str, system_pr
         if not wanted:
             break
     return found
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def hash_of(path: Path) -> str:

@@ -14,11 +14,11 @@ import numpy as np
 
 from finetuned.config import TrainingSettings, settings_from
 from finetuned.dataset.reading import RowFile
-from finetuned.dataset.report import Report, judge, rows_of
+from finetuned.dataset.report import Report, rows_of
 from finetuned.errors import DataError, ModelError
 from finetuned.trainer import history, store
 from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer
-from finetuned.trainer.data import HeldOut, check_sides, facts_of, held_out_file, hold_back
+from finetuned.trainer.data import Source, held_out_file, read_sides
 from finetuned.trainer.door import Door, Progress
 from finetuned.trainer.quality import Quality
 from finetuned.trainer.steps import plan_steps
@@ -44,28 +44,25 @@ def examine(order: dict[str, Any], say: Say) -> dict[str, Any]:
     """
     settings = settings_from(order["settings"], where="the settings")
     base_dir, models = Path(order["base_dir"]), Path(order["models"])
-    own = HeldOut(Path(order["file"]), Path(order["file"]).name)
-    beside = HeldOut(Path(order["beside"]), Path(order["beside"]).name) if order["beside"] else None
+    own = Source(Path(order["file"]), Path(order["file"]).name)
+    beside = Source(Path(order["beside"]), Path(order["beside"]).name) if order["beside"] else None
     reader, model, unchecked = _reader(settings, base_dir, models, say)
 
-    def read(source: HeldOut) -> tuple[Examples, Report]:
+    def read(source: Source) -> tuple[Examples, Report]:
         return reader.read(source.file, name=source.name, progress=_teller(source.name, say))
 
     answer: dict[str, Any] = {"file": own.name, "model": model, "unchecked": unchecked, "verdict": "usable"}
-    try:
-        train, report = read(own)
-    except DataError as error:
-        return {**answer, "verdict": "refused", "reason": error.as_dict()}
-    facts = report.as_dict()
     source = held_out_file(settings, base_dir=base_dir, beside=beside)
     try:
-        train, held_out, source = hold_back(train, settings, own=own, source=source, read=read)
-        facts = facts_of(train, held_out, report, source)
-        judge(report, name=own.name, max_bad_rows=settings.max_bad_rows, fail_on=settings.fail_on)
-        check_sides(train, held_out, settings, name=own.name)
+        sides = read_sides(own, source, settings, read=read)
+    except (DataError, ModelError) as error:
+        return {**answer, "verdict": "refused", "reason": error.as_dict()}
+    try:
+        sides.judge(settings)
     except DataError as error:
         answer |= {"verdict": "refused", "reason": error.as_dict()}
-    answer |= facts
+    answer |= sides.facts()
+    train = sides.train
     return answer | _training(train, settings, model=model, device=order["device"], models=models)
 
 

@@ -16,11 +16,11 @@ import accelerate  # noqa: F401, a trainer has it in memory
 import torch
 
 from finetuned.config import TrainingSettings, settings_from
-from finetuned.dataset.report import judge
 from finetuned.errors import FinetunedError
 from finetuned.fallback import Rung, next_rung
 from finetuned.trainer import bounds, footprint, history, memory, steps
 from finetuned.trainer.base import Base, choose_tuning, find_base, load_tokenizer, quiet_libraries
+from finetuned.trainer.data import Source, held_out_file, read_sides
 from finetuned.trainer.door import Door
 from finetuned.trainer.precision import choose
 from finetuned.trainer.store import Examples
@@ -47,8 +47,10 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     file, models = Path(order["file"]), Path(order["models"])
     base = find_base(settings, models=models, base_dir=Path(order["base_dir"]))
     door = Door(load_tokenizer(base, settings), settings, cache=models.parent / "tokens")
-    examples, report = door.read(file, name=file.name)
-    judge(report, name=file.name, max_bad_rows=settings.max_bad_rows)
+    held_out = held_out_file(settings, base_dir=Path(order["base_dir"]), beside=_beside(order))
+    sides = read_sides(Source(file, file.name), held_out, settings, read=lambda one: door.read(one.file, name=one.name))
+    sides.judge(settings)
+    examples, report = sides.train, sides.report
 
     tuning, _ = choose_tuning(settings.tuning, gpu=device.type == "cuda")
     kind = {"model": base.name, "method": tuning, "device": memory.device_name()}
@@ -59,7 +61,7 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     rung = forecast.settled(replace(settings.first_rung(), tuning=tuning), room / ratio)
     rung, reason, fits = walk(rung, settings, lambda rung: forecast.peak(rung) * ratio <= room * _MARGIN)
     counted, examples = forecast.counted(rung), examples.cut_to(rung.max_length)
-    todo = forecast.steps
+    todo = forecast.steps(examples)
     tokens, targets = (
         sum(each[row] for step in range(todo.total_steps) for row in todo.step(step))
         for each in (examples.lengths, examples.targets)
@@ -96,6 +98,11 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _beside(order: dict[str, Any]) -> Source | None:
+    held_out = order.get("beside")
+    return Source(Path(held_out), Path(held_out).name) if held_out else None
+
+
 def walk(rung: Rung, settings: TrainingSettings, fits: Callable[[Rung], bool]) -> tuple[Rung, str, bool]:
     """Climb down until a rung fits: that rung, the reason, and whether it does. At the foot there is none left."""
     reason = "its predicted peak fits, with a tenth of memory as margin"
@@ -113,17 +120,19 @@ class Forecast:
     def __init__(
         self, settings: TrainingSettings, base: Base, device: torch.device, examples: Examples, libraries: int
     ) -> None:
-        """Plan the steps, as the loop does."""
         self.settings, self.base, self.device, self.examples = settings, base, device, examples
         self.libraries = libraries
-        self.steps = steps.plan_steps(
-            len(examples),
-            effective_batch=settings.first_rung().effective_batch,
-            epochs=settings.epochs,
-            max_steps=settings.max_steps,
-            seed=settings.seed,
-        )
         self._found: dict[Any, footprint.Counted] = {}
+
+    def steps(self, examples: Examples) -> steps.Plan:
+        """Plan the steps of rows as a rung leaves them."""
+        return steps.plan_steps(
+            len(examples),
+            effective_batch=self.settings.first_rung().effective_batch,
+            epochs=self.settings.epochs,
+            max_steps=self.settings.max_steps,
+            seed=self.settings.seed,
+        )
 
     def settled(self, rung: Rung, room: float) -> Rung:
         """Bound micro-batches as the loop does; on a GPU it tries what here is predicted."""
@@ -136,7 +145,7 @@ class Forecast:
             share = self.peak(replace(rung, micro_batch_tokens=tokens)) / room
             return share if share < 1 else None
 
-        enough = sum(sorted(self.examples.lengths, reverse=True)[: self.steps.effective_batch])
+        enough = sum(sorted(self.examples.lengths, reverse=True)[: rung.effective_batch])
         return replace(rung, micro_batch_tokens=bounds.largest_fitting(bounds.FIRST, enough, attempt)[0])
 
     def peak(self, rung: Rung) -> int:
@@ -148,10 +157,9 @@ class Forecast:
         examples = self.examples.cut_to(rung.max_length)
         lengths = examples.lengths
         bound = steps.Bound(rung.batch_size, rung.micro_batch_tokens)
-        largest = steps.largest_cut(self.steps, lengths, bound)
-        accumulated = any(
-            len(steps.cut(self.steps.step(number), lengths, bound)) > 1 for number in range(self.steps.total_steps)
-        )
+        todo = self.steps(examples)
+        largest = steps.largest_cut(todo, lengths, bound)
+        accumulated = any(len(steps.cut(todo.step(number), lengths, bound)) > 1 for number in range(todo.total_steps))
         key = (tuple(largest), rung.activation_checkpointing, rung.tuning, rung.max_length, accumulated)
         if key not in self._found:
             precision = choose(self.device, rung.tuning, self.settings.dtype)

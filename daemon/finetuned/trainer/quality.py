@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Collection
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -18,8 +19,9 @@ from finetuned.trainer.near import ALIKE, MOST_ROWS, NearDuplicates
 # The share of rows from which these are told; a few such answers are nothing to speak of.
 _TOLD_FROM: dict[Warned, float] = {"bare_number_answers": 0.01, "single_token_answers": 0.01}
 _DOMINANT, _FEWEST = 0.1, 20  # share of rows with the same answer, and how many it must be at least
-_PROMPTS_READ = 1000  # different system prompts
-_NUMBER = re.compile(r"\s*[-+]?[\d.,]*\d[\d.,]*\s*%?\s*")
+_PROMPTS_READ, _PROMPT_READ = 1000, 1000  # different system prompts, and characters of each
+_NUMBER = re.compile(r"[-+]?(\d+([.,]\d+)?|\d{1,3}([,.]\d{3})+([.,]\d+)?|[.,]\d+) ?%?")
+_LONGEST_NUMBER = 40  # characters
 # Marks of widely used chat templates; those of the model's own tokenizer come to them.
 _MARKS: tuple[str, ...] = (
     "<|im_start|>",
@@ -33,6 +35,13 @@ _MARKS: tuple[str, ...] = (
 _MARKS += ("<|assistant|>", "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]")
 
 
+@dataclass
+class _Prompt:
+    text: str  # its beginning
+    line: int  # of the first row that has it
+    rows: int = 1
+
+
 class Quality:
     """Looks at rows one by one, and at all of them at the end."""
 
@@ -44,7 +53,7 @@ class Quality:
         self.near = NearDuplicates()
         self._answers = array("q")  # hashes of last answers
         self._answered = array("q")  # their lines
-        self._prompts: dict[str, int] = {}  # different system prompts, with the line of the first
+        self._prompts: dict[int, _Prompt] = {}  # different system prompts, by hash
 
     def see(self, row: Row, report: Report) -> None:
         """Look at a row that will be trained."""
@@ -52,11 +61,10 @@ class Quality:
         if row.text is not None:
             self._look_for_marks(line, row.text, report)
             return
-        for turn in row.messages:
-            self._look_for_marks(line, turn.content, report)
+        self._look_for_marks(line, "\n".join([turn.content for turn in row.messages]), report)
         answers = row.answers
-        if any(_NUMBER.fullmatch(answer.content) for answer in answers):
-            report.warn("bare_number_answers", line, next(a.content for a in answers if _NUMBER.fullmatch(a.content)))
+        if number := next((answer.content for answer in answers if _is_number(answer.content)), ""):
+            report.warn("bare_number_answers", line, number.strip())
         if any(not answer.content.strip() and not answer.extra for answer in answers):
             report.warn("empty_answers", line)
         if any(
@@ -70,8 +78,8 @@ class Quality:
             report.warn("roles_out_of_order", line, why)
         if row.prompted:
             report.warn("system_prompt_added", line)
-        elif row.messages[0].role == "system" and len(self._prompts) < _PROMPTS_READ:
-            self._prompts.setdefault(row.messages[0].content, line)
+        elif row.messages[0].role == "system":
+            self._see_prompt(row.messages[0].content, line)
         if answers:
             self._answers.append(hash(answers[-1].content))
             self._answered.append(line)
@@ -85,6 +93,13 @@ class Quality:
         for code, share in _TOLD_FROM.items():
             if code in report.warnings and report.warnings[code].count < share * len(lines):
                 del report.warnings[code]
+
+    def _see_prompt(self, prompt: str, line: int) -> None:
+        known = self._prompts.get(hash(prompt))
+        if known is not None:
+            known.rows += 1
+        elif len(self._prompts) < _PROMPTS_READ:
+            self._prompts[hash(prompt)] = _Prompt(prompt[:_PROMPT_READ], line)
 
     def _look_for_marks(self, line: int, text: str, report: Report) -> None:
         if any(start in text for start in self._leak_starts) and (found := self._leak.search(text)):
@@ -113,18 +128,22 @@ class Quality:
 
         tell = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         first: dict[str, int] = {}
-        counts: dict[str, int] = {}
-        for prompt, line in self._prompts.items():
-            language, sure = tell.classify(prompt)
-            if sure > 0.9 and len(prompt) >= 20:
-                first.setdefault(language, line)
-                counts[language] = counts.get(language, 0) + 1
+        counts: dict[str, int] = {}  # rows
+        for prompt in self._prompts.values():
+            language, sure = tell.classify(prompt.text)
+            if sure > 0.9 and len(prompt.text) >= 20:
+                first.setdefault(language, prompt.line)
+                counts[language] = counts.get(language, 0) + prompt.rows
         if len(first) > 1:
             usual = max(counts, key=lambda language: counts[language])
             others = sum(counts.values()) - counts[usual]
             lines = sorted(line for language, line in first.items() if language != usual)[:3]
-            detail = f"different prompts in {', '.join(f'{name}: {counts[name]}' for name in sorted(counts))}"
+            detail = ", ".join(f"{name}: {counts[name]:,} rows" for name in sorted(counts))
             report.warnings["mixed_system_languages"] = Fault(others, lines, detail)
+
+
+def _is_number(answer: str) -> bool:
+    return len(answer) <= _LONGEST_NUMBER and _NUMBER.fullmatch(answer.strip()) is not None
 
 
 def out_of_order(messages: Collection[Message]) -> str:

@@ -7,6 +7,7 @@ decides what is in it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any, overload
 
 import numpy as np
@@ -26,7 +27,7 @@ from finetuned.dataset.report import Report
 from finetuned.durable import sync_tree
 from finetuned.trainer.tokens import Encoded, Example
 
-_VERSION = 1  # raise it when what is in a folder, or how a row is read, changes
+_VERSION = 2  # raise it when what is in a folder, or how a row is read, changes
 _KEPT_DAYS = 14  # after the last use
 _ABANDONED_HOURS = 24  # after which a folder that is no whole one belongs to nobody
 _TOKENS, _INDEX, _REPORT = "tokens.int32", "index.npy", "report.json"
@@ -74,6 +75,14 @@ class Examples(Sequence[Example]):
     def column(self, number: int) -> NDArray[np.int64]:
         """Give a column of the index."""
         return self._index[:, number]
+
+    def rows(self) -> NDArray[np.int64]:
+        """Give the index with a long text once, though it is several examples."""
+        parts = (self._index[1:, [LINE, IDENTITY]] == self._index[:-1, [LINE, IDENTITY]]).all(axis=1)
+        goes_on = parts & (self._index[1:, TARGETS] == self._index[1:, LENGTH] - 1)  # a plain text: all is learned
+        once = np.ones(len(self._index), bool)
+        once[1:] = ~goes_on
+        return self._index[once]
 
     def chosen(self, rows: NDArray[np.bool_]) -> Examples:
         """Give some of the rows."""
@@ -142,9 +151,7 @@ class Writer:
     def __init__(self, folder: Path) -> None:
         """Begin. Raises OSError."""
         self._folder = folder
-        self._staged = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(self._staged, ignore_errors=True)
-        self._staged.mkdir()
+        self._staged = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         self._file = (self._staged / _TOKENS).open("wb", buffering=2**20)
         self._index: list[NDArray[np.int64]] = []
         self._rows: list[tuple[int, ...]] = []
@@ -169,20 +176,20 @@ class Writer:
         self._index = [np.concatenate(self._index)]
         return self._index[0]
 
-    def finish(self, report: Report) -> Path:
-        """Make the folder appear, and give where it is. Raises OSError."""
+    def finish(self, report: Report, *, max_length: int, publish: bool) -> tuple[Examples, Report]:
+        """Give what was written, and make the folder appear. Raises OSError."""
         self._file.close()
         np.save(self._staged / _INDEX, self.index())
         (self._staged / _REPORT).write_text(json.dumps(report.as_dict()))
         sync_tree(self._staged)
-        for _ in range(2):
-            try:
-                self._staged.rename(self._folder)
-            except OSError:  # another process was faster, or a damaged one lies there
+        made = load(self._staged, max_length=max_length)
+        if made is None:
+            raise OSError(errno.EIO, "what was written cannot be read again", str(self._staged))
+        if publish and load(self._folder, max_length=max_length) is None:  # else another process was faster
+            with suppress(OSError):  # what lies there may be somebody else's; what is mapped by now outlives its name
                 shutil.rmtree(self._folder, ignore_errors=True)
-            else:
-                return self._folder
-        return self._staged  # what lies there is somebody else's
+                self._staged.rename(self._folder)
+        return made
 
     def abandon(self) -> None:
         """Leave nothing behind that has not appeared; what is mapped already can still be read."""
@@ -190,11 +197,11 @@ class Writer:
         shutil.rmtree(self._staged, ignore_errors=True)
 
 
-def prune(cache: Path) -> None:
-    """Remove what has not been used for long."""
+def prune(cache: Path, *, kept_days: float = _KEPT_DAYS) -> None:
+    """Remove what has not been used for long. What a process has mapped it can still read."""
     now = time.time()
     with suppress(OSError):
         for folder in cache.iterdir():
-            most = _ABANDONED_HOURS * 3600 if folder.name.startswith(".") else _KEPT_DAYS * 86400
+            most = _ABANDONED_HOURS * 3600 if folder.name.startswith(".") else kept_days * 86400
             if now - folder.stat().st_mtime > most:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -5,6 +5,7 @@ No torch here: the data is checked before it is needed.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROWS = 1024  # tokenised at once
-_HEADS = 256  # different system prompts whose tokens are kept
+_HEADS, _LONGEST_HEAD = 256, 2**14  # different system prompts whose tokens are kept, and their characters
 _LONGEST_TOKEN = 256  # characters; of a chat no more is looked at than can fill max_length
 _AT_ONCE = 2**20  # characters of a plain text
 _PROBE = "A small probe: 12.5 % of naïve 漢字, 🎉\n\tand 'quoted'  spaces."
@@ -134,17 +135,27 @@ class Encoder:
             found.append(Tokens(ids[own], starts[own], ends[own], bytes=True, base=base))
             begin, before = own.stop, base
             base = int(ends[begin - 1]) if begin else 0
-            if base - before != (len(text) if text.isascii() else len(text.encode())):
+            if base - before != (len(text) if text.isascii() else self._bytes_of(text)):
                 odd.append(number)
         if odd:
             for number, tokens in zip(odd, self._with_offsets([texts[number] for number in odd]), strict=True):
                 found[number] = tokens
         return found
 
+    def _bytes_of(self, text: str) -> int:
+        """Count a text's bytes; -1 where the tokenizer may write its letters in another way before it looks: what that
+        adds and takes away may add up to nothing.
+        """
+        if self._backend.normalizer is not None and not unicodedata.is_normalized("NFKC", text):
+            return -1
+        return len(text.encode())
+
     def _head(self, text: str) -> _Head:
         """Give what many chats begin with as tokens, up to the last mark of `text`, their system prompt: it is
         tokenised once. What begins with a mark gives the same tokens whatever stands before it; tried out all the same.
         """
+        if len(text) > _LONGEST_HEAD:
+            return _NO_HEAD
         head = self._heads.get(text)
         if head is None and len(self._heads) < _HEADS:
             size = max([0, *(text.rfind(mark) for mark in self._marks)])
@@ -187,7 +198,8 @@ class Encoder:
             first = overlapping
             while first < behind and tokens.starts[first] < start and self._special[tokens.ids[first]]:
                 first += 1  # a mark that takes the white space behind it along
-            last = self._end_of_turn(text, end, tokens, first, behind)
+            ended = rendered.ended and self._holds_its_end(text, end, tokens, first, behind)
+            last = behind - 1 if ended else self._end_of_turn(text, end, tokens, behind)
             if last is None:
                 return Refused(
                     row, Problem("no_end_of_turn", f"behind {text[:end][-20:]!r} stands {text[end:][:20]!r}")
@@ -197,18 +209,22 @@ class Encoder:
         ids, kept = tokens.ids[: self._most], supervised[: self._most]
         if not kept[1:].any():
             return Refused(row, Problem("no_supervised_tokens"))
-        return Encoded(row, ids, kept, max(0, len(tokens.ids) - self._most), begin, short)
+        whole = len(tokens.ids) * max(1, len(text) / (self._most * _LONGEST_TOKEN))  # of very long texts an estimate
+        return Encoded(row, ids, kept, max(0, round(whole) - self._most), begin, short)
 
-    def _end_of_turn(self, text: str, end: int, tokens: Tokens, first: int, behind: int) -> int | None:
-        """Give the place of the special token that ends an answer, with nothing but white space between; None where
-        there is none. The answer ends with character `end` of the text; its tokens are those from `first`, before
-        `behind`, and where a template marks what is learned the end may be among them.
-        """
+    def _holds_its_end(self, text: str, end: int, tokens: Tokens, first: int, behind: int) -> bool:
+        """Whether what is learned, tokens `first` to before `behind`, ends with a special token and white space."""
         for place in range(behind - 1, first - 1, -1):
             if self._special[tokens.ids[place]]:
-                return behind - 1
+                return True
             if text[max(0, end - int(tokens.ends[behind - 1] - tokens.starts[place])) : end].strip():
-                break
+                return False
+        return False
+
+    def _end_of_turn(self, text: str, end: int, tokens: Tokens, behind: int) -> int | None:
+        """Give the place of the special token that ends an answer, with nothing but white space between; None where
+        there is none. The answer ends with character `end` of the text, and token `behind` comes next.
+        """
         for place in range(behind, len(tokens.ids)):
             if self._special[tokens.ids[place]] or place >= self._most:  # what lies behind is not seen, or cut off
                 return place
@@ -226,16 +242,17 @@ class Encoder:
             for place in range(0, len(text), _AT_ONCE)
         ]
         ids = np.fromiter(chain.from_iterable(parts), np.int32)
-        end = self._tokenizer.eos_token_id
-        if end is not None and (not len(ids) or ids[-1] != end):
-            ids = np.append(ids, np.int32(end))
+        eos = self._tokenizer.eos_token_id
+        if eos is not None and (not len(ids) or ids[-1] != eos):
+            ids = np.append(ids, np.int32(eos))
         if len(ids) < 2:
             yield Refused(row, Problem("no_supervised_tokens", "the text is too short"))
             return
-        for place in range(0, len(ids), self._most):
-            piece = ids[place : place + self._most]
-            if len(piece) > 1:
-                yield Encoded(row, piece, np.ones(len(piece), bool))
+        bounds = [*range(0, len(ids), self._most), len(ids)]
+        if bounds[-1] - bounds[-2] == 1:  # a token alone has nothing before it that it could be predicted from
+            bounds[-2] -= 1
+        for start, end in pairwise(bounds):
+            yield Encoded(row, ids[start:end], np.ones(end - start, bool))
 
     def _byte_widths(self) -> NDArray[np.int64] | None:
         """Give how many bytes of a text each token is, or None where its words do not tell: tried out on a text."""
