@@ -436,4 +436,4 @@ def test_two_held_out_files_are_one_too_many(base, tmp_path):
         write_jsonl(tmp_path / name, chat_rows(3))
     said = check(tmp_path / "x.jsonl", "--base-dir", base.root)
     assert said.code == 1
-    assert "several held-out files: x.eval.jsonl, x.eval.json" in said.err
+    assert "several held-out files: x.eval.json, x.eval.jsonl" in said.err

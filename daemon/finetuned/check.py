@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def render(facts: dict[str, Any], *, colour: bool) -> str:
         lines += [f"{name}: {report.summary()}", f"model: {harmless(facts['model'])}"]
         lines += _findings("errors", report.faults, ERRORS, rows=0)
         lines += _findings("warnings", report.warnings, WARNINGS, rows=report.good_rows)
+        lines += _held_out_findings(facts.get("held_out"))
         lines += _trained(facts)
         lines += _sample(facts["sample"], colour=colour)
     if facts["unchecked"]:
@@ -85,10 +87,21 @@ def render(facts: dict[str, Any], *, colour: bool) -> str:
     return "\n".join([*lines, "", _verdict(facts, name)]).lstrip("\n")
 
 
-def _findings(title: str, found: dict[Any, Fault], table: dict[Any, Finding], *, rows: int) -> list[str]:
+def _findings(title: str, found: dict[Any, Fault], table: Mapping[Any, Finding], *, rows: int) -> list[str]:
     lines = ["", title] if found else []
     for code, fault in sorted(found.items(), key=lambda item: -item[1].count):
         lines += [f"  {harmless(fault.sentence(code, '', rows=rows)).removesuffix('. ')}", f"    {table[code].remedy}"]
+    return lines
+
+
+def _held_out_findings(held_out: dict[str, Any] | None) -> list[str]:
+    if held_out is None:
+        return []
+    name = harmless(held_out["file"])
+    lines: list[str] = []
+    for kind, table in (("errors", ERRORS), ("warnings", WARNINGS)):
+        found = {code: Fault(one["count"], one["lines"], one["detail"]) for code, one in held_out[kind].items()}
+        lines += _findings(f"{kind} in {name}", found, table, rows=0)
     return lines
 
 
@@ -162,5 +175,7 @@ def _verdict(facts: dict[str, Any], name: str) -> str:
     if facts["verdict"] == "usable":
         return f"{name} is usable{', as far as was checked' if facts['unchecked'] else ''}."
     reason = facts["reason"]
-    error = DataError(reason["what"].partition(":\n")[0], where=reason["where"], remedy=reason["remedy"])
+    what, _, found = reason["what"].partition(":\n")
+    first = found.strip().split("\n")[0]
+    error = DataError(f"{what}: {first}" if first else what, where=reason["where"], remedy=reason["remedy"])
     return f"refused: {error}" if "format" in facts else f"finetuned: {error}"

@@ -149,7 +149,9 @@ class TrainingSettings(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _fold_alias(cls, data: Any) -> Any:
-        """Turn `use_qlora` into `tuning`, and refuse the two when they disagree."""
+        """Turn `use_qlora` into `tuning`, and refuse the two when they disagree; take one code for a list of it."""
+        if isinstance(data, dict) and isinstance(data.get("fail_on"), str):
+            data = {**data, "fail_on": [data["fail_on"]]}
         if isinstance(data, dict) and isinstance(data.get("use_qlora"), bool):
             meant = "qlora" if data["use_qlora"] else "lora"
             if data.get("tuning", "auto") in ("auto", meant):  # else _agrees_with_tuning complains

@@ -175,7 +175,7 @@ def judge(
     if report.bad_rows and (fatal or not few):
         first = report.faults[fatal[0]] if fatal else next(iter(report.faults.values()))
         if fatal:
-            remedy = ERRORS[fatal[0]].remedy
+            remedy = "Nothing is trained of such a file."
         elif held_out:
             remedy = "Mend them: of a held-out file every row must be good, as a figure over some would mislead."
         elif report.bad_rows == report.rows:

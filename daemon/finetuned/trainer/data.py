@@ -112,9 +112,10 @@ class Sides:
         facts = self.report.as_dict()
         if self.held_out is not None and self.source is not None:
             rows, tokens = len(self.held_out.rows()), sum(self.held_out.lengths)
-            facts["held_out"] = {"file": self.source.name, "rows": rows, "tokens": tokens, "warnings": {}}
+            facts["held_out"] = {"file": self.source.name, "rows": rows, "tokens": tokens, "errors": {}, "warnings": {}}
             if self.held_out_report is not None:
-                facts["held_out"]["warnings"] = self.held_out_report.as_dict()["warnings"]
+                found = self.held_out_report.as_dict()
+                facts["held_out"] |= {kind: found[kind] for kind in ("errors", "warnings")}
         return facts
 
     def summary(self) -> str:

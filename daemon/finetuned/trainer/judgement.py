@@ -16,7 +16,7 @@ from finetuned.config import TrainingSettings, settings_from
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Report, rows_of
 from finetuned.errors import DataError, ModelError
-from finetuned.trainer import history, store
+from finetuned.trainer import embedded, history, store
 from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer
 from finetuned.trainer.data import Source, held_out_file, read_sides
 from finetuned.trainer.door import Door, Progress
@@ -68,7 +68,8 @@ def examine(order: dict[str, Any], say: Say) -> dict[str, Any]:
 
 def _reader(settings: TrainingSettings, base_dir: Path, models: Path, say: Say) -> tuple[Reader, str, str]:
     """Give what reads files, the model's name, and what is not checked because there is no model."""
-    say({"doing": f"looking for {settings.model}"})
+    packed = settings.model == embedded.NAME and not embedded.is_unpacked(models)
+    say({"doing": f"unpacking {settings.model}, this once" if packed else f"looking for {settings.model}"})
     try:
         base = find_base(settings, models=models, base_dir=base_dir)
         return Door(load_tokenizer(base, settings), settings, cache=models.parent / "tokens"), base.name, ""
