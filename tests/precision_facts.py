@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
 from conftest import chat_rows
-from finetuned.config import settings_from
+from finetuned.config import Predictions, settings_from
 from finetuned.dataset.formats import check_row
 from finetuned.trainer import loop
 from finetuned.trainer.base import Base
@@ -75,7 +75,7 @@ def facts(model: str, tuning: str, setting: str, device: torch.device, folder: P
             scaled_steps += not training.optimizer.step_was_skipped
     scaler = training.accelerator.scaler
     with formats(layer) as in_generation:
-        answers = predict(base, tokenizer, rows[:2], max_new_tokens=4)
+        answers = predict(base, tokenizer, rows[:2], Predictions(max_new_tokens=4), seed=1)
     training.step()  # after an evaluation it still trains
     frozen = {name(p.dtype) for p in base.parameters() if not p.requires_grad}
     state = [value for values in training.optimizer.state.values() for value in values.values() if value.dim()]

@@ -194,6 +194,18 @@ def logs(base_dir: Path | None, job: str | None, follow: bool, lines: int) -> No
 
 @cli.command()
 @_base_dir
+@click.argument("job")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def predictions(base_dir: Path | None, job: str, as_json: bool) -> None:  # noqa: FBT001
+    """Show what the model of JOB answered before, while and after it learned."""
+    from finetuned.answers import gather, render
+
+    facts = gather(_home(base_dir), job)
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(facts))
+
+
+@cli.command()
+@_base_dir
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def doctor(base_dir: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """Check this machine and the base directory; exit 1 if something must be mended."""
@@ -276,6 +288,10 @@ def plan(base_dir: Path | None, file: Path, profile: str, model: str | None, as_
     "--resume-adapter", type=click.Path(path_type=Path, exists=True, file_okay=False), help="An adapter to train on."
 )
 @click.option("--system-prompt", help="For rows that have none; an empty text for none at all.")
+@click.option(
+    "--predictions-enabled/--no-predictions-enabled", default=None, help="Ask held-out questions while it learns."
+)
+@click.option("--predictions-sample-frequency", metavar="WHEN", help="eval, epoch, or every so many steps.")
 @click.option("--seed", type=int)
 @click.option("--job-id", help="A name for this training.")
 @click.option("--skip-validation", is_flag=True, help="Train on the good rows, however many are bad.")

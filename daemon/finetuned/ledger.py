@@ -87,7 +87,25 @@ CREATE TABLE orders (
     job_id TEXT NOT NULL
 ) STRICT;
 """
-MIGRATIONS = [_TABLES, _ORDERS]  # each brings the file from one version to the next
+_PREDICTIONS = """
+CREATE TABLE training_predictions (
+    id INTEGER PRIMARY KEY,
+    job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    created_at REAL NOT NULL,
+    step INTEGER NOT NULL,
+    epoch REAL,
+    sample INTEGER NOT NULL,
+    prompt TEXT NOT NULL,
+    expected TEXT NOT NULL,
+    answer TEXT NOT NULL,
+    exact INTEGER NOT NULL,
+    similarity REAL,
+    seconds REAL,
+    error TEXT
+) STRICT;
+CREATE UNIQUE INDEX predictions_by_job ON training_predictions (job_id, step, sample);
+"""
+MIGRATIONS = [_TABLES, _ORDERS, _PREDICTIONS]  # each brings the file from one version to the next
 
 _LAST_CHARACTER = "\U0010ffff"
 _IN_TURN = "ORDER BY priority DESC, place, created_at, rowid"
@@ -192,8 +210,36 @@ class Ledger:
                 "INSERT INTO events (job_id, created_at, level, type, message, data) VALUES (?, ?, ?, ?, ?, ?)",
                 [(job_id, e.created_at, e.level, e.type, encodable(e.message), _data(e)) for e in events],
             )
+            for event in events:
+                if event.type is EventType.PREDICTIONS:
+                    self._record_predictions(job_id, event)
             self._change(job_id, {"events_offset": offset, **changes})
         return self.job(job_id)
+
+    def _record_predictions(self, job_id: str, event: Event) -> None:
+        """Note each answer; one of a step that was done again takes the place of the earlier one."""
+        for number, sample in enumerate(event.data["samples"]):
+            row = {
+                "job_id": job_id,
+                "created_at": event.created_at,
+                "step": event.data["step"],
+                "epoch": event.data.get("epoch"),
+                "sample": number,
+                **{name: encodable(str(sample[name])) for name in ("prompt", "expected", "answer")},
+                **{name: sample.get(name) for name in ("exact", "similarity", "seconds")},
+                "error": sample.get("error") and encodable(sample["error"]),
+            }
+            marks = ", ".join("?" * len(row))
+            self._database.execute(
+                f"INSERT OR REPLACE INTO training_predictions ({', '.join(row)}) VALUES ({marks})", list(row.values())
+            )
+
+    def predictions(self, job_id: str) -> list[dict[str, Any]]:
+        """Give what a job's model answered while it learned, by steps and then by questions."""
+        rows = self._database.execute(
+            "SELECT * FROM training_predictions WHERE job_id = ? ORDER BY step, sample", (job_id,)
+        )
+        return [{name: row[name] for name in row.keys() if name != "id"} for row in rows]  # noqa: SIM118
 
     def record_gpu(self, job_id: str, samples: Iterable[tuple[float, str, dict[str, Any]]]) -> None:
         """Commit GPU samples taken while a job ran: (time, uuid, fields)."""
