@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo test test-systemd torture mutants lint gpu-test bench bench-spool bench-train bench-plan schema clean
+.PHONY: .venv demo test test-systemd torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door schema clean
 
 .venv: .venv/ready
 
@@ -45,6 +45,11 @@ N ?= 300
 torture: .venv
 	$(BIN)/python tests/torture.py $(N) $(if $(SEED),--seed $(SEED))
 
+# N bad files read, from another seed each time; SEED begins at the same one.
+fuzz: N = 300000
+fuzz: .venv
+	FINETUNED_FUZZ=$(N) FINETUNED_FUZZ_SEED=$(or $(SEED),$(shell date +%s)) $(BIN)/pytest -s --timeout 0 tests/test_fuzz.py
+
 # On a machine with a CUDA device.
 gpu-test: .venv
 	$(BIN)/pytest -m gpu tests/gpu
@@ -67,6 +72,10 @@ bench-train: .venv
 # Predicted beside measured memory; a quarter of an hour on two cores.
 bench-plan: .venv
 	$(BIN)/python benchmarks/plan.py
+
+# Beside `datasets`, installed into an environment of its own the first time. Some minutes a round.
+bench-door: .venv
+	$(BIN)/python benchmarks/door.py
 
 schema: .venv
 	$(BIN)/python -c 'from finetuned.config import json_schema; print(json_schema(), end="")' > config.schema.json

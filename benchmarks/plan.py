@@ -16,6 +16,7 @@ from typing import Any
 
 from train import CACHE, rows, train_as_daemon
 
+from finetuned.asking import Terms
 from finetuned.config import settings_from
 from finetuned.home import Home, JobFolder
 from finetuned.plan import predict
@@ -84,7 +85,7 @@ class Bench:
     def predicted(self, values: dict[str, Any]) -> int:
         """Ask for a prediction, in bytes."""
         settings = settings_from(values, where="benchmarks/plan.py")
-        plan = predict(self.data, settings, base_dir=self.folder, models=self._models(), gpu=None)
+        plan = predict(self.data, Terms(settings, self.folder, self._models()), gpu=None)
         return int(plan["peak_bytes"])
 
     def measured(self, values: dict[str, Any]) -> int:

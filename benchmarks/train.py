@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from environments import CACHE, PEERS, peers_python
+
 from finetuned.config import settings_from
 from finetuned.events import EventType, parse_event
 from finetuned.home import Home, JobFolder
@@ -28,8 +30,6 @@ from finetuned.launchers.local import trainer_environment
 
 HERE = Path(__file__).parent
 UNITS, LICENSE = HERE.parent / "examples" / "units.jsonl", HERE.parent / "LICENSE"
-PEERS = HERE / "peers"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "finetuned"
 ROWS_A_STEP = 8
 SHORT, LONG = 48, 16  # rows: chats of some 50 tokens, and texts of 100 to 1,700
 SETTINGS = {
@@ -201,21 +201,6 @@ def rows() -> Iterator[dict[str, Any]]:
         )
     random.Random(0).shuffle(chats)
     yield from chats
-
-
-def peers_python(peer: str) -> Path:
-    """Give the interpreter of a peer's environment; make it the first time."""
-    folder = CACHE / peer
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        print(f"installing {peer} into {folder}", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, "--requirement", PEERS / f"{peer}_requirements.txt"], check=True)
-        # Of no use to text, and PyPI's builds of them refuse a torch without CUDA.
-        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"], check=True)
-        (folder / "ready").touch()
-    return python
 
 
 def report(work: Work, runs: dict[str, list[dict[str, Any]]]) -> None:

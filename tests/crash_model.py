@@ -20,7 +20,7 @@ from finetuned.durable import make_folder, sync_tree, write_file
 from finetuned.jobs import Job
 from finetuned.jobs import State as Step
 from finetuned.service import Service
-from finetuned.spool.claim import claim, fingerprint, input_path, write_spec
+from finetuned.spool.claim import claim, files_to_hash, fingerprint, input_path, write_spec
 from finetuned.spool.inbox import Found, list_inbox
 from finetuned.spool.publish import published
 from finetuned.spool.recover import recover
@@ -51,10 +51,17 @@ def content(name: str) -> bytes:
     return f'{{"messages": [{{"role": "assistant", "content": "{name}"}}]}}\n'.encode()
 
 
-def disk(*names: str, override: bool = False, linked: bool = False) -> Disk:
-    """Give a disk with these files in the inbox: their names are sure, the content of those that are not copied yet
-    is not: uploaders do not fsync.
+def held_out_of(name: str) -> str:
+    """Give the name of a file's held-out file."""
+    return f"{name.partition('.')[0]}.eval.jsonl"
+
+
+def disk(*names: str, override: bool = False, held_out: bool = False, linked: bool = False) -> Disk:
+    """Give a disk with these files in the inbox, perhaps with a held-out file beside each: their names are sure, the
+    content of those that are not copied yet is not: uploaders do not fsync.
     """
+    if held_out:
+        names = (*names, *map(held_out_of, names))
     made = Disk()
     for folder in (*FOLDERS, *sorted({f"inbox/{name}".rpartition("/")[0] for name in names} - {"inbox"})):
         made.make(folder, None)
@@ -63,8 +70,8 @@ def disk(*names: str, override: bool = False, linked: bool = False) -> Disk:
     if override:
         made.make("inbox/x.config.json", OVERRIDE)
         made.sync(made.find("inbox/x.config.json") or 0)
-    if linked:
-        made.link(f"inbox/{names[0]}", "elsewhere")
+    for name in names if linked else ():
+        made.link(f"inbox/{name}", f"elsewhere-{name}")
     made.settle()
     for name in names:
         node = made.find(f"inbox/{name}") or 0
@@ -101,14 +108,19 @@ class Daemon:
             if job.reason:
                 self.service._fail(job)
         for job in self.ledger.jobs(Step.CLAIMING):
-            hashed = fingerprint(input_path(self.home, job))
-            assert hashed is not None
-            self.service._queue(job, sha256=hashed[1])
-            self._keep(input_path(self.home, job))
+            self.queue(job)
         while not self.service._paused() and (queued := self.ledger.next_queued(NOW)):
             job = self.ledger.update(queued.id, state=Step.RUNNING, attempt=queued.attempt + 1, started_at=NOW)
             write_spec(self.home, job)
             self._attempt(job)
+
+    def queue(self, job: Job) -> None:
+        files = files_to_hash(self.home, job)
+        hashed = [fingerprint(path) for path in files]
+        assert None not in hashed
+        self.service._queue(job, *(found[1] for found in hashed if found))
+        for path in files:
+            self._keep(path)
 
     def _recover(self) -> None:
         recover(self.ledger, self.home, stop_orphan=lambda job: None)
@@ -122,6 +134,8 @@ class Daemon:
         """Do as a trainer does: a whole checkpoint, then an adapter whose manifest comes when all else is durable."""
         folder = self.home.job(job.id)
         assert input_path(self.home, job).exists(), "the job has no input"
+        held_out = json.loads(folder.spec.read_bytes())["held_out"]
+        assert held_out is None or (folder.path / held_out).exists(), "the job has no held-out file"
         assert not published(self.home, job), "trained again although its adapter is published"
         if not (folder.checkpoints / "step-1").exists():
             make_folder(folder.checkpoints)
@@ -155,7 +169,7 @@ def check_crash(bench: Bench, state: State) -> None:
         if row["state"] == "trained" or row["outcome"] == "succeeded":
             assert f"adapters/{row['adapter']}/finetuned.json" in tree, f"{row['id']} has lost its adapter"
     done = {row["id"].encode() for row in rows if row["outcome"] == "succeeded" or row["state"] == "trained"}
-    there = {here for path, here in tree.items() if path != "elsewhere"}
+    there = {here for path, here in tree.items() if not path.startswith("elsewhere")}
     for treasure in state.treasures - there:
         spent = treasure.startswith(CHECKPOINT) and (
             treasure.removeprefix(CHECKPOINT) in done or _published(tree, treasure.removeprefix(CHECKPOINT))
@@ -187,6 +201,7 @@ def check_end(bench: Bench, scenario: Scenario, begun: State) -> None:
     if not scenario.ledger_lost:
         outcomes = sorted(row["outcome"] for row in rows)
         assert outcomes in [sorted(scenario.outcomes), sorted(scenario.or_else)], f"ended as {outcomes}"
+    with_held_out = any(path.endswith(".eval.jsonl") for path in begun.disk.tree())
     inputs = [path for path in tree if path.startswith("archive/") and path.rpartition("/")[2] in NAMES]
     dropped = len(scenario.outcomes)
     assert len(inputs) == dropped, f"{dropped} files became {inputs}"
@@ -198,6 +213,13 @@ def check_end(bench: Bench, scenario: Scenario, begun: State) -> None:
         archived = tree.get(f"{folder}/{row['id']}/{name}")
         assert archived is not None, f"{name} is not in {folder}"
         assert row["sha256"] in {None, hashlib.sha256(archived).hexdigest()}, f"{name} is not what was hashed"
+        if with_held_out:
+            beside = [path for path in tree if path.endswith(f"/{held_out_of(name)}") and row["id"] in path]
+            assert beside == [f"{folder}/{row['id']}/{held_out_of(name)}"], f"held out from {name}: {beside}"
+            digest = hashlib.sha256(tree[beside[0]] or b"").hexdigest()
+            assert row["held_out_sha256"] in {None, digest}, "the held-out file is not what was hashed"
+            assert row["held_out"] == held_out_of(name).encode()
+            assert row["held_out_sha256"] or row["reason"]
         story = "reason.json" if row["outcome"] != "succeeded" else "job.json"
         assert json.loads(tree[f"{folder}/{row['id']}/{story}"])["job_id"] == row["id"]
         manifest = tree.get(f"adapters/{row['adapter']}/finetuned.json")

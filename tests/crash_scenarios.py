@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -9,18 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from crash_bench import NOW, Bench, State
-from crash_model import OVERRIDE, REASON, UNWRITABLE, BrokenError, Daemon, Scenario, content, disk, explore
+from crash_model import OVERRIDE, REASON, UNWRITABLE, BrokenError, Daemon, Scenario, content, disk, explore, held_out_of
 from finetuned.jobs import Job
-from finetuned.spool.claim import claim, fingerprint, input_path
-from finetuned.spool.inbox import Found
+from finetuned.spool.claim import claim
+from finetuned.spool.inbox import Found, list_inbox
 
 
-def dropped(*names: str, override: bool = False, linked: bool = False) -> Callable[[Bench], State]:
+def dropped(
+    *names: str, override: bool = False, held_out: bool = False, linked: bool = False
+) -> Callable[[Bench], State]:
     """Files lie in the inbox."""
     treasures = {OVERRIDE} if override else set()
     if linked:
-        treasures |= {content(name) for name in names}
-    return lambda _: State(disk(*names, override=override, linked=linked), treasures=frozenset(treasures))
+        treasures |= {content(name) for name in (*names, *(map(held_out_of, names) if held_out else ()))}
+    here = disk(*names, override=override, held_out=held_out, linked=linked)
+    return lambda _: State(here.copy(), treasures=frozenset(treasures))
 
 
 def after(begin: Callable[[Bench], State], do: Callable[[Daemon], None], *orders: str) -> Callable[[Bench], State]:
@@ -39,12 +43,17 @@ def after(begin: Callable[[Bench], State], do: Callable[[Daemon], None], *orders
 
 
 def queue(daemon: Daemon) -> None:
-    for path in sorted(daemon.home.inbox.glob("*.jsonl")):
-        job = claim(daemon.ledger, daemon.home, Found(path, ""), daemon.scenario.config)
-        hashed = fingerprint(input_path(daemon.home, job))
-        assert hashed is not None
-        daemon.service._queue(job, sha256=hashed[1])
-        daemon._keep(input_path(daemon.home, job))
+    for found in list_inbox(daemon.home.inbox, ()):
+        assert isinstance(found, Found)
+        daemon.queue(claim(daemon.ledger, daemon.home, found, daemon.scenario.config))
+
+
+def train_and_drop_again(daemon: Daemon) -> None:
+    daemon.live()
+    for name in ("x.eval.jsonl", "x.jsonl"):
+        path = daemon.home.inbox / name
+        path.write_bytes(content(name))
+        os.utime(path, ns=(0, 10**18))
 
 
 def fail_with(reason: dict[str, str]) -> Callable[[Daemon], None]:
@@ -62,6 +71,7 @@ def always(reason: dict[str, str]) -> Callable[[Job], dict[str, str]]:
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # nothing has to be really durable here
 TWO_DEEP = {"success", "failure", "cancel", "retry fails"}  # where `make test` crashes during the recovery too
 ONE = dropped("x.jsonl", override=True)
+PAIR = dropped("x.jsonl", override=True, held_out=True)
 SCENARIOS = [
     Scenario("success", ONE),
     Scenario("failure", ONE, always(REASON), ("failed",)),
@@ -75,6 +85,20 @@ SCENARIOS = [
     ),
     Scenario("turn", after(dropped("x.jsonl", "y.jsonl"), queue, "first"), outcomes=("succeeded", "succeeded")),
     Scenario("pause", after(dropped("x.jsonl"), queue, "pause", "resume")),
+    Scenario("held out", PAIR),
+    Scenario("held out, failure", PAIR, always(REASON), ("failed",)),
+    Scenario("held out, hard link", dropped("x.jsonl", held_out=True, linked=True)),
+    Scenario("held out, cancel", after(PAIR, queue, "cancel"), outcomes=("cancelled",)),
+    Scenario("held out, retry", after(PAIR, fail_with(REASON), "retry")),
+    Scenario("held out, ledger lost", PAIR, ledger_lost=True),
+    Scenario("held out, failure, ledger lost", PAIR, always(REASON), ("failed",), ledger_lost=True),
+    Scenario("held out, retry, ledger lost", after(PAIR, fail_with(REASON), "retry"), ledger_lost=True),
+    Scenario(
+        "held out, duplicate, ledger lost",
+        after(dropped("x.jsonl", held_out=True), train_and_drop_again),
+        outcomes=("succeeded", "succeeded"),
+        ledger_lost=True,
+    ),
     Scenario("success, ledger lost", ONE, ledger_lost=True),
     Scenario("failure, ledger lost", ONE, always(REASON), ("failed",), ledger_lost=True),
     Scenario("retry, ledger lost", after(ONE, fail_with(REASON), "retry"), ledger_lost=True),

@@ -47,19 +47,24 @@ class Mutant:
 
 
 def without(name: str, file: str, place: str, line: str) -> Mutant:
-    """Drop one line, or one folder from a list."""
-    return Mutant(name, file, place, {line: "" if line.endswith(", ") else "pass"})
+    """Drop one line, or one member of a list."""
+    return Mutant(name, file, place, {line: "" if line.startswith(", ") or line.endswith(", ") else "pass"})
 
 
-_D1, _D2 = "ledger.add(job)  # D1", "write_spec(home, job, override_inode=override_inode)  # D2"
-_D3 = "_take(home, job, found.path)  # D3"
+_D1, _D2, _D3 = (
+    "ledger.add(job)  # D1",
+    "write_spec(home, job, beside)  # D2",
+    "_take(found.path, input_path(home, job))  # D3",
+)
+_BESIDE = "take_beside(ledger, home, job, found.path.parent, beside)"
 _D9 = "move(staged, target)  # D9: this is publication"
 _PUT_AWAY = "_put_away(home, job, folder)"
 _FINISH, _FAIL = (
     "ledger.update(job.id, state=State.FINISHED, outcome=",
     "ledger.update(job.id, state=State.FAILING, reason=",
 )
-_INPUT, _OVERRIDES = "(source / archived_name(job), input_path(home, job)),", "folder.overrides),"
+_FILES = "*((source / name, place) for place, name in reversed(users_files(home, job))),"
+_OVERRIDES = "folder.overrides),"
 _R1, _R2 = "job = ledger.update(  # R1", "write_spec(home, job)  # R2"
 
 MUTANTS = [
@@ -85,7 +90,7 @@ MUTANTS = [
         {
             _D1: "make_folder(home.job(job.id).path)",
             _D2: "pass",
-            _D3: f"{_D3.partition('  #')[0]}; write_spec(home, job, override_inode=override_inode); ledger.add(job)",
+            _D3: f"{_D3.partition('  #')[0]}; write_spec(home, job, beside); ledger.add(job)",
         },
     ),
     Mutant(
@@ -94,14 +99,21 @@ MUTANTS = [
         "def claim",
         {
             _D2: "make_folder(home.job(job.id).path)",
-            _D3: f"{_D3.partition('  #')[0]}; write_spec(home, job, override_inode=override_inode)",
+            _D3: f"{_D3.partition('  #')[0]}; write_spec(home, job, beside)",
         },
     ),
     Mutant(
-        "override taken before D3",
+        "what is beside the data taken before D3",
         CLAIM,
         "def claim",
-        {_D2: f"{_D2.partition('  #')[0]}; take_override(home.job(job.id), found.override, override_inode)"},
+        {_D2: f"{_D2.partition('  #')[0]}; {_BESIDE}"},
+    ),
+    Mutant("D3: a copied held-out file stays", CLAIM, "def _take_once", {"source.unlink()": "pass"}),
+    Mutant(
+        "held-out file put away after the input",
+        PUBLISH,
+        "def _put_away",
+        {"users_files(home, job)": "reversed(users_files(home, job))"},
     ),
     without("D3: copy not fsynced", CLAIM, "def _take", "sync_file(partial)"),
     without("D3: inbox not fsynced after a copy", CLAIM, "def _take", "sync_folder(source.parent)"),
@@ -112,6 +124,7 @@ MUTANTS = [
         {"sync_file(partial)": "sync_file(partial); source.unlink()", "\n    source.unlink()": ""},
     ),
     without("D4: input not fsynced", CLAIM, "def fingerprint", "os.fsync(file.fileno())  # uploaders do not"),
+    without("D4: held-out file not fsynced", CLAIM, "def files_to_hash", ", *([held_out] if held_out else [])"),
     without("claim undone: jobs/ not fsynced", CLAIM, "def forget", "sync_folder(home.jobs)"),
     Mutant("claim undone: row first", CLAIM, "def forget", {"    sync_folder(home.jobs)": "    ledger.drop(job.id)"}),
     without("D8: adapter not fsynced", PUBLISH, "def publish(", "sync_tree(staged)"),
@@ -156,7 +169,8 @@ MUTANTS = [
         "def take_back",
         {_R2: "folder.path.mkdir(exist_ok=True)", "(source / REASON)": "write_spec(home, job); (source / REASON)"},
     ),
-    Mutant("R3: input last", ORDERS, "def take_back", {_INPUT: "", _OVERRIDES: f"{_OVERRIDES} {_INPUT}"}),
+    Mutant("R3: input last", ORDERS, "def take_back", {_FILES: "", _OVERRIDES: f"{_OVERRIDES} {_FILES}"}),
+    Mutant("R3: held-out file before the input", ORDERS, "def take_back", {"reversed(users_files": "list(users_files"}),
     Mutant(
         "order forgotten before it is carried out",
         SERVICE,
@@ -178,6 +192,15 @@ MUTANTS = [
     Mutant("recovery: inbox not fsynced", RECOVER, "def _make_durable", {", home.inbox / job.profile]": "]"}),
     Mutant(
         "recovery: two names of one file", RECOVER, "def _recover_claim", {"or same_file(": "or False and same_file("}
+    ),
+    without(
+        "recovery: held-out file left where a duplicate's goes", RECOVER, "def _recover_beside", "move(put_away, place)"
+    ),
+    without(
+        "recovery: what lay beside the data is left",
+        RECOVER,
+        "def _recover_beside",
+        "take_beside(ledger, home, job, home.inbox / job.profile, read_beside(home.job(job.id)))",
     ),
     Mutant(
         "recovery: a retry is not gone on with",

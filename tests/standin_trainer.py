@@ -84,6 +84,9 @@ def run(folder: Path, spec: dict) -> int:
             say(folder, "error", "told to", level="error", **told)
         return int(end)
     rows = (folder / spec["input"]).read_bytes().splitlines()
+    if spec["held_out"]:
+        held_out = (folder / spec["held_out"]).read_bytes().splitlines()
+        say(folder, "message", f"{len(held_out)} rows held out")
     total = max(1, int(len(rows) * spec["settings"].get("epochs", 1)))
     for _ in range(int(os.environ.get("STANDIN_NOISE", "0"))):
         sys.stdout.write("noise\n" * (2**20 // 6))
@@ -114,7 +117,7 @@ def run(folder: Path, spec: dict) -> int:
     adapter.mkdir(parents=True, exist_ok=True)
     write(adapter / "adapter_model.safetensors", safetensors(digest))
     write(adapter / "adapter_config.json", b'{"peft_type": "LORA"}')
-    story = {key: spec[key] for key in ("sha256", "profile", "settings", "rung")}
+    story = {key: spec[key] for key in ("sha256", "held_out_sha256", "profile", "settings", "rung")}
     story |= {
         "job_id": spec["id"],
         "file": spec["name"],

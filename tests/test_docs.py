@@ -9,9 +9,11 @@ import pytest
 
 from finetuned.cli import cli
 from finetuned.config import Config
+from finetuned.findings import ERRORS, WARNINGS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+DATA = (ROOT / "docs" / "data.md").read_text()
 
 
 def test_every_setting_is_in_the_readme_and_none_besides():
@@ -33,3 +35,10 @@ def test_what_a_page_links_to_is_there(page):
 def test_the_readme_s_commands_are_targets_of_the_makefile():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"^    make ([\w-]+)", README, re.MULTILINE)) <= targets
+
+
+@pytest.mark.parametrize(("title", "found"), [("Errors", ERRORS), ("Warnings", WARNINGS)])
+def test_every_code_of_the_report_is_in_its_table_with_meaning_and_remedy_and_none_besides(title, found):
+    section = DATA.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", section, re.MULTILINE)
+    assert rows == [(code, finding.meaning, finding.remedy) for code, finding in found.items()]

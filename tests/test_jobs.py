@@ -74,6 +74,10 @@ SPEC = JobSpec(
     rung={"batch_size": 4},
     override_inode=77,
     sha256="ab" * 32,
+    held_out="held-out.jsonl.gz",
+    held_out_name="x.eval.jsonl.gz",
+    held_out_identity=FileIdentity(device=1, inode=2, size=3, mtime_ns=4),
+    held_out_sha256="cd" * 32,
     attempt=3,
     base_dir="/srv/é",
     models="/srv/é/.finetuned/models",
@@ -90,6 +94,12 @@ def test_names_that_are_no_utf8_survive_job_json(name):
     content = spec.encode()
     content.decode("ascii")
     assert os.fsencode(JobSpec.decode(content).name) == name
+
+
+def test_a_job_json_from_before_there_were_held_out_files_is_read():
+    fields = {name: value for name, value in json.loads(SPEC.encode()).items() if not name.startswith("held_out")}
+    spec = JobSpec.decode(json.dumps(fields).encode())
+    assert (spec.id, spec.held_out, spec.held_out_identity) == (SPEC.id, None, None)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b'"x"', b'{"identity": 3}', b"\xff"])

@@ -47,6 +47,8 @@ FULL = Job(
     rung={"batch_size": 4},
     outcome=Outcome.FAILED,
     sha256="ab" * 32,
+    held_out=b"caf\xe9 \xff\n.eval.jsonl",
+    held_out_sha256="cd" * 32,
     attempt=3,
     retries=2,
     interruptions=1,
@@ -221,6 +223,7 @@ SETTINGS = {"epochs": 3, "model": "m"}
         ({"settings": {"model": "m", "epochs": 3}}, True),  # the order of keys is no difference
         ({"settings": {"model": "m", "epochs": 4}}, False),
         ({"sha256": "other"}, False),
+        ({"held_out_sha256": "h"}, False),
         ({"outcome": Outcome.FAILED}, False),
         ({"outcome": None, "state": State.RUNNING}, False),
         ({"duplicate_of": "older"}, False),
@@ -231,6 +234,13 @@ def test_trained_before_means_the_same_bytes_with_the_same_settings_and_success(
     ledger.add(replace(row, **change))
     before = ledger.trained_before("s", SETTINGS)
     assert (before is not None) is found
+
+
+@pytest.mark.parametrize(("held_out", "found"), [("h", True), ("other", False), (None, False)])
+def test_trained_before_with_held_out_data_means_the_same_held_out_data(ledger, held_out, found):
+    row = job(state=State.FINISHED, outcome=Outcome.SUCCEEDED, sha256="s", held_out_sha256="h", finished_at=1.0)
+    ledger.add(row)
+    assert (ledger.trained_before("s", {}, held_out_sha256=held_out) is not None) is found
 
 
 def test_of_several_trainings_the_newest_counts(ledger):
@@ -264,6 +274,19 @@ def test_a_ledger_opened_again_has_everything(path):
     assert again.job("full-1") == replace(FULL, events_offset=5)
     assert again.events("full-1") == [event("said")]
     again.close()
+
+
+def test_a_ledger_from_before_there_were_held_out_files_is_brought_up_to_date(path):
+    older = Ledger.open(path)
+    older.add(job())
+    for statement in ("DROP COLUMN held_out", "DROP COLUMN held_out_sha256"):
+        older._database.execute(f"ALTER TABLE jobs {statement}")
+    older._database.execute("PRAGMA user_version=2")
+    older.close()
+    ledger = Ledger.open(path)
+    assert ledger.jobs(*State) == [job()]
+    assert ledger.update("x-1", held_out=b"x.eval.jsonl").held_out == b"x.eval.jsonl"
+    ledger.close()
 
 
 def test_what_was_committed_survives_a_kill(path):

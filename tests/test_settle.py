@@ -561,6 +561,139 @@ def test_an_override_in_a_profiles_folder_belongs_to_the_data_there(inbox):
     assert [one.path.parent.name for one in inbox.look().complaints] == ["fast"]
 
 
+# -- held-out files
+
+
+@pytest.mark.parametrize(
+    ("data", "held_out"),
+    [
+        ("x.jsonl", "x.eval.jsonl"),
+        ("x.jsonl.gz", "x.eval.json"),
+        ("x.json", "x.eval.jsonl.zst"),
+        ("X.JSONL", "X.EVAL.JSONL"),
+        ("a.b c.jsonl", "a.b c.eval.jsonl"),
+        (b"\xff.jsonl", b"\xff.eval.jsonl"),
+        ("fast/x.jsonl", "fast/x.eval.jsonl"),
+        ("eval.jsonl", "eval.eval.jsonl"),
+    ],
+)
+def test_a_held_out_file_is_taken_with_the_data_of_its_stem_and_never_alone(inbox, data, held_out):
+    beside = inbox.drop(held_out)
+    found = Found(inbox.drop(data), "fast" if "fast" in str(data) else "", beside)
+    first = inbox.look()
+    look = inbox.look(after=10)
+    assert first.complaints == look.complaints == []
+    assert look.ready == [found]
+
+
+@pytest.mark.parametrize(
+    "name", ["x.eval.jsonl", "x.eval.json", "x.eval.jsonl.gz", "X.EVAL.JSONL", "fast/x.eval.jsonl"]
+)
+def test_a_held_out_file_without_data_waits_for_it(inbox, name):
+    path = inbox.drop(name)
+    inbox.drop("x.eval.config.json", b"{}")
+    look = inbox.look()
+    assert {one.path.name for one in look.complaints} == {path.name, "x.eval.config.json"}, "nor has it settings"
+    [complaint] = [one for one in look.complaints if one.path == path]
+    assert complaint.what == "is held-out data by its name and waits for its data file"
+    assert "Drop x.jsonl too" in complaint.remedy.replace("X", "x")
+    assert inbox.look(after=10_000).ready == []
+    inbox.drop(name.replace(".eval", "").replace(".EVAL", ""))
+    assert len(inbox.settled()) == 1
+
+
+@pytest.mark.parametrize("name", ["eval.jsonl", "xeval.jsonl", "x.evaluation.jsonl", "x.eval.v2.jsonl"])
+def test_a_name_that_only_looks_like_that_of_held_out_data_is_data(inbox, name):
+    inbox.drop(name)
+    assert inbox.settled() == [name]
+
+
+@pytest.mark.parametrize("litter", [".x.eval.jsonl", "x.eval.jsonl.part", "y.eval.jsonl", "x.eval.txt"])
+def test_other_things_are_not_the_held_out_file(inbox, litter):
+    path = inbox.drop("x.jsonl")
+    inbox.drop(litter)
+    (inbox.folder / "x.eval.json").mkdir()
+    inbox.look()
+    assert inbox.look(after=10).ready == [Found(path, "")]
+
+
+def test_of_several_held_out_files_one_must_go_before_anything_is_taken(inbox):
+    path = inbox.drop("x.jsonl")
+    inbox.drop("x.eval.jsonl")
+    other = inbox.drop("x.eval.json", b"[]")
+    inbox.drop("y.jsonl")
+    [complaint] = inbox.look().complaints
+    assert (complaint.path, complaint.what) == (path, "has several held-out files: x.eval.json, x.eval.jsonl")
+    assert inbox.ready(after=10) == ["y.jsonl"]
+    other.unlink()
+    assert inbox.settled() == ["x.jsonl", "y.jsonl"]
+
+
+def test_a_held_out_file_to_which_two_data_files_lay_claim_is_taken_with_neither(inbox):
+    inbox.drop("x.eval.jsonl")
+    inbox.drop("x.jsonl")
+    other = inbox.drop("x.json", b"[]")
+    complaints = inbox.look().complaints
+    assert [one.path.name for one in complaints] == ["x.json", "x.jsonl"]
+    assert all("x.eval.jsonl may belong: x.json, x.jsonl" in one.what for one in complaints)
+    assert inbox.ready(after=10) == []
+    other.unlink()
+    assert inbox.settled() == ["x.jsonl"]
+
+
+def test_a_held_out_file_that_is_not_quiet_holds_its_data_back(inbox):
+    inbox.drop("x.jsonl")
+    assert inbox.settled() == ["x.jsonl"]
+    inbox.drop("x.eval.jsonl")
+    assert inbox.ready() == []
+    assert inbox.ready(after=1.5) == []
+    assert inbox.ready(after=1) == ["x.jsonl"]
+
+
+def test_a_held_out_file_that_is_open_for_writing_holds_its_data_back(inbox):
+    inbox.drop("x.jsonl")
+    with inbox.drop("x.eval.jsonl").open("ab"):
+        inbox.look()
+        assert inbox.ready(after=10) == []
+    assert inbox.ready(after=10) == ["x.jsonl"]
+
+
+def test_a_held_out_file_with_half_a_line_is_given_time(inbox):
+    inbox.drop("x.jsonl")
+    inbox.drop("x.eval.jsonl", LINE + b'{"mess')
+    inbox.look()
+    assert inbox.ready(after=50) == []
+    assert inbox.ready(after=20) == ["x.jsonl"]
+
+
+def test_an_empty_held_out_file_is_given_time(inbox):
+    inbox.drop("x.jsonl")
+    inbox.drop("x.eval.jsonl", b"")
+    inbox.look()
+    assert inbox.ready(after=3000) == []
+    assert inbox.ready(after=1000) == ["x.jsonl"]
+
+
+def test_a_held_out_file_that_cannot_be_taken_keeps_its_data_with_a_complaint(inbox):
+    inbox.drop("x.jsonl")
+    link = inbox.folder / "x.eval.jsonl"
+    link.symlink_to("nowhere")
+    complaint = inbox.complaint()
+    assert (complaint.path, complaint.what) == (link, "is a symbolic link")
+
+
+@pytest.mark.parametrize("which", ["x.jsonl", "x.eval.jsonl"])
+def test_a_pair_that_changed_since_the_look_is_not_as_seen(inbox, which):
+    inbox.drop("x.jsonl")
+    inbox.drop("x.eval.jsonl")
+    inbox.look()
+    [found] = inbox.look(after=10).ready
+    assert inbox.settler.is_as_seen(found)
+    with (inbox.folder / which).open("ab") as file:
+        file.write(LINE)
+    assert not inbox.settler.is_as_seen(found)
+
+
 @pytest.fixture(autouse=True)
 def _no_descriptor_left_open() -> Iterator[None]:
     """Looking goes on for months: a descriptor a look would be the end of it."""

@@ -24,10 +24,11 @@ from finetuned.home import Home
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
 from finetuned.spool import orders
-from finetuned.spool.claim import claim, enqueue, fingerprint, input_path, read_spec, write_spec
+from finetuned.spool.claim import claim, enqueue, files_to_hash, fingerprint, input_path, read_spec, write_spec
 from finetuned.spool.inbox import Found
 from finetuned.spool.publish import BadOutputError, archive, fail, publish
 from finetuned.spool.recover import MOST_INTERRUPTIONS, recover
+from test_settle import without_privileges
 
 CONTENT = "".join(json.dumps(row) + "\n" for row in chat_rows(3)).encode()
 REASON = {"code": "bad_data", "what": "it broke", "where": "x.jsonl:3", "remedy": "Mend it."}
@@ -85,9 +86,9 @@ class Spool:
         return claim(self.ledger, self.home, self.drop(name, content, override=override), self.config)
 
     def enqueue(self, job: Job) -> Job:
-        result = fingerprint(input_path(self.home, job))
-        assert result is not None
-        return enqueue(self.ledger, self.home, self.config, job, result[1])
+        results = [fingerprint(path) for path in files_to_hash(self.home, job)]
+        assert None not in results
+        return enqueue(self.ledger, self.home, self.config, job, *(result[1] for result in results if result))
 
     def start(self, job: Job) -> Job:
         job = self.ledger.update(job.id, state=State.RUNNING, attempt=job.attempt + 1, started_at=time.time())
@@ -948,3 +949,279 @@ def test_a_pipe_in_place_of_a_claimed_file_holds_nobody_up(tmp_path):
     os.mkfifo(tmp_path / "input.jsonl")
     with pytest.raises(OSError, match="not a regular file"):
         fingerprint(tmp_path / "input.jsonl")
+
+
+# -- a held-out file beside the data
+
+HELD_OUT = "".join(json.dumps(row) + "\n" for row in chat_rows(2, start=500)).encode()
+
+
+def dropped_both(
+    spool: Spool, name: str | bytes = "x.jsonl", held_out: str | bytes = "x.eval.jsonl", *, rows: bytes = HELD_OUT
+) -> Found:
+    found = spool.drop(name)
+    path = found.path.with_name(os.fsdecode(held_out))
+    path.write_bytes(rows)
+    return replace(found, held_out=path)
+
+
+def claimed_both(spool: Spool, name: str | bytes = "x.jsonl", held_out: str | bytes = "x.eval.jsonl", **more) -> Job:
+    return claim(spool.ledger, spool.home, dropped_both(spool, name, held_out, **more), spool.config)
+
+
+def finished_with(spool: Spool, folder: Path, job: Job) -> None:
+    """The job has ended, its two files lie side by side and nowhere else."""
+    done = spool.ledger.job(job.id)
+    assert done.state is State.FINISHED
+    assert (folder / os.fsdecode(job.name)).read_bytes() == CONTENT
+    assert (folder / os.fsdecode(job.held_out or b"")).read_bytes() == HELD_OUT
+    assert done.held_out_sha256 == hashlib.sha256(HELD_OUT).hexdigest()
+    assert files(spool.home.inbox) == files(spool.home.jobs) == []
+
+
+def test_a_held_out_file_travels_with_its_data(spool, home):
+    job = claimed_both(spool)
+    assert files(home.inbox) == []
+    assert files(spool.job_folder(job)) == ["held-out.jsonl", "input.jsonl", "job.json"]
+    assert read_spec(home.job(job.id)).held_out == "held-out.jsonl"
+    job = spool.archive(spool.publish(spool.train(spool.start(spool.enqueue(job)))))
+    finished_with(spool, spool.archived(job).parent, job)
+    story = json.loads((spool.archived(job).parent / "job.json").read_text())
+    assert (story["held_out"], story["held_out_sha256"]) == ("x.eval.jsonl", job.held_out_sha256)
+
+
+def test_the_trainer_is_told_of_the_held_out_file_at_every_attempt(spool, home):
+    job = spool.start(spool.enqueue(claimed_both(spool, "x.jsonl", "x.eval.jsonl.gz")))
+    spec = read_spec(home.job(job.id))
+    assert (spec.attempt, spec.held_out) == (1, "held-out.jsonl.gz")
+    assert (spool.job_folder(job) / spec.held_out).read_bytes() == HELD_OUT
+    assert spec.held_out_sha256 == hashlib.sha256(HELD_OUT).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("x.jsonl.zst", "x.eval.json"),
+        ("fast/é b.json", "é b.eval.jsonl"),
+        (b"caf\xe9.jsonl", b"caf\xe9.eval.jsonl"),
+        ("X.JSONL", "X.EVAL.JSONL"),
+        ("overrides.json", "overrides.eval.json"),
+        ("job.json", "job.eval.json"),
+    ],
+)
+@pytest.mark.parametrize("succeeds", [True, False])
+@pytest.mark.parametrize("ledger_lost", [True, False])
+def test_held_out_files_of_any_name_come_through_and_back(spool, home, names, succeeds, ledger_lost):
+    name, held_out = names
+    spool.config = Config(profiles={"fast": {}})
+    job = spool.start(spool.enqueue(claimed_both(spool, name, held_out)))
+    job = spool.archive(spool.publish(spool.train(job))) if succeeds else spool.fail(job, REASON)
+    (folder,) = home.archive.glob(f"*/{job.id}")
+    assert (folder / os.fsdecode(held_out)).read_bytes() == HELD_OUT
+    assert CONTENT in {path.read_bytes() for path in folder.iterdir()}
+    if ledger_lost:
+        spool.lose_the_ledger()
+        spool.recover()
+    known = spool.ledger.job(job.id)
+    assert (known.name, known.held_out) == (job.name, os.fsencode(held_out))
+    assert known.held_out_sha256 == job.held_out_sha256
+    if not succeeds:
+        again = orders.retry(spool.ledger, home, spool.config, known)
+        assert [path.read_bytes() for path in files_to_hash(home, again)] == [CONTENT, HELD_OUT]
+        assert not folder.exists()
+        again = spool.archive(spool.publish(spool.train(spool.start(spool.enqueue(again)))))
+        assert (spool.archived(again).parent / os.fsdecode(held_out)).read_bytes() == HELD_OUT
+
+
+def test_a_cancelled_job_keeps_its_held_out_file_beside_its_data(spool, home):
+    job = spool.enqueue(claimed_both(spool))
+    spool.fail(job, orders.cancelled(job))
+    finished_with(spool, home.failed / job.id, job)
+
+
+def test_an_older_archive_with_data_of_such_a_name_is_still_known(spool, home):
+    """Before there were held-out files, x.eval.jsonl was trained on like any other."""
+    job = spool.trained_and_archived("x.eval.jsonl")
+    spool.lose_the_ledger()
+    spool.recover()
+    known = spool.ledger.job(job.id)
+    assert (known.name, known.held_out) == (b"x.eval.jsonl", None)
+
+
+def test_a_hard_linked_held_out_file_is_copied_and_the_other_link_left_alone(spool, tmp_path):
+    found = dropped_both(spool)
+    other = tmp_path / "other.jsonl"
+    other.hardlink_to(found.held_out)
+    job = claim(spool.ledger, spool.home, found, spool.config)
+    assert files(spool.home.inbox) == []
+    other.write_bytes(b"changed later")
+    assert files_to_hash(spool.home, job)[1].read_bytes() == HELD_OUT
+
+
+def test_a_held_out_file_that_is_no_longer_there_leaves_the_data_in_the_inbox(spool, home):
+    found = dropped_both(spool)
+    found.held_out.unlink()
+    with pytest.raises(OSError):
+        claim(spool.ledger, home, found, spool.config)
+    assert files(home.inbox) == ["x.jsonl"]
+    assert spool.jobs() == []
+
+
+def test_another_held_out_file_makes_another_training(spool):
+    def enqueued(name: str, **more) -> State:
+        return spool.enqueue(claimed_both(spool, f"{name}.jsonl", f"{name}.eval.jsonl", **more)).state
+
+    first = spool.enqueue(claimed_both(spool))
+    spool.archive(spool.publish(spool.train(spool.start(first))))
+    assert enqueued("same") is State.TRAINED
+    assert enqueued("other", rows=b'{"messages": []}\n') is State.QUEUED
+    assert spool.enqueue(spool.claim("none.jsonl")).state is State.QUEUED
+
+
+@pytest.mark.parametrize("reached", ["nothing", "half a copy", "the copy", "the rename"])
+@pytest.mark.parametrize("ledger_lost", [True, False])
+def test_claiming_with_the_held_out_file_left_behind_takes_it_along(spool, home, tmp_path, reached, ledger_lost):
+    found = dropped_both(spool)
+    facts = found.held_out.stat()
+    job = claim(spool.ledger, home, found, spool.config)
+    place = files_to_hash(home, job)[1]
+    if reached != "the rename":
+        place.rename(found.held_out)
+    if "copy" in reached:
+        (tmp_path / "other.jsonl").hardlink_to(found.held_out)
+        partial = spool.job_folder(job) / "copy.partial"
+        partial.write_bytes(HELD_OUT[:10] if reached == "half a copy" else HELD_OUT)
+        if reached == "the copy":
+            partial.rename(place)
+    if ledger_lost:
+        spool.lose_the_ledger()
+    spool.recover()
+    assert [path.read_bytes() for path in files_to_hash(home, spool.ledger.job(job.id))] == [CONTENT, HELD_OUT]
+    assert files(home.inbox) == []
+    assert facts.st_size == len(HELD_OUT)
+    assert spool.enqueue(spool.ledger.job(job.id)).state is State.QUEUED
+
+
+def cut_off_between(spool: Spool) -> tuple[Job, Path]:
+    """A crash came when the data was taken and its held-out file not yet."""
+    found = dropped_both(spool)
+    job = claim(spool.ledger, spool.home, found, spool.config)
+    files_to_hash(spool.home, job)[1].rename(found.held_out)
+    return job, found.held_out
+
+
+def test_a_job_that_was_moved_in_the_queue_still_knows_its_held_out_file(spool, home):
+    spool.enqueue(spool.claim("other.jsonl", b"other\n"))
+    job, held_out = cut_off_between(spool)
+    orders.change_turn(spool.ledger, home, job, orders.Verb.FIRST)
+    spool.recover()
+    assert not held_out.exists()
+    assert [path.read_bytes() for path in files_to_hash(home, spool.ledger.job(job.id))] == [CONTENT, HELD_OUT]
+
+
+@pytest.mark.parametrize("content", [b"{}", b"", b"[]"])
+def test_a_claim_with_a_damaged_job_json_leaves_the_held_out_file_where_it_is_and_says_so(spool, home, content):
+    job, held_out = cut_off_between(spool)
+    home.job(job.id).spec.write_bytes(content)
+    spool.recover()
+    assert spool.ledger.job(job.id).reason["code"] == "no_held_out"
+    assert held_out.read_bytes() == HELD_OUT
+
+
+@pytest.mark.parametrize("how", ["another file", "the same inode, written anew", "taken away"])
+def test_a_held_out_file_that_was_replaced_meanwhile_is_not_taken_for_the_jobs_own(spool, home, how):
+    job, held_out = cut_off_between(spool)
+    before = held_out.stat()
+    if how == "another file":
+        held_out.rename(home.root / "mine")  # its inode stays in use
+    if how == "taken away":
+        held_out.unlink()
+    else:
+        held_out.write_bytes(b"newer\n")
+        os.utime(held_out, ns=(0, before.st_mtime_ns + (how != "another file")))
+    spool.recover()
+    job = spool.enqueue(spool.ledger.job(job.id))
+    assert job.state is State.FAILING
+    assert job.reason
+    assert (job.reason["code"], job.reason["where"]) == ("no_held_out", "x.eval.jsonl")
+    spool.fail(job)
+    assert files(home.failed / job.id) == ["reason.json", "x.jsonl"]
+    assert files(home.inbox) == ([] if how == "taken away" else ["x.eval.jsonl"])
+    with pytest.raises(FinetunedError, match=r"x\.eval\.jsonl of job .* is no longer there"):
+        orders.retry(spool.ledger, home, spool.config, spool.ledger.job(job.id))
+    (home.failed / job.id / "x.eval.jsonl").write_bytes(HELD_OUT)  # as the remedy says
+    again = spool.enqueue(orders.retry(spool.ledger, home, spool.config, spool.ledger.job(job.id)))
+    assert (again.state, again.reason) == (State.QUEUED, None)
+    assert again.held_out_sha256 == hashlib.sha256(HELD_OUT).hexdigest()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_held_out_file_that_may_not_be_moved_fails_the_job_and_stays_where_it_is(spool, home):
+    found = dropped_both(spool)
+    home.inbox.chmod(0o1777)  # sticky: everybody may remove what is his own
+    for path in (home.inbox, found.held_out):
+        os.chown(path, 65534, -1)
+
+    def taken() -> Job:
+        ledger = Ledger.open(home.ledger)  # of this thread
+        try:
+            return claim(ledger, home, found, spool.config)
+        finally:
+            ledger.close()
+
+    job = without_privileges(taken)
+    assert job.reason
+    assert (job.reason["code"], job.reason["what"]) == (
+        "no_held_out",
+        "the held-out file cannot be taken: Operation not permitted",
+    )
+    spool.fail(job)
+    assert files(home.inbox) == ["x.eval.jsonl"]
+    assert files(home.failed / job.id) == ["reason.json", "x.jsonl"]
+
+
+def test_claiming_leaves_a_newer_pair_of_the_same_names_in_the_inbox(spool, home):
+    job = claimed_both(spool)
+    spool.drop(content=b"newer\n")
+    (home.inbox / "x.eval.jsonl").write_bytes(b"newer too\n")
+    spool.recover()
+    assert [path.read_bytes() for path in files_to_hash(home, job)] == [CONTENT, HELD_OUT]
+    assert files(home.inbox) == ["x.eval.jsonl", "x.jsonl"]
+
+
+def test_claiming_and_both_files_still_in_the_inbox_forgets_the_claim(spool, home):
+    found = dropped_both(spool)
+    job = claim(spool.ledger, home, found, spool.config)
+    for place, path in zip(files_to_hash(home, job), (found.path, found.held_out), strict=True):
+        place.rename(path)
+    spool.recover()
+    assert (spool.jobs(), files(home.jobs)) == ([], [])
+    assert (found.path.read_bytes(), found.held_out.read_bytes()) == (CONTENT, HELD_OUT)
+
+
+@pytest.mark.parametrize("reached", ["the ledger", "the held-out file", "the input"])
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_putting_both_away_goes_on_wherever_it_stopped(spool, home, reached, succeeds):
+    job = spool.start(spool.enqueue(claimed_both(spool)))
+    if succeeds:
+        job = spool.publish(spool.train(job))
+        folder = home.archive / time.strftime("%Y-%m", time.localtime(job.created_at)) / job.id
+    else:
+        job = spool.ledger.update(job.id, state=State.FAILING, reason=REASON)
+        folder = home.failed / job.id
+    folder.mkdir(parents=True)
+    place, held_out = files_to_hash(home, replace(job, reason=None))
+    if reached != "the ledger":
+        held_out.rename(folder / "x.eval.jsonl")
+    if reached == "the input":
+        place.rename(folder / "x.jsonl")
+    spool.recover()
+    finished_with(spool, folder, job)
+
+
+def test_settings_that_cannot_be_used_put_both_files_aside(spool, home):
+    found = dropped_both(spool)
+    found.override.write_text('{"epochs": 0}')
+    job = spool.fail(claim(spool.ledger, home, found, spool.config))
+    assert files(home.failed / job.id) == ["overrides.json", "reason.json", "x.eval.jsonl", "x.jsonl"]
+    assert files(home.inbox) == []

@@ -31,6 +31,7 @@ from finetuned.guard import why_paused
 from finetuned.home import Home
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
+from finetuned.spool.inbox import is_held_out, relatives
 from finetuned.spool.orders import Verb
 from finetuned.spool.publish import OURS
 from standin_trainer import safetensors, weights_of
@@ -49,6 +50,7 @@ class Torture:
     kills: Counter[str] = field(default_factory=Counter)
     orders: Counter[str] = field(default_factory=Counter)
     dropped: list[tuple[str, str]] = field(default_factory=list)  # name and sha256 of each file
+    held_out: list[tuple[str, str]] = field(default_factory=list)  # likewise, of those dropped beside one
     faults: list[str] = field(default_factory=list)
     explained: int = 0  # failures that were tried again
     daemon: Daemon | None = None
@@ -86,14 +88,18 @@ class Torture:
         if self.random.random() < 0.2:
             name, content = f"{name}.gz", gzip.compress(content)
         target = folder / name
-        override = folder / f"{name.partition('.')[0]}.config.json"
+        stem = name.partition(".")[0]
         staged = self.home.root / "staged"
         staged.write_bytes(content)
-        way = self.random.choice(["rename", "rename", "copy", "slow", "again", "override"])
-        if os.path.lexists(target) or os.path.lexists(override):
+        way = self.random.choice(["rename", "rename", "copy", "slow", "again", "override", "held out"])
+        if any(os.path.lexists(folder / other) for other in relatives(name)):
             return  # a file of that name waits there: people do not replace what they have just dropped
         if way == "override":
-            override.write_text(json.dumps({"epochs": 2, "seed": number}))
+            (folder / f"{stem}.config.json").write_text(json.dumps({"epochs": 2, "seed": number}))
+        if way == "held out":
+            rows = json.dumps(chat_rows(1, start=1000 * number + 500)[0]).encode() + b"\n"
+            (folder / f"{stem}.eval.jsonl").write_bytes(rows)
+            self.held_out.append((f"{stem}.eval.jsonl", hashlib.sha256(rows).hexdigest()))
         if way == "copy":
             shutil.copyfile(staged, target)
         elif way == "slow":
@@ -183,7 +189,11 @@ class Torture:
     def count(self) -> None:
         """Compare what is there with what was dropped."""
         jobs = self.jobs()
-        inputs = {path: path.read_bytes() for path in self.home.archive.glob("*/*/*") if path.name not in OURS}
+        archived = {path: path.read_bytes() for path in self.home.archive.glob("*/*/*") if path.name not in OURS}
+        inputs = {path: content for path, content in archived.items() if not is_held_out(path.name)}
+        beside = {(path.name, hashlib.sha256(archived[path]).hexdigest()) for path in archived.keys() - inputs.keys()}
+        known = {(os.fsdecode(job.held_out), job.held_out_sha256) for job in jobs if job.held_out}
+        self.faults += [f"held out: {one} is not in all places" for one in {*self.held_out} ^ beside | beside ^ known]
         kept = Counter((path.name, hashlib.sha256(content).hexdigest()) for path, content in inputs.items())
         rows = Counter((os.fsdecode(job.name), job.sha256) for job in jobs)
         dropped = Counter(self.dropped)

@@ -17,7 +17,7 @@ from finetuned.config import settings_from
 from finetuned.durable import sync_tree
 from finetuned.errors import FinetunedError, HomeError
 from finetuned.events import describe_end, judge
-from finetuned.gpu import Sampler
+from finetuned.gpu import Gpu, Sampler
 from finetuned.home import Home, JobFolder, find_home, safe_name
 from finetuned.jobs import FileIdentity, Job, JobSpec, State
 from finetuned.launchers.local import LocalTrainer, start, trainer_environment
@@ -171,7 +171,8 @@ def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
     """Run one trainer to its end: the job with its newest figures, the exit status, and whether it was stopped by the
     user.
     """
-    environment, _ = trainer_environment(first_gpu())
+    gpu = first_gpu()
+    environment, _ = trainer_environment(gpu.uuid if gpu else None)
     tail = EventTail(folder.events, folder.events.stat().st_size if folder.events.exists() else 0)
     try:
         trainer = start(folder, log=folder.path / _LOG, environment=environment)
@@ -198,11 +199,11 @@ def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
         signal.signal(signal.SIGINT, before)
 
 
-def first_gpu() -> str | None:
-    """Give the first GPU's UUID, or None."""
+def first_gpu() -> Gpu | None:
+    """Give the first GPU, or None."""
     sampler = Sampler.open()
     try:
-        return sampler.gpus[0].uuid if sampler.gpus else None
+        return sampler.gpus[0] if sampler.gpus else None
     finally:
         sampler.close()
 

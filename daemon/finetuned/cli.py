@@ -122,12 +122,16 @@ def status(base_dir: Path | None, as_json: bool, watch: bool) -> None:  # noqa: 
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A training setting for this file alone; repeatable."
 )
-def add(base_dir: Path | None, file: Path, profile: str, settings: tuple[str, ...]) -> None:
-    """Copy FILE into the inbox, whole or not at all, with settings of its own."""
+@click.option(
+    "--eval-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Held-out rows for this file."
+)
+def add(base_dir: Path | None, file: Path, profile: str, settings: tuple[str, ...], eval_file: Path | None) -> None:
+    """Copy FILE into the inbox, whole or not at all, with settings and held-out rows of its own."""
     from finetuned.drop import add as drop
     from finetuned.drop import parse_settings
 
-    click.echo(drop(_home(base_dir), file, profile=profile, settings=parse_settings(settings)))
+    given = parse_settings(settings)
+    click.echo(drop(_home(base_dir), file, profile=profile, settings=given, held_out=eval_file))
 
 
 @cli.command()
@@ -242,6 +246,30 @@ def install(
     from finetuned.units import install_units
 
     sys.exit(install_units(_home(base_dir), user=user, run_as=run_as, folder=output_dir, only_print=only_print))
+
+
+@cli.command()
+@_base_dir
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
+@click.option("--model", help="A hub id, a folder, or smollm2-135m, in place of the configured one.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def check(base_dir: Path | None, file: Path, profile: str, model: str | None, as_json: bool) -> None:  # noqa: FBT001
+    """Say what is wrong or odd in FILE, where, and what the model would learn from it; exit 1 if it is refused."""
+    from finetuned.check import check_file, render
+    from finetuned.errors import DataError
+
+    try:
+        facts = check_file(file, base_dir=base_dir, profile=profile, model=model)
+    except DataError as error:
+        facts = {"file": str(file), "verdict": "refused", "reason": error.as_dict(), "unchecked": ""}
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        text = render(facts, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+        letters = sys.stdout.encoding  # a terminal's may be fewer than a file's
+        click.echo(text.encode(letters, "backslashreplace").decode(letters), err="format" not in facts)
+    sys.exit(facts["verdict"] != "usable")
 
 
 @cli.command()

@@ -1,10 +1,12 @@
-"""Putting a file into the inbox so that the daemon can never see half of it, with the settings for it alone."""
+"""Putting a file into the inbox so that the daemon can never see half of it, with settings and held-out data for it."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from finetuned.durable import make_folder, sync_file, sync_folder, write_file
 from finetuned.errors import DataError, HomeError
 from finetuned.home import Home, data_extension
 from finetuned.spool.claim import settings_for
-from finetuned.spool.inbox import EXTENSIONS, Found, is_data
+from finetuned.spool.inbox import EXTENSIONS, Found, held_out_of, is_data, is_held_out, relatives
 
 
 def parse_settings(given: tuple[str, ...]) -> dict[str, Any]:
@@ -38,20 +40,19 @@ def parse_settings(given: tuple[str, ...]) -> dict[str, Any]:
     return settings
 
 
-def add(home: Home, file: Path, *, profile: str, settings: dict[str, Any]) -> Path:
+def add(home: Home, file: Path, *, profile: str, settings: dict[str, Any], held_out: Path | None = None) -> Path:
     """Copy a file into the inbox under a name that is free; its place there.
 
-    The override comes first and the file last, by one step each. Raises DataError for a file that is no training file,
-    ConfigError for settings that cannot be used, HomeError where the inbox cannot be written.
+    Held-out file and override come first and the file last, by one step each. Raises DataError for files that cannot
+    be taken, ConfigError for settings that cannot be used, HomeError where the inbox cannot be written.
     """
-    if not (is_data(file.name) and file.is_file()):
-        raise DataError("is not a training file", where=str(file), remedy=f"finetuned takes {', '.join(EXTENSIONS)}.")
+    _check(file, held_out)
     config = load_config(home.config_file)
     settings_for(home, config, profile, check_overrides(settings, where="--set"), where="--set")
     folder = home.inbox / profile if profile else home.inbox
     try:
         make_folder(folder)
-        return _put(file, folder, profile, settings)
+        return _put(file, folder, profile, settings, held_out)
     except OSError as error:
         raise HomeError(
             f"the file cannot be put there: {error.strerror}",
@@ -60,28 +61,64 @@ def add(home: Home, file: Path, *, profile: str, settings: dict[str, Any]) -> Pa
         ) from error
 
 
-def _put(file: Path, folder: Path, profile: str, settings: dict[str, Any]) -> Path:
-    partial = folder / f".{os.getpid()}-{file.name}.part"
-    try:
-        shutil.copyfile(file, partial)
-        sync_file(partial)
+def _check(file: Path, held_out: Path | None) -> None:
+    remedy = f"finetuned takes {', '.join(EXTENSIONS)}."
+    if is_held_out(file.name):
+        raise DataError(
+            "is held-out data by its name",
+            where=str(file),
+            remedy="Add it with the file it belongs to, as its --eval-file, or rename it.",
+        )
+    if not (is_data(file.name) and file.is_file()):
+        raise DataError("is not a training file", where=str(file), remedy=remedy)
+    if held_out and not (data_extension(os.fsencode(held_out.name)) in EXTENSIONS and held_out.is_file()):
+        raise DataError("is not a file of rows", where=str(held_out), remedy=remedy)
+
+
+def _put(file: Path, folder: Path, profile: str, settings: dict[str, Any], held_out: Path | None) -> Path:
+    with ExitStack() as partials:
+        data = partials.enter_context(_copy(file, folder / f".{os.getpid()}.part"))
+        rows = partials.enter_context(_copy(held_out, folder / f".{os.getpid()}.eval.part")) if held_out else None
         extension = data_extension(os.fsencode(file.name))
         stem = file.name[: len(file.name) - len(extension)]
         for name in chain([file.name], (f"{stem}-{number}{extension}" for number in count(2))):
             target = folder / name
-            override = Found(target, profile).override
-            if os.path.lexists(target) or os.path.lexists(override):
+            if any(os.path.lexists(folder / other) for other in (name, *relatives(name))):
                 continue
-            if settings:
-                write_file(override, json.dumps(settings, indent=2).encode() + b"\n")
-            try:
-                os.link(partial, target)  # unlike a rename it never replaces a file that came in the meantime
-            except FileExistsError:
-                if settings:  # else it is another's
-                    override.unlink(missing_ok=True)
-                continue
+            with ExitStack() as undo:  # what is put there for a file that then does not come
+                if rows and held_out:
+                    beside = folder / held_out_of(name, data_extension(os.fsencode(held_out.name)))
+                    if not _linked(rows, beside):
+                        continue
+                    undo.callback(beside.unlink, missing_ok=True)
+                    sync_folder(folder)
+                if settings:
+                    override = Found(target, profile).override
+                    undo.callback(override.unlink, missing_ok=True)
+                    write_file(override, json.dumps(settings, indent=2).encode() + b"\n")
+                if not _linked(data, target):
+                    continue
+                undo.pop_all()
             sync_folder(folder)
             return target
         raise AssertionError("numbers do not end")
+
+
+@contextmanager
+def _copy(file: Path, partial: Path) -> Iterator[Path]:
+    """Give a whole, durable copy under a name that the daemon passes over, which is removed in the end."""
+    try:
+        shutil.copyfile(file, partial)
+        sync_file(partial)
+        yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _linked(partial: Path, target: Path) -> bool:
+    """Whether the file could get that name: unlike a rename, this never replaces one that came in the meantime."""
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        return False
+    return True

@@ -26,6 +26,10 @@ class JobFolder:
         """The file `x.config.json` that was dropped beside `x.jsonl`, once it is spent."""
         return self.path / "overrides.json"
 
+    def held_out(self, extension: str) -> Path:
+        """The file `x.eval.jsonl` that was dropped beside `x.jsonl`, with its extensions."""
+        return self.path / f"held-out{extension}"
+
     @property
     def events(self) -> Path:
         """What the trainer says, one JSON object a line."""

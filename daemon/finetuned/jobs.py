@@ -80,6 +80,8 @@ class Job:
     rung: dict[str, Any] = field(default_factory=dict)
     outcome: Outcome | None = None
     sha256: str | None = None
+    held_out: bytes | None = None  # the name of the held-out file that was dropped beside it
+    held_out_sha256: str | None = None
     attempt: int = 0
     retries: int = 0  # after transient ends
     interruptions: int = 0  # of attempts that died with the daemon or the machine; counted apart from failures
@@ -88,7 +90,7 @@ class Job:
     not_before: float = 0.0  # do not start again earlier than this
     events_offset: int = 0  # bytes of events.jsonl that are in the ledger already
     adapter: str | None = None  # the name of the folder in adapters/
-    duplicate_of: str | None = None  # the job that trained the same file with the same settings
+    duplicate_of: str | None = None  # the job that trained the same files with the same settings
     reason: dict[str, str] | None = None  # why it failed: code, what, where, remedy
     progress: dict[str, Any] = field(default_factory=dict)  # the newest figures of every kind
     started_at: float | None = None
@@ -115,13 +117,16 @@ class JobSpec:
     rung: dict[str, Any]
     override_inode: int | None = None  # of x.config.json, so that recovery takes that file and no newer one
     sha256: str | None = None
+    held_out: str | None = None  # the held-out file that was dropped beside the input
+    held_out_name: str | None = None  # as it was dropped
+    held_out_identity: FileIdentity | None = None  # as it was in inbox/, for the same reason as the override's
+    held_out_sha256: str | None = None
     reason: dict[str, str] | None = None  # why it cannot be trained, where its settings are broken
     attempt: int = 0
     priority: int = 0
     place: float = 0.0
     base_dir: str = ""
     models: str = ""
-    held_out: str | None = None  # held-out rows that came with the input
 
     def encode(self) -> bytes:
         """Give the file's content."""
@@ -131,7 +136,10 @@ class JobSpec:
     def decode(cls, content: bytes) -> JobSpec:
         """Read the file's content. Raises ValueError or TypeError if it is no job."""
         fields = json.loads(content)
-        return cls(**{**fields, "identity": FileIdentity(**fields["identity"])})
+        fields["identity"] = FileIdentity(**fields["identity"])
+        if held_out := fields.get("held_out_identity"):
+            fields["held_out_identity"] = FileIdentity(**held_out)
+        return cls(**fields)
 
 
 def check_transition(old: State, new: State) -> None:

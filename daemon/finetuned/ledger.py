@@ -87,6 +87,10 @@ CREATE TABLE orders (
     job_id TEXT NOT NULL
 ) STRICT;
 """
+_HELD_OUT = """
+ALTER TABLE jobs ADD COLUMN held_out BLOB;
+ALTER TABLE jobs ADD COLUMN held_out_sha256 TEXT;
+"""
 _PREDICTIONS = """
 CREATE TABLE training_predictions (
     id INTEGER PRIMARY KEY,
@@ -105,7 +109,7 @@ CREATE TABLE training_predictions (
 ) STRICT;
 CREATE UNIQUE INDEX predictions_by_job ON training_predictions (job_id, step, sample);
 """
-MIGRATIONS = [_TABLES, _ORDERS, _PREDICTIONS]  # each brings the file from one version to the next
+MIGRATIONS = [_TABLES, _ORDERS, _HELD_OUT, _PREDICTIONS]  # each brings the file from one version to the next
 
 _LAST_CHARACTER = "\U0010ffff"
 _IN_TURN = "ORDER BY priority DESC, place, created_at, rowid"
@@ -315,12 +319,14 @@ class Ledger:
         )
         return [_job(row) for row in rows]
 
-    def trained_before(self, sha256: str, settings: dict[str, Any]) -> Job | None:
-        """Give the newest job that succeeded on the same content with the same settings."""
+    def trained_before(
+        self, sha256: str, settings: dict[str, Any], *, held_out_sha256: str | None = None
+    ) -> Job | None:
+        """Give the newest job that succeeded on the same content, held-out data included, with the same settings."""
         row = self._database.execute(
-            "SELECT * FROM jobs WHERE sha256 = ? AND settings = ? AND outcome = ? AND duplicate_of IS NULL"
-            " ORDER BY finished_at DESC LIMIT 1",
-            (sha256, _stored("settings", settings), Outcome.SUCCEEDED),
+            "SELECT * FROM jobs WHERE sha256 = ? AND held_out_sha256 IS ? AND settings = ? AND outcome = ?"
+            " AND duplicate_of IS NULL ORDER BY finished_at DESC LIMIT 1",
+            (sha256, held_out_sha256, _stored("settings", settings), Outcome.SUCCEEDED),
         ).fetchone()
         return _job(row) if row else None
 

@@ -30,7 +30,7 @@ from finetuned.live import sentence
 from finetuned.notify import notify, watchdog_seconds
 from finetuned.pulse import Signs, no_room, trouble
 from finetuned.spool import orders
-from finetuned.spool.claim import claim, enqueue, input_path, settle_duplicate, write_spec
+from finetuned.spool.claim import claim, enqueue, files_to_hash, settle_duplicate, write_spec
 from finetuned.spool.crashes import pause_if_too_many
 from finetuned.spool.hasher import Hasher
 from finetuned.spool.inbox import Complaint, Found
@@ -337,7 +337,8 @@ class Service:
                     return
                 _complain(Complaint(found.path, f"cannot be taken: {error.strerror}", "Mend the folder's permissions."))
                 continue
-            _log.info("file taken", job=job.id, file=printable(job.name), bytes=job.identity.size)
+            also = {"held_out": printable(job.held_out)} if job.held_out else {}
+            _log.info("file taken", job=job.id, file=printable(job.name), bytes=job.identity.size, **also)
             if job.reason:
                 self._fail(job)
 
@@ -347,7 +348,7 @@ class Service:
         if now < self._held_until:
             return
         for job in self._ledger.jobs(State.CLAIMING):
-            self._hasher.ask(job, input_path(self._home, job), now)
+            self._hasher.ask(job, files_to_hash(self._home, job), now)
         for job_id, result in self._hasher.results(now=now, pause=self._config.quiet_seconds):
             if isinstance(result, OSError) and result.errno in _UNREADABLE:
                 self._fail(self._ledger.job(job_id), _unreadable(result))
@@ -356,15 +357,15 @@ class Service:
             elif result is None:
                 _log.info("file still changes", job=job_id)
             else:
-                self._queue(self._ledger.job(job_id), sha256=result[1])
+                self._queue(self._ledger.job(job_id), *result)
             if time.monotonic() > now + _ROUND:
                 self._wake.set()
                 return
 
-    def _queue(self, job: Job, *, sha256: str) -> None:
-        job = enqueue(self._ledger, self._home, self._config, job, sha256)
+    def _queue(self, job: Job, *hashes: str) -> None:
+        job = enqueue(self._ledger, self._home, self._config, job, *hashes)
         if job.state is State.QUEUED:
-            _log.info("queued", job=job.id, sha256=sha256[:12])
+            _log.info("queued", job=job.id, sha256=hashes[0][:12])
         else:
             self._finish_untrained(job)
 
@@ -383,7 +384,7 @@ class Service:
         job = self._ledger.next_queued(time.time())
         if job is None or self._fleet.all_failed:
             return
-        job = settle_duplicate(self._ledger, self._home, self._config, job, str(job.sha256))
+        job = settle_duplicate(self._ledger, self._home, self._config, job)
         if job.state is not State.QUEUED:
             self._finish_untrained(job)
             self._wake.set()

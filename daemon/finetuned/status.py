@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Collection
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from finetuned.checked import is_checked
@@ -77,20 +78,28 @@ def _profiles(home: Home) -> Collection[str]:
 
 def _lying(entry: Found | Complaint) -> dict[str, str]:
     """Say why something is still in the inbox."""
-    what, remedy = "waits until it is whole and quiet", ""
     if isinstance(entry, Complaint):
-        what, remedy = entry.what, entry.remedy
-    elif entry.path.is_symlink():
-        what, remedy = "is a symbolic link", "Put the file itself there."
-    elif entry.path.is_file() and entry.path.stat().st_size == 0:
-        what, remedy = "is empty", "Fill it; after empty_seconds its job fails."
-    return {"path": printable(os.fsencode(entry.path)), "what": what, "remedy": remedy}
+        return _said(entry.path, entry.what, entry.remedy)
+    for path in filter(None, (entry.path, entry.held_out)):
+        if path.is_symlink():
+            return _said(path, "is a symbolic link", "Put the file itself there.")
+        if path.is_file() and path.stat().st_size == 0:
+            return _said(path, "is empty", "Fill it; after empty_seconds its job fails.")
+    if entry.held_out:
+        both = f"waits until it and {printable(os.fsencode(entry.held_out.name))} are whole and quiet"
+        return _said(entry.path, both)
+    return _said(entry.path, "waits until it is whole and quiet")
+
+
+def _said(path: Path, what: str, remedy: str = "") -> dict[str, str]:
+    return {"path": printable(os.fsencode(path)), "what": what, "remedy": remedy}
 
 
 def _facts(job: Job) -> dict[str, Any]:
     return {
         "id": job.id,
         "file": printable(job.name),
+        "held_out": printable(job.held_out) if job.held_out else None,
         "profile": job.profile or None,
         "status": job.status,
         "outcome": job.outcome,

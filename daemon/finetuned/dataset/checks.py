@@ -14,6 +14,7 @@ ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function
 # Beside role and content. Those of the second line go to the chat template as they are.
 _KEYS = frozenset({"role", "content", "weight", "tool_calls", "function_call", "refusal"})
 _FOR_TEMPLATES = frozenset({"name", "tool_call_id", "reasoning_content", "reasoning", "thinking"})
+_KNOWN = _KEYS | _FOR_TEMPLATES
 _EXACT = 2**53  # from there on a number with a fraction's format has lost digits
 
 
@@ -39,24 +40,32 @@ def _check(message: Any) -> Message | list[tuple[str, str]]:
     role, content = message["role"], message.get("content")
     problems = []
     if not isinstance(role, str) or role not in ROLES:
-        problems.append(("unrecognized_role", f": {role!r:.60}"))
-    unknown = message.keys() - _KEYS - _FOR_TEMPLATES
-    if unknown:
-        problems.append(("message_unrecognized_key", f": {', '.join(map(repr, sorted(unknown)))[:100]}"))
+        problems.append(("unrecognized_role", f": {_shown(role)}"))
+    if not _KNOWN.issuperset(message):
+        unknown = sorted(message.keys() - _KNOWN)
+        problems.append(("message_unrecognized_key", f": {', '.join(map(repr, unknown))[:100]}"))
     if message.get("weight") not in (None, 0, 1):
-        problems.append(("data_type", f": weight {message['weight']!r:.20} is neither 0 nor 1"))
+        problems.append(("data_type", f": weight {_shown(message['weight'])} is neither 0 nor 1"))
     if content is None and not called:
         problems.append(("missing_content", ""))
     if problems:
         return problems
     try:
         text = "" if content is None else text_of(content)
-        extra = {name: message[name] for name in _FOR_TEMPLATES & message.keys() if message[name] is not None}
-        if called:
-            extra["tool_calls"] = _calls(message)
+        extra = _extra(message)
     except ValueError as error:
         return [("data_type", f": {error}")]
-    return Message(role, text, message.get("weight") != 0, extra or None)
+    return Message(role, text, message.get("weight") != 0, extra)
+
+
+def _extra(message: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Give what a template takes beside role and content. Raises ValueError."""
+    extra = {name: value for name, value in message.items() if name in _FOR_TEMPLATES and value is not None}
+    if message.get("tool_calls") or message.get("function_call"):
+        extra["tool_calls"] = _calls(message)
+    if extra:
+        to_json(extra)  # or else it cannot be compared with others
+    return extra or None
 
 
 def text_of(content: Any) -> str:
@@ -69,14 +78,24 @@ def text_of(content: Any) -> str:
     if isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content):
         for part in content:
             if part["type"] != "text" or not isinstance(part.get("text"), str):
-                raise ValueError(f"a part of type {part['type']!r:.40}; texts alone are trained")
+                raise ValueError(f"a part of type {_shown(part['type'])}; texts alone are trained")
         return "".join(part["text"] for part in content)
     if isinstance(content, float) and abs(content) >= _EXACT:
         raise ValueError("a number too large to be kept exactly; write it as a string")
+    return to_json(content)
+
+
+def to_json(value: Any) -> str:
+    """Give a value that came from JSON as JSON. Raises ValueError where it is nested deeper than templates can go."""
     try:
-        return orjson.dumps(content).decode()
+        return orjson.dumps(value).decode()
     except orjson.JSONEncodeError:
-        raise ValueError("content is nested too deep") from None
+        raise ValueError("it is nested too deep") from None
+
+
+def _shown(value: Any) -> str:
+    """Give a value for a sentence; of lists and objects, which may be deep and large, the kind."""
+    return f"{value!r:.60}" if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
 
 
 def _calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from finetuned.dataset.checks import check_messages
+from finetuned.dataset.checks import check_messages, to_json
 from finetuned.dataset.rows import Problem, Row
 
 _Messages = list[Any] | list[Problem]
@@ -119,6 +119,10 @@ def _tools(value: dict[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise _WrongError("data_type", "tools is no list of objects")
+    try:
+        to_json(tools)
+    except ValueError as error:
+        raise _WrongError("data_type", f"tools: {error}") from None
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
@@ -163,7 +167,7 @@ def _alpaca(value: dict[str, Any]) -> list[Any]:
     for question, answer in history:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     question = value["instruction"]
-    if value.get("input"):  # as LLaMA-Factory joins them
+    if value.get("input") not in (None, ""):  # as LLaMA-Factory joins them
         if not isinstance(question, str) or not isinstance(value["input"], str):
             raise _WrongError("data_type", "instruction or input is no string")
         question = f"{question}\n{value['input']}" if question else value["input"]
@@ -184,7 +188,7 @@ def _question_answer(value: dict[str, Any]) -> list[Any]:
 
 
 def _system(value: dict[str, Any]) -> list[Any]:
-    return [{"role": "system", "content": value["system"]}] if value.get("system") else []
+    return [{"role": "system", "content": value["system"]}] if value.get("system") not in (None, "") else []
 
 
 def _pair(question: Any, answer: Any) -> list[Any]:

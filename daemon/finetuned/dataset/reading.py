@@ -20,6 +20,7 @@ MAX_ROW = 64 * 2**20  # bytes of one line
 MAX_UNPACKED = 64 * 2**30  # bytes of a file after decompression
 _SURE = 2**30  # bytes that any file may have
 _DENSEST = 200  # times that text of any use is smaller when packed
+_LINE = 256  # bytes that a line of a packed file counts for at least: each takes its time
 _BLOCK = 2**18  # bytes read at once
 _TOO_LARGE = f"longer than {MAX_ROW // 2**20} MiB"
 # Whole strings, and what gives an array its structure. Possessive, so that long strings take no memory.
@@ -113,7 +114,9 @@ class _Meter:
 
     def readline(self, most: int) -> bytes:
         """Read to the end of the line, or so many bytes."""
-        return self._counted(self._file.readline(most))
+        line = self._file.readline(most)
+        self._total += max(0, _LINE - len(line))
+        return self._counted(line)
 
     def read(self, size: int) -> bytes:
         """Read so many bytes, fewer at the end."""
@@ -159,12 +162,14 @@ def _check_zstd_end(path: Path) -> None:
             raise EOFError("the last frame has no end")
 
 
-def _array(meter: _Meter) -> Iterator[tuple[int, Any | BadLine]]:  # noqa: C901, a state machine reads best whole
+def _array(meter: _Meter) -> Iterator[tuple[int, Any | BadLine]]:  # noqa: C901, PLR0912, a state machine reads best whole
     """Cut an array into its elements without reading it whole. One that is no JSON spoils no other.
 
     Its strings and brackets are found by a pattern; what an element means is the parser's business.
     """
-    text, line = meter.read(_BLOCK).removeprefix(_BOM), 1
+    text, line = b"", 1
+    while b"[" not in text:
+        text += meter.read(_BLOCK)
     start = place = text.index(b"[") + 1  # of the element; up to `place` its structure is known
     line += text.count(b"\n", 0, start)
     block, depth = _BLOCK, 0
@@ -182,7 +187,7 @@ def _array(meter: _Meter) -> Iterator[tuple[int, Any | BadLine]]:  # noqa: C901,
             elif not depth and mark in b",]":
                 element = text[start : token.start()]
                 content = element.lstrip()
-                at = line + element.count(b"\n", 0, len(element) - len(content))
+                at = line + _breaks_before(element)
                 if content:
                     yield at, _element(content.rstrip())
                 elif mark == b",":
@@ -190,22 +195,28 @@ def _array(meter: _Meter) -> Iterator[tuple[int, Any | BadLine]]:  # noqa: C901,
                 line += element.count(b"\n")
                 start = place
                 if mark == b"]":
-                    if text[place:].strip() or meter.read(_BLOCK).strip():
-                        yield line, BadLine("not_json", "something stands behind the array's end")
+                    behind = text[place:] + meter.read(_BLOCK)
+                    if behind.strip():
+                        yield line + _breaks_before(behind), BadLine("not_json", "it stands behind the array's end")
                     return
         more = meter.read(block)
         if not more:
-            yield line, BadLine("truncated_last_line", "the array has no end")
+            yield line + _breaks_before(text[start:]), BadLine("truncated_last_line", "the array has no end")
             return
         block = _BLOCK if start else 2 * block
         text, place, start = text[start:] + more, place - start, 0
         if len(text) > 2 * MAX_ROW:
             raise DataError(
                 f"an element is {_TOO_LARGE}",
-                where=f"{meter.name}:{line}",
+                where=f"{meter.name}:{line + _breaks_before(text)}",
                 remedy=ERRORS["row_too_large"].remedy,
                 code="row_too_large",
             )
+
+
+def _breaks_before(text: bytes) -> int:
+    """Count the lines that end before a text begins."""
+    return text.count(b"\n", 0, len(text) - len(text.lstrip()))
 
 
 def _element(text: bytes) -> Any | BadLine:

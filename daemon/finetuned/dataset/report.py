@@ -13,6 +13,7 @@ from finetuned.errors import DataError
 from finetuned.findings import ERRORS, FATAL, WARNINGS, Warned
 
 _LINES_NAMED = 3
+_GIVEN_UP = 1_000_000  # bad rows, with no good one among them
 
 
 @dataclass
@@ -60,10 +61,13 @@ class Report:
         return self.rows - self.bad_rows
 
     def add(self, line: int, problems: Iterable[Problem]) -> None:
-        """Count a bad row."""
+        """Count a bad row, each kind of problem in it once."""
         self.bad_rows += 1
+        first: dict[str, str] = {}
         for problem in problems:
-            self.faults.setdefault(problem.code, Fault()).see(line, problem.detail)
+            first.setdefault(problem.code, problem.detail)
+        for code, detail in first.items():
+            self.faults.setdefault(code, Fault()).see(line, detail)
 
     def warn(self, code: Warned, line: int, detail: str = "") -> None:
         """Count a row that is trained all the same."""
@@ -121,10 +125,12 @@ def _by_count(faults: dict[Any, Fault]) -> list[tuple[Any, Fault]]:
 def rows_of(file: RowFile, report: Report, *, system_prompt: str | None) -> Iterator[Row]:
     """Read a file and check every row; bad ones go into the report. Raises DataError if there are none.
 
-    The caller asks `judge` when all checks are done.
+    The caller asks `judge` when all checks are done. Of a file without a good row the first million are read.
     """
     expected: Format | None = None
     for line, value in file.rows():
+        if report.bad_rows == report.rows >= _GIVEN_UP:
+            break
         report.rows += 1
         if isinstance(value, BadLine):
             report.add(line, [Problem(value.code, value.detail)])

@@ -1,11 +1,11 @@
-"""What lies in the inbox: data files, overrides, litter, what does not belong there. Looks at names, not into files."""
+"""What lies in the inbox: data files, what goes with them, litter, what does not belong there. Looks at names alone."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
@@ -17,14 +17,16 @@ _LITTER = re.compile(
 )
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
 OVERRIDE_SUFFIX = ".config.json"
+HELD_OUT_SUFFIX = ".eval"  # of a stem: x.eval.jsonl is held out from the training on x.jsonl
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A data file in the inbox. `profile` is the sub-folder it lies in, or empty."""
+    """A data file in the inbox, with its held-out file. `profile` is the sub-folder it lies in, or empty."""
 
     path: Path
     profile: str
+    held_out: Path | None = None
 
     @property
     def name(self) -> bytes:
@@ -65,6 +67,7 @@ def _list(folder: Path, *, profile: str, profiles: Collection[str]) -> Iterator[
     except OSError as error:
         yield Complaint(folder, f"cannot be listed: {error.strerror}", "Mend its permissions.")
         return
+    pairs = _pairs([entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)])
     overrides = {entry.name for entry in entries if entry.name.endswith(OVERRIDE_SUFFIX)}
     if overrides:  # those that have a data file
         overrides &= {_override_of(entry.name) for entry in entries if is_data(entry.name)}
@@ -78,10 +81,23 @@ def _list(folder: Path, *, profile: str, profiles: Collection[str]) -> Iterator[
         elif entry.name.endswith(OVERRIDE_SUFFIX):
             if entry.name not in overrides:
                 yield Complaint(path, "waits for a data file of its name", "Drop that file too.")
-        elif is_data(entry.name):
-            yield Found(path, profile)
         else:
-            yield Complaint(path, "is not a training file", f"finetuned takes {', '.join(EXTENSIONS)}.")
+            yield from _file(path, profile, pairs)
+
+
+def _file(path: Path, profile: str, pairs: dict[str, _Pair]) -> Iterator[Found | Complaint]:
+    if is_held_out(path.name):
+        stem = held_out_stem(path.name)
+        if not pairs[stem].data:
+            yield Complaint(
+                path,
+                "is held-out data by its name and waits for its data file",
+                f"Drop {_listed([stem])}.jsonl too, or rename this one if it is to be trained on.",
+            )
+    elif is_data(path.name):
+        yield _with_held_out(path, profile, pairs.get(_stem(path.name)))
+    else:
+        yield Complaint(path, "is not a training file", f"finetuned takes {', '.join(EXTENSIONS)}.")
 
 
 def _misplaced(folder: Path, profile: str, profiles: Collection[str]) -> Iterator[Complaint]:
@@ -101,11 +117,78 @@ def _misplaced(folder: Path, profile: str, profiles: Collection[str]) -> Iterato
     )
 
 
+@dataclass
+class _Pair:
+    """The held-out and the data files of one stem: one of each, as it should be."""
+
+    held_out: list[str] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)
+
+
+def _pairs(names: list[str]) -> dict[str, _Pair]:
+    """Give the files of each stem that has a held-out file."""
+    pairs: dict[str, _Pair] = {}
+    for name in names:
+        if is_held_out(name):
+            pairs.setdefault(held_out_stem(name), _Pair()).held_out.append(name)
+    for name in names if pairs else ():
+        if is_data(name) and _stem(name) in pairs:
+            pairs[_stem(name)].data.append(name)
+    return pairs
+
+
+def _with_held_out(path: Path, profile: str, pair: _Pair | None) -> Found | Complaint:
+    if pair is None:
+        return Found(path, profile)
+    if len(pair.held_out) > 1:
+        return Complaint(path, f"has several held-out files: {_listed(pair.held_out)}", "Leave one of them beside it.")
+    if len(pair.data) > 1:
+        return Complaint(
+            path,
+            f"is not the only one to which {_listed(pair.held_out)} may belong: {_listed(pair.data)}",
+            "Rename all but one of these, or take them away until it is taken.",
+        )
+    return Found(path, profile, path.with_name(pair.held_out[0]))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(printable(os.fsencode(name)) for name in names)
+
+
+def _stem(name: str) -> str:
+    return name[: len(name) - len(data_extension(os.fsencode(name)))]
+
+
 def _override_of(name: str) -> str:
-    return name[: len(name) - len(data_extension(os.fsencode(name)))] + OVERRIDE_SUFFIX
+    return _stem(name) + OVERRIDE_SUFFIX
+
+
+def held_out_of(name: str, extension: str) -> str:
+    """Give the name of a data file's held-out file with these extensions: `x.eval.json` of `x.jsonl`."""
+    return f"{_stem(name)}{HELD_OUT_SUFFIX}{extension}"
+
+
+def relatives(name: str) -> list[str]:
+    """Give the names of what would go with a data file, or be another to which that may belong."""
+    stems = (_stem(name), _stem(name) + HELD_OUT_SUFFIX)
+    return [_override_of(name), *(stem + extension for stem in stems for extension in EXTENSIONS)]
+
+
+def held_out_stem(name: str) -> str:
+    """Give the stem of the data file to which a held-out file of that name belongs: `x` of `x.eval.jsonl`."""
+    return _stem(name)[: -len(HELD_OUT_SUFFIX)]
+
+
+def is_held_out(name: str) -> bool:
+    """Whether a file of that name would be taken with a data file, as its held-out data."""
+    return HELD_OUT_SUFFIX in name.lower() and _is_taken(name) and _stem(name).lower().endswith(HELD_OUT_SUFFIX)
 
 
 def is_data(name: str) -> bool:
-    """Whether a file of that name would be taken."""
+    """Whether a file of that name would be taken by itself."""
+    return _is_taken(name) and not is_held_out(name)
+
+
+def _is_taken(name: str) -> bool:
     whole = not (name.endswith(OVERRIDE_SUFFIX) or _LITTER.search(printable(os.fsencode(name))))
     return whole and data_extension(os.fsencode(name)) in EXTENSIONS

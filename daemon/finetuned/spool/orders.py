@@ -15,8 +15,8 @@ from finetuned.errors import FinetunedError
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
-from finetuned.spool.claim import columns_of, input_path, settings_beside, write_spec
-from finetuned.spool.publish import CANCELLED, REASON, archived_name
+from finetuned.spool.claim import columns_of, read_beside, settings_beside, write_spec
+from finetuned.spool.publish import CANCELLED, REASON, users_files
 
 
 class Verb(StrEnum):
@@ -67,7 +67,7 @@ def change_turn(ledger: Ledger, home: Home, job: Job, verb: Verb) -> Job:
     edge = others[0] if verb is Verb.FIRST else others[-1]
     step = -1 if verb is Verb.FIRST else 1
     job = ledger.update(job.id, priority=edge.priority, place=edge.place + step)
-    write_spec(home, job)
+    write_spec(home, job, read_beside(home.job(job.id)))  # it may not have been taken as a whole yet
     return job
 
 
@@ -109,7 +109,6 @@ def retry(ledger: Ledger, home: Home, config: Config, job: Job) -> Job:
 
 def check_retry(home: Home, job: Job) -> None:
     """Raise OrderError if there is nothing to try again."""
-    source = home.failed / job.id / archived_name(job)
     if job.outcome is Outcome.SUCCEEDED:
         raise OrderError(
             f"job {job.id} has succeeded",
@@ -117,10 +116,13 @@ def check_retry(home: Home, job: Job) -> None:
         )
     if job.state is not State.FINISHED:
         raise OrderError(f"job {job.id} is {job.status}; there is nothing to try again yet")
-    if not source.exists():
-        raise OrderError(
-            f"the file of job {job.id} is no longer there", where=str(source), remedy="Drop it into inbox/ again."
-        )
+    for _, name in users_files(home, job):
+        if not (home.failed / job.id / name).exists():
+            raise OrderError(
+                f"{name} of job {job.id} is no longer there",
+                where=str(home.failed / job.id / name),
+                remedy="Put it back, or drop the job's files into inbox/ again.",
+            )
 
 
 def settings_of_retry(home: Home, config: Config, job: Job) -> TrainingSettings:
@@ -136,7 +138,7 @@ def take_back(home: Home, job: Job) -> None:
     folder, source = home.job(job.id), home.failed / job.id
     write_spec(home, job)  # R2
     for kept, place in (
-        (source / archived_name(job), input_path(home, job)),
+        *((source / name, place) for place, name in reversed(users_files(home, job))),
         (source / folder.checkpoints.name, folder.checkpoints),
         (source / folder.overrides.name, folder.overrides),
     ):

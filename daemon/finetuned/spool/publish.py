@@ -20,7 +20,7 @@ from finetuned.errors import FinetunedError
 from finetuned.home import Home, printable, safe_name
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
-from finetuned.spool.claim import input_path
+from finetuned.spool.claim import held_out_path, input_path
 
 STORY, REASON = "job.json", "reason.json"  # beside an input in archive/, and in archive/failed/
 OURS = frozenset({STORY, REASON, "overrides.json", "checkpoints", "adapter"})  # names there
@@ -148,15 +148,21 @@ def _put_away(home: Home, job: Job, folder: Path) -> None:
     overrides = home.job(job.id).overrides
     if overrides.exists():
         move(overrides, folder / overrides.name)
-    source = input_path(home, job)
-    if source.exists():
-        move(source, folder / archived_name(job))
+    for source, name in users_files(home, job):
+        if source.exists():
+            move(source, folder / name)
 
 
-def archived_name(job: Job) -> str:
-    """Give the input's name, changed where it is that of a file of ours."""
+def users_files(home: Home, job: Job) -> list[tuple[Path, str]]:
+    """Give the place in the job's folder and the name in the archive of the held-out file, if any, and of the input.
+
+    The input is the last to leave a folder and the first to come back: where it is, a lost ledger finds the job.
+    """
     name = os.fsdecode(job.name)
-    return f"input-{name}" if name in OURS else name
+    files = [(input_path(home, job), f"input-{name}" if name in OURS else name)]
+    if held_out := held_out_path(home, job):
+        files.insert(0, (held_out, os.fsdecode(job.held_out or b"")))  # none of ours ends so, nor does an input
+    return files
 
 
 def _story(job: Job, outcome: Outcome, *, log: Path | None = None) -> bytes:
@@ -169,6 +175,7 @@ def _story(job: Job, outcome: Outcome, *, log: Path | None = None) -> bytes:
         "adapter": job.adapter if outcome is Outcome.SUCCEEDED else None,
         "profile": job.profile,
         "sha256": job.sha256,
+        **_told_of_held_out(job),
         "attempts": job.attempt,
         "rung": job.rung,
         "settings": job.settings,
@@ -177,6 +184,12 @@ def _story(job: Job, outcome: Outcome, *, log: Path | None = None) -> bytes:
         **({"log": _last_lines(log)} if log and job.reason and job.reason["code"] == "bug" else {}),
     }
     return json.dumps(story, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _told_of_held_out(job: Job) -> dict[str, str | None]:
+    if job.held_out is None:
+        return {}
+    return {"held_out": printable(job.held_out), "held_out_sha256": job.held_out_sha256}
 
 
 def _last_lines(log: Path) -> list[str]:

@@ -21,6 +21,7 @@ from finetuned.home import Home, JobFolder
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import Ledger
 from finetuned.spool.claim import read_spec, restore
+from finetuned.spool.inbox import is_held_out
 from finetuned.spool.publish import OURS, REASON, STORY
 
 _BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError)  # what a file that is no story of a job raises
@@ -109,9 +110,11 @@ def _finished(home: Home, adapters: dict[str, tuple[str, dict[str, Any]]]) -> di
 
 def _row(story: dict[str, Any], folder: Path | None = None) -> Job:
     """Give the row of a job that has ended, from what was written then. Raises one of _BROKEN."""
-    name, identity = os.fsencode(str(story["file"])), FileIdentity(0, 0, 0, 0)
+    name, identity, held_out = os.fsencode(str(story["file"])), FileIdentity(0, 0, 0, 0), None
     for path in folder.iterdir() if folder else ():
-        if path.is_file() and path.name not in OURS:
+        if "held_out" in story and is_held_out(path.name):
+            held_out = os.fsencode(path.name)
+        elif path.is_file() and path.name not in OURS:
             plain = path.name.removeprefix("input-")
             name = os.fsencode(plain if plain in OURS else path.name)
             facts = path.stat()
@@ -127,6 +130,8 @@ def _row(story: dict[str, Any], folder: Path | None = None) -> Job:
         rung=dict(story["rung"]),
         outcome=Outcome(story["outcome"]),
         sha256=story["sha256"] and str(story["sha256"]),
+        held_out=held_out,
+        held_out_sha256=story.get("held_out_sha256") and str(story["held_out_sha256"]),
         attempt=int(story["attempts"]),
         adapter=story["adapter"] and str(story["adapter"]),
         duplicate_of=story.get("duplicate_of") and str(story["duplicate_of"]),

@@ -9,23 +9,21 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import structlog
 
 from finetuned.adapters import belongs_to
-from finetuned.durable import same_file, sync_folder
+from finetuned.durable import move, same_file, sync_folder
 from finetuned.errors import FinetunedError
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
 from finetuned.lifesigns import locked
-from finetuned.spool.claim import forget, input_path, read_spec, take_override
+from finetuned.spool.claim import forget, input_path, read_beside, take_beside
 from finetuned.spool.crashes import note_crash
-from finetuned.spool.inbox import Found
 from finetuned.spool.orders import take_back
-from finetuned.spool.publish import archive, archive_folder, fail, publish, published
+from finetuned.spool.publish import archive, archive_folder, fail, publish, published, users_files
 from finetuned.spool.rebuild import holds_input, rebuild
 
 MOST_INTERRUPTIONS = 5  # of one job; after that it is the job that takes the machine down
@@ -100,12 +98,19 @@ def _recover_claim(ledger: Ledger, home: Home, job: Job) -> None:
     if not job.attempt and (_same_inode(source, job) or same_file(source, input_path(home, job))):
         forget(ledger, home, job)
     elif input_path(home, job).exists():
-        folder = home.job(job.id)
-        with suppress(OSError, ValueError, TypeError):  # a damaged job.json knows of no override
-            take_override(folder, Found(source, job.profile).override, read_spec(folder).override_inode)
+        _recover_beside(ledger, home, job)
     else:
         _log.warning("file vanished before it was taken", file=printable(job.name))
         ledger.drop(job.id)
+
+
+def _recover_beside(ledger: Ledger, home: Home, job: Job) -> None:
+    """Bring what lay beside the data to where the input is."""
+    for place, name in users_files(home, job):
+        put_away = archive_folder(home, job) / name
+        if put_away.exists() and not place.exists():  # of a duplicate: the ledger was lost before its input followed
+            move(put_away, place)
+    take_beside(ledger, home, job, home.inbox / job.profile, read_beside(home.job(job.id)))
 
 
 def _same_inode(path: Path, job: Job) -> bool:

@@ -1,7 +1,7 @@
 """Which files of the inbox are ready. The listing is the truth; nothing here moves a file.
 
-A file is ready when it has been quiet for a while, nobody has it open for writing, and its last line is whole. What
-will never be ready is named once, with what to do about it.
+A file is ready when it has been quiet for a while, nobody has it open for writing, and its last line is whole, and so
+is the held-out file beside it. What will never be ready is named once, with what to do about it.
 """
 
 from __future__ import annotations
@@ -81,35 +81,47 @@ class Settler:
         return Look(ready, fresh, waiting, None if again == math.inf else again)
 
     def is_as_seen(self, found: Found) -> bool:
-        """Whether a file still is what the last look found."""
+        """Whether a file, and its held-out file, still is what the last look found."""
         try:
-            return self._seen[str(found.path)].state == _state(found.path.lstat())
+            return all(
+                self._seen[str(path)].state == _state(path.lstat()) for path in (found.path, found.held_out) if path
+            )
         except (KeyError, OSError):
             return False
 
     def _judge(self, found: Found, config: Config, now: float) -> float | Complaint:
         """Give 0 if the file is ready, else the seconds after which to look again, or a complaint."""
+        longest = self._override_left(found.override, config, now)
+        for path in filter(None, (found.path, found.held_out)):
+            left = self._left(path, config, now)
+            if isinstance(left, Complaint):
+                return left
+            longest = max(longest, left)
+        return longest
+
+    def _left(self, path: Path, config: Config, now: float) -> float | Complaint:
+        """Seconds until a file with data is whole and quiet, or a complaint."""
         try:
-            descriptor = os.open(found.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             return _BUSY_SECONDS  # taken back between listing and opening
         except OSError as error:
-            return _unopened(found.path, error)
+            return _unopened(path, error)
         try:
             facts = os.fstat(descriptor)
             if not stat.S_ISREG(facts.st_mode):
-                return Complaint(found.path, "is not a regular file", "Put the file itself here.")
-            quiet = self._quiet(found.path, facts, now)
-            override_left = self._override_left(found.override, config, now)
+                return Complaint(path, "is not a regular file", "Put the file itself here.")
+            quiet = self._quiet(path, facts, now)
             if facts.st_size == 0:
                 return max(0.0, config.empty_seconds - quiet)
             left = _left_to_wait(descriptor, quiet, config.quiet_seconds)
-            plain = found.path.suffix.lower() == ".jsonl"
+            plain = path.suffix.lower() == ".jsonl"
             if left == 0 and plain and not _last_line_whole(descriptor, facts.st_size):
                 left = max(0.0, config.truncated_seconds - quiet)
-            return max(left, override_left)
         except OSError as error:
-            return Complaint(found.path, f"cannot be read: {error.strerror}", "Look at the disk with `dmesg`.")
+            return Complaint(path, f"cannot be read: {error.strerror}", "Look at the disk with `dmesg`.")
+        else:
+            return left
         finally:
             os.close(descriptor)
 

@@ -73,15 +73,14 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
 
     from finetuned.trainer import memory
     from finetuned.trainer.adapter import write_adapter
-    from finetuned.trainer.base import find_base, load_tokenizer, quiet_libraries
+    from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer, quiet_libraries
     from finetuned.trainer.chain import settle
     from finetuned.trainer.data import read_data
     from finetuned.trainer.loop import Task, train
-    from finetuned.trainer.model import choose_tuning
 
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tuning, why = choose_tuning(spec.rung["tuning"], device)
+    tuning, why = choose_tuning(spec.rung["tuning"], gpu=device.type == "cuda")
     rung = replace(Rung(**spec.rung), tuning=tuning)
     if tuning != spec.rung["tuning"]:
         say.say(EventType.RUNG, f"tuning {tuning}: {why}", rung=rung.as_dict(), reason=why)

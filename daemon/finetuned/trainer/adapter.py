@@ -45,6 +45,7 @@ def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, rep
         "job_id": spec.id,
         "file": spec.name.encode("utf-8", "backslashreplace").decode(),
         "sha256": spec.sha256,
+        "held_out_sha256": spec.held_out_sha256,
         "profile": spec.profile,
         "finished_at": time.time(),
         "chain": task.earlier.chain if task.earlier else [],

@@ -59,17 +59,19 @@ def find_base(settings: TrainingSettings, *, models: Path, base_dir: Path) -> Ba
     return Base(name, name)
 
 
+def choose_tuning(setting: str, *, gpu: bool) -> tuple[str, str]:
+    """Settle `tuning: auto`: the tuning and why."""
+    if setting != "auto":
+        return setting, f"tuning is {setting}"
+    if gpu:
+        return "qlora", "a 4-bit base leaves most of the GPU's memory to the batch"
+    return "lora", "on a CPU a 4-bit base saves little and is not faster"
+
+
 def load_tokenizer(base: Base, settings: TrainingSettings) -> PreTrainedTokenizerBase:
-    """Load the tokenizer. Raises ModelError if there is none or it has no chat template."""
+    """Load the tokenizer. Raises ModelError if there is none that will do."""
     with loading(base):
         tokenizer = AutoTokenizer.from_pretrained(base.source, **hub_options(settings))
-    if not tokenizer.chat_template:
-        raise ModelError(
-            "the model has no chat template, so chats cannot be put into its words",
-            where=base.name,
-            remedy="Take its instruct or chat variant.",
-            code="no_chat_template",
-        )
     if not tokenizer.is_fast:
         raise ModelError(
             "the model has no fast tokenizer, which tells where each token stands",

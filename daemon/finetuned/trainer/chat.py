@@ -10,6 +10,7 @@ are looked at one by one.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from finetuned.dataset.rows import Message, Problem, Row
+from finetuned.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +55,7 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._template = tokenizer.get_chat_template()
+        self._template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
         self._parts = takes_parts(tokenizer)
         self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
         self._prompt = self._generation_prompt()
@@ -74,7 +76,17 @@ class Renderer:
         return str(self._tokenizer.apply_chat_template(chat, tokenize=False, **offered, **options))
 
     def render_rows(self, rows: Sequence[Row]) -> list[Rendered | Problem]:
-        """Render rows and find what is to be learned, or why the template does not do."""
+        """Render rows and find what is to be learned, or why the template does not do.
+
+        Raises ModelError where there is none: a base model learns plain texts alone.
+        """
+        if not self._template:
+            raise ModelError(
+                "the model has no chat template, so chats cannot be put into its words",
+                where=self._tokenizer.name_or_path,
+                remedy="Take its instruct or chat variant; without one it can learn plain texts.",
+                code="no_chat_template",
+            )
         plain = [row for row in rows if row.tools is None]
         try:
             texts = self._tokenizer.apply_chat_template([self._chat(row.messages) for row in plain], tokenize=False)
@@ -91,9 +103,11 @@ class Renderer:
                 text = self.render(row.messages, row.tools)
             if found := self._by_skeleton(row, text):
                 return found
-            ways = (way(row, text) for way in (self._by_marks, self._by_prefixes))
-            tried = [found for found in ways if found]
-            return next((found for found in tried if isinstance(found, Rendered)), tried[0])
+            marked = self._by_marks(row, text)
+            if isinstance(marked, Rendered):
+                return marked
+            cut = self._by_prefixes(row, text)
+            return cut if marked is None or isinstance(cut, Rendered) else marked
         except _REFUSALS as error:
             return Problem("template_refuses_row", f"{error}"[:200])
 
@@ -230,7 +244,8 @@ class Renderer:
             cut = self.render(row.messages[:turns], row.tools, **options)
         except _REFUSALS:
             return 0
-        return next((n for n, (a, b) in enumerate(zip(cut, text, strict=False)) if a != b), min(len(cut), len(text)))
+        alike = bisect_left(range(len(cut) + 1), True, key=lambda size: not text.startswith(cut[:size]))
+        return alike - 1
 
 
 def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ from finetuned.dataset.rows import Row
 from finetuned.errors import ConfigError, DataError
 from finetuned.events import EventType
 from finetuned.findings import ERRORS
-from finetuned.home import JobFolder
+from finetuned.home import JobFolder, printable
 from finetuned.jobs import JobSpec
-from finetuned.trainer.door import Door, rows_at, split, tell_overlap
+from finetuned.trainer.door import Door, rows_known_by, split, tell_overlap
 from finetuned.trainer.ends import StopAskedError
 from finetuned.trainer.reporter import Reporter
-from finetuned.trainer.store import LINE, Examples
+from finetuned.trainer.store import IDENTITY, Examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ class HeldOut:
 
     file: Path
     name: str
+    sha256: str | None = None
 
 
 def read_data(
@@ -62,29 +64,33 @@ def read_data(
     progress = _Progress(say, asked_to_stop)
     path = folder.path / spec.input
     train, report = door.read(path, name=spec.name, sha256=spec.sha256, progress=progress.of(spec.name))
-    beside = folder.path / spec.held_out if spec.held_out else None
-    source = held_out_file(settings, base_dir=Path(spec.base_dir), beside=beside)
-    held_out = None
-    if source is not None:
-        held_out, found = door.read(source.file, name=source.name, progress=progress.of(source.name))
-        judge(found, name=source.name, max_bad_rows=0.0)  # a figure over some of the rows would mislead
-    elif settings.eval_fraction:
-        train, held_out = split(train, settings.eval_fraction)
-        source = HeldOut(path, spec.name)
+    beside = None
+    if spec.held_out:
+        name = printable(os.fsencode(spec.held_out_name or spec.held_out))
+        beside = HeldOut(folder.path / spec.held_out, name, spec.held_out_sha256)
+    train, held_out, source = hold_back(
+        train,
+        settings,
+        own=HeldOut(path, spec.name),
+        source=held_out_file(settings, base_dir=Path(spec.base_dir), beside=beside),
+        read=lambda source: door.read(
+            source.file, name=source.name, sha256=source.sha256, progress=progress.of(source.name)
+        ),
+    )
     facts = tell(say, train, held_out, report, source)
     judge(report, name=spec.name, max_bad_rows=settings.max_bad_rows, fail_on=settings.fail_on)
     check_sides(train, held_out, settings, name=spec.name)
     asked: list[Row] = []
     if held_out is not None and source is not None:
-        lines = held_out.column(LINE)[: settings.predictions.samples].tolist()
-        asked = rows_at(source.file, lines, name=source.name, system_prompt=door.system_prompt)
+        first = held_out.column(IDENTITY)[: settings.predictions.samples].tolist()
+        asked = rows_known_by(first, source.file, name=source.name, system_prompt=door.system_prompt)
     return Data(train, held_out, asked, facts, door.system_prompt)
 
 
-def held_out_file(settings: TrainingSettings, *, base_dir: Path, beside: Path | None) -> HeldOut | None:
+def held_out_file(settings: TrainingSettings, *, base_dir: Path, beside: HeldOut | None) -> HeldOut | None:
     """Give the held-out file: the one that came with the data, else the configured one. Raises ConfigError."""
     if beside is not None:
-        return HeldOut(beside, beside.name)
+        return beside
     if settings.eval_file is None:
         return None
     path = base_dir / Path(settings.eval_file).expanduser()
@@ -97,15 +103,42 @@ def held_out_file(settings: TrainingSettings, *, base_dir: Path, beside: Path | 
     return HeldOut(path, path.name)
 
 
-def tell(
-    say: Reporter, train: Examples, held_out: Examples | None, report: Report, source: HeldOut | None
-) -> dict[str, Any]:
-    """Say what was found, and give it as it is stored."""
+def hold_back(
+    train: Examples,
+    settings: TrainingSettings,
+    *,
+    own: HeldOut,
+    source: HeldOut | None,
+    read: Callable[[HeldOut], tuple[Examples, Report]],
+) -> tuple[Examples, Examples | None, HeldOut | None]:
+    """Give what is trained, what is held out, and where that comes from: `source`, or a share of the file's own rows.
+
+    Raises DataError if a row of `source` is bad: a figure over some of the rows would mislead.
+    """
+    if source is not None:
+        held_out, found = read(source)
+        judge(found, name=source.name, max_bad_rows=0.0)
+        return train, held_out, source
+    if settings.eval_fraction:
+        return *split(train, settings.eval_fraction), own
+    return train, None, None
+
+
+def facts_of(train: Examples, held_out: Examples | None, report: Report, source: HeldOut | None) -> dict[str, Any]:
+    """Give the report as it is stored, once it is known which rows are held out."""
     if held_out is not None:
         tell_overlap(train, held_out, report)
     facts = report.as_dict()
     if held_out is not None and source is not None:
         facts["held_out"] = {"file": source.name, "rows": len(held_out), "tokens": sum(held_out.lengths)}
+    return facts
+
+
+def tell(
+    say: Reporter, train: Examples, held_out: Examples | None, report: Report, source: HeldOut | None
+) -> dict[str, Any]:
+    """Say what was found, and give it as it is stored."""
+    facts = facts_of(train, held_out, report, source)
     say.say(EventType.DATA_REPORT, f"data: {report.summary()}", **facts)
     for sentence in report.sentences():
         say.warn(f"left out: {sentence}")

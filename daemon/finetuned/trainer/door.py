@@ -6,9 +6,12 @@ While the tokenizer's threads work on some rows, the next ones are read and rend
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,19 +22,22 @@ from numpy.typing import NDArray
 from finetuned.config import TrainingSettings
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Fault, Report, rows_of
-from finetuned.dataset.rows import Row
+from finetuned.dataset.rows import Problem, Row
 from finetuned.trainer import store
+from finetuned.trainer.chat import Rendered
 from finetuned.trainer.quality import Quality
 from finetuned.trainer.store import Examples
-from finetuned.trainer.tokens import Encoded, Encoder, Refused
+from finetuned.trainer.tokens import Encoded, Encoder, Refused, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ROWS, _CHARACTERS = 1024, 2**20  # on their way at once
+_ROWS, _CHARACTERS = 256, 2**18  # tokenised at once
+_AHEAD = 2  # times that many are on their way, so that the tokenizer's threads never wait
 _BARS = 12  # of the histogram
 _SHOWN = 1200  # tokens of the sample
 
+_UnderWay = tuple[list[Row], list[Rendered | Problem | None], Future[list[Tokens]]]
 Progress = Callable[[float, int], None]  # share of the file, and rows so far
 
 
@@ -41,6 +47,8 @@ class Door:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings, *, cache: Path) -> None:
         self._tokenizer, self._settings, self._cache = tokenizer, settings, cache
         self._encoder = Encoder(tokenizer, max_length=settings.max_length)
+        with suppress(AttributeError):  # musl has none
+            ctypes.CDLL(None).malloc_trim(0)  # loading a tokenizer leaves as much behind as it keeps
         self.system_prompt = settings.system_prompt if self._encoder.renderer.takes_system() else None
 
     def read(
@@ -50,27 +58,28 @@ class Door:
 
         `name` is what the user calls the file. Raises DataError where the file as a whole cannot be read, OSError.
         """
-        folder = self._cache / self._key(sha256 or hash_of(path))
+        folder = self._cache / self._key(sha256 or hash_of(path), path.suffix.lower())
         most = self._settings.max_length
         kept = store.load(folder, max_length=most)
         if kept is not None:
             return kept
-        writer = store.Writer(folder)
-        try:
-            report = self._pass(path, name, writer, progress)
-            writer.finish(report)
-        finally:
-            writer.abandon()
-        store.prune(self._cache)
-        made = store.load(folder, max_length=most)
+        with store.writable(self._cache) as cache:
+            writer = store.Writer(cache / folder.name)
+            try:
+                report = self._pass(path, name, writer, progress)
+                made = store.load(writer.finish(report), max_length=most)
+            finally:
+                writer.abandon()
+            store.prune(cache)
         if made is None:
             raise OSError(f"{folder} cannot be read again")
         return made
 
-    def _key(self, sha256: str) -> str:
+    def _key(self, sha256: str, kind: str) -> str:
         tokenizer = self._tokenizer
         return store.cache_key(
             file=sha256,
+            kind=kind,  # by which it is read
             template=tokenizer.chat_template,
             tokenizer=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             special=repr(sorted(tokenizer.special_tokens_map.items())),
@@ -84,20 +93,25 @@ class Door:
         file = RowFile(path, name=name)
         rows = rows_of(file, report, system_prompt=self.system_prompt)
         with ThreadPoolExecutor(1, "tokenizer") as beside:
-            under_way: Future[list[Encoded | Refused]] | None = None
+            under_way: deque[_UnderWay] = deque()
             for part in _parts(rows):
                 rendered = self._encoder.render(part)
-                if under_way is not None:
-                    collected.take(under_way.result())
-                under_way = beside.submit(lambda *given: list(self._encoder.encode(*given)), part, rendered)
+                under_way.append((part, rendered, beside.submit(self._encoder.tokenise, rendered)))
+                if len(under_way) > _AHEAD:
+                    collected.take(self._encoded(*under_way.popleft()))
                 progress(file.fraction, report.rows)
-            if under_way is not None:
-                collected.take(under_way.result())
+            while under_way:
+                collected.take(self._encoded(*under_way.popleft()))
         collected.conclude()
         report.tokens = _figures(writer.index(), collected.lost)
         if collected.sample is not None:
             report.sample = self._shown(collected.sample)
         return report
+
+    def _encoded(
+        self, rows: list[Row], rendered: list[Rendered | Problem | None], tokenised: Future[list[Tokens]]
+    ) -> list[Encoded | Refused]:
+        return list(self._encoder.encode(rows, rendered, tokenised.result()))
 
     def _shown(self, encoded: Encoded) -> dict[str, Any]:
         pairs = zip(encoded.ids[:_SHOWN].tolist(), encoded.supervised[:_SHOWN].tolist(), strict=True)
@@ -116,6 +130,7 @@ class _Collected:
         self.sample: Encoded | None = None
         self.lost = 0
         self._rows = 0
+        self._goes_on = bytearray()  # for each written example, whether it is the rest of the long text before it
 
     def take(self, results: Sequence[Encoded | Refused]) -> None:
         """Count and write some rows."""
@@ -129,7 +144,8 @@ class _Collected:
             if one.lost:
                 self.lost += one.lost
                 report.warn("rows_cut", one.row.line)
-            if good and good[-1].row is one.row:  # a long text that goes on
+            self._goes_on.append(bool(good) and good[-1].row is one.row)
+            if self._goes_on[-1]:
                 continue
             good.append(one)
             self._quality.see(one.row, report)
@@ -145,8 +161,9 @@ class _Collected:
     def conclude(self) -> None:
         """Look at all rows together."""
         index = self._writer.index()
-        rows = index[np.diff(index[:, store.LINE], prepend=0) != 0]  # a long text once
-        self._quality.conclude(self._report, lines=rows[:, store.LINE], identities=rows[:, store.IDENTITY])
+        once = np.frombuffer(self._goes_on, np.uint8) == 0  # by its line a row cannot be told in an array
+        lines, identities = index[once, store.LINE], index[once, store.IDENTITY]
+        self._quality.conclude(self._report, lines=lines, identities=identities)
         cut = self._report.warnings.get("rows_cut")
         if cut:
             cut.detail = f"{self.lost:,} tokens lost"
@@ -171,16 +188,17 @@ def _figures(index: NDArray[np.int64], lost: int) -> dict[str, Any]:
     lengths = index[:, store.LENGTH]
     if not len(lengths):
         return {}
-    bars = min(_BARS, int(lengths.max() - lengths.min()) + 1)
-    counts, edges = np.histogram(lengths, bars)
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    wide = -(-(longest - shortest + 1) // _BARS)  # whole tokens, as many in each bar
+    bars = np.bincount((lengths - shortest) // wide).tolist()
     return {
         "rows": len(lengths),
         "tokens": int(lengths.sum()),
         "supervised": int(index[:, store.TARGETS].sum()),
         "lost": lost,
         "lengths": {f"p{share}": int(np.percentile(lengths, share)) for share in (5, 25, 50, 75, 95, 99)}
-        | {"longest": int(lengths.max())},
-        "histogram": [[int(np.ceil(edge)), int(count)] for edge, count in zip(edges[1:], counts, strict=True)],
+        | {"longest": longest},
+        "histogram": [[min(shortest + (bar + 1) * wide - 1, longest), count] for bar, count in enumerate(bars)],
     }
 
 
@@ -199,16 +217,18 @@ def tell_overlap(train: Examples, held_out: Examples, report: Report) -> None:
         report.warnings["eval_overlap"] = Fault(int(both.sum()), lines[:3].tolist(), detail)
 
 
-def rows_at(path: Path, lines: Sequence[int], *, name: str, system_prompt: str | None) -> list[Row]:
-    """Read some rows once more, by their lines."""
-    wanted = set(lines)
+def rows_known_by(identities: Sequence[int], path: Path, *, name: str, system_prompt: str | None) -> list[Row]:
+    """Read some rows once more. Their lines would not do: an array may be all on one."""
+    wanted = set(identities)
     found: list[Row] = []
     if not wanted:
         return found
     for row in rows_of(RowFile(path, name=name), Report(), system_prompt=system_prompt):
-        if row.line in wanted:
+        identity, _ = row.hashes()
+        if identity in wanted:
+            wanted.remove(identity)
             found.append(row)
-        if row.line >= max(wanted):
+        if not wanted:
             break
     return found
 

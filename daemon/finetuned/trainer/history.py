@@ -57,14 +57,26 @@ def correction(records: Sequence[Record], *, model: str, method: str, device: st
 
 def speed(records: Sequence[Record], *, model: str, method: str, device: str) -> float | None:
     """Give tokens a second of earlier trainings of the same model and method here."""
-    alike = [one for one in records if (one.model, one.method, one.device) == (model, method, device)]
-    speeds = [one.tokens_per_second for one in alike[-_NEWEST:] if one.tokens_per_second > 0]
+    alike = _alike(records, model=model, method=method, device=device)
+    speeds = [one.tokens_per_second for one in alike if one.tokens_per_second > 0]
     return statistics.median(speeds) if speeds else None
+
+
+def peak(records: Sequence[Record], *, model: str, method: str, device: str) -> tuple[int, int]:
+    """Give the most memory in bytes that earlier trainings of the same model and method took here, and how many
+    these are.
+    """
+    alike = _alike(records, model=model, method=method, device=device)
+    return max((one.peak for one in alike), default=0), len(alike)
+
+
+def _alike(records: Sequence[Record], *, model: str, method: str, device: str) -> list[Record]:
+    return [one for one in records if (one.model, one.method, one.device) == (model, method, device)][-_NEWEST:]
 
 
 def _near(records: Sequence[Record], **wanted: Any) -> tuple[list[Record], str]:
     here = [one for one in records if one.device == wanted["device"]]
-    alike = [one for one in here if (one.model, one.method) == (wanted["model"], wanted["method"])][-_NEWEST:]
+    alike = _alike(here, **wanted)
     if alike:
         return alike, f"earlier jobs of this model and method: {len(alike)}"
     return here[-_NEWEST:], f"earlier jobs of other models or methods: {len(here[-_NEWEST:])}"

@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def choose_tuning(setting: str, device: torch.device) -> tuple[str, str]:
-    """Settle `tuning: auto`: the tuning and why."""
-    if setting != "auto":
-        return setting, f"tuning is {setting}"
-    if device.type == "cuda":
-        return "qlora", "a 4-bit base leaves most of the GPU's memory to the batch"
-    return "lora", "on a CPU a 4-bit base saves little and is not faster"
-
-
 def load_model(
     base: Base, settings: TrainingSettings, *, tuning: str, precision: Precision, device: torch.device
 ) -> PreTrainedModel:

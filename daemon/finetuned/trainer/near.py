@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rensa import RMinHash
 
 ALIKE = 0.8  # share of shingles, estimated
-MOST_ROWS = 100_000  # looked at, so that memory stays bounded: 320 bytes a row
+MOST_ROWS = 100_000  # looked at, so that memory stays bounded: 136 bytes a row
 _SHINGLE = 5  # tokens
 _SHORTEST = 20  # tokens; below, a changed word leaves too little to compare
 _PERMUTATIONS, _BANDS = 64, 8  # two rows that share 80% meet in a band with a probability of 77%
@@ -23,8 +23,9 @@ class NearDuplicates:
     """Gathers signatures of rows, and tells at the end which are like an earlier one."""
 
     def __init__(self) -> None:
-        self._signatures: list[NDArray[np.uint32]] = []
-        self._rows: list[NDArray[np.int64]] = []
+        # Half of each hash: two that differ look alike once in 65,536 times, which is less than estimating errs.
+        self._signatures = np.empty((MOST_ROWS, _PERMUTATIONS), np.uint16)
+        self._rows = np.empty(MOST_ROWS, np.int64)
         self.seen = 0
 
     def see(self, tokens: NDArray[np.int32], lengths: NDArray[np.int64], numbers: NDArray[np.int64]) -> None:
@@ -32,27 +33,26 @@ class NearDuplicates:
         wanted = np.flatnonzero(lengths >= _SHORTEST)[: MOST_ROWS - self.seen]
         if not len(wanted):
             return
-        self.seen += len(wanted)
         ends = np.cumsum(lengths)
         shingles = _shingles(tokens)
         parts = [shingles[ends[row] - lengths[row] : ends[row] - _SHINGLE + 1] for row in wanted]
         bounds = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.uint64)
         matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(parts), bounds, _PERMUTATIONS, _SEED)
-        self._signatures.append(np.asarray(matrix.to_rows(), dtype=np.uint32))
-        self._rows.append(numbers[wanted])
+        places = slice(self.seen, self.seen + len(wanted))
+        self._signatures[places] = np.array(matrix.to_rows(), np.uint32)  # cut to their lower halves
+        self._rows[places] = numbers[wanted]
+        self.seen = places.stop
 
     def found(self) -> NDArray[np.int64]:
         """Give the numbers of rows that are like one before them, in order."""
-        if not self._rows:
-            return np.empty(0, np.int64)
-        signatures, rows = np.concatenate(self._signatures), np.concatenate(self._rows)
+        signatures, rows = self._signatures[: self.seen], self._rows[: self.seen]
         alike = np.zeros(len(rows), bool)
         wide = _PERMUTATIONS // _BANDS
         for band in range(_BANDS):
             part = np.ascontiguousarray(signatures[:, band * wide : (band + 1) * wide])
-            _, first, group = np.unique(part.view(f"V{4 * wide}").ravel(), return_index=True, return_inverse=True)
+            _, first, group = np.unique(part.view(f"V{2 * wide}").ravel(), return_index=True, return_inverse=True)
             partner = first[group]
-            later = np.flatnonzero(partner < np.arange(len(rows)))
+            later = np.flatnonzero((partner < np.arange(len(rows))) & ~alike)
             same = (signatures[later] == signatures[partner[later]]).mean(axis=1)
             alike[later[same >= ALIKE]] = True
         return np.sort(rows[alike])

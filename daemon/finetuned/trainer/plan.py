@@ -20,9 +20,8 @@ from finetuned.dataset.report import judge
 from finetuned.errors import FinetunedError
 from finetuned.fallback import Rung, next_rung
 from finetuned.trainer import bounds, footprint, history, memory, steps
-from finetuned.trainer.base import Base, find_base, load_tokenizer, quiet_libraries
+from finetuned.trainer.base import Base, choose_tuning, find_base, load_tokenizer, quiet_libraries
 from finetuned.trainer.door import Door
-from finetuned.trainer.model import choose_tuning
 from finetuned.trainer.precision import choose
 from finetuned.trainer.store import Examples
 
@@ -35,7 +34,7 @@ def main() -> None:
     quiet_libraries()
     order = json.load(sys.stdin)
     try:
-        answer: dict[str, Any] = {"plan": plan(order)}
+        answer: dict[str, Any] = {"answer": plan(order)}
     except FinetunedError as error:
         answer = {"error": error.as_dict()}
     print("\n" + json.dumps(answer), flush=True)  # noqa: T201, standard output is the answer
@@ -51,7 +50,7 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     examples, report = door.read(file, name=file.name)
     judge(report, name=file.name, max_bad_rows=settings.max_bad_rows)
 
-    tuning, _ = choose_tuning(settings.tuning, device)
+    tuning, _ = choose_tuning(settings.tuning, gpu=device.type == "cuda")
     kind = {"model": base.name, "method": tuning, "device": memory.device_name()}
     records = history.read(history.file_beside(models))
     ratio, corrected_by = history.correction(records, **kind)

@@ -111,7 +111,7 @@ class Quality:
             return
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-        tell = LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
+        tell = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         first: dict[str, int] = {}
         counts: dict[str, int] = {}
         for prompt, line in self._prompts.items():

@@ -11,10 +11,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, overload
 
 import numpy as np
@@ -97,6 +98,17 @@ def cache_key(**decisive: Any) -> str:
     return sha256(text.encode()).hexdigest()[:32]
 
 
+@contextmanager
+def writable(cache: Path) -> Iterator[Path]:
+    """Give the cache, or where it belongs to somebody else a folder for now: what is mapped outlives it."""
+    cache.mkdir(parents=True, exist_ok=True)
+    if os.access(cache, os.W_OK | os.X_OK):
+        yield cache
+        return
+    with TemporaryDirectory(prefix="finetuned-") as folder:
+        yield Path(folder)
+
+
 def load(folder: Path, *, max_length: int) -> tuple[Examples, Report] | None:
     """Open a folder of the cache; None where there is no whole one."""
     try:
@@ -120,7 +132,6 @@ class Writer:
         """Begin. Raises OSError."""
         self._folder = folder
         self._staged = folder.with_name(f".{folder.name}.{os.getpid()}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._staged, ignore_errors=True)
         self._staged.mkdir()
         self._file = (self._staged / _TOKENS).open("wb", buffering=2**20)
@@ -134,7 +145,7 @@ class Writer:
         self._file.write(np.where(supervised, ids, ~ids).tobytes())
         self._rows.append((encoded.row.line, self._at, len(ids), encoded.targets, *hashes))
         self._at += len(ids)
-        if len(self._rows) == 2**14:  # an array takes a tenth of the memory
+        if len(self._rows) == 2**10:  # an array takes a tenth of the memory
             self._pack()
 
     def _pack(self) -> None:
@@ -147,20 +158,23 @@ class Writer:
         self._index = [np.concatenate(self._index)]
         return self._index[0]
 
-    def finish(self, report: Report) -> None:
-        """Make the folder appear. Raises OSError."""
+    def finish(self, report: Report) -> Path:
+        """Make the folder appear, and give where it is. Raises OSError."""
         self._file.close()
         np.save(self._staged / _INDEX, self.index())
         (self._staged / _REPORT).write_text(json.dumps(report.as_dict()))
         sync_tree(self._staged)
-        try:
-            self._staged.rename(self._folder)
-        except OSError:  # another process was faster, or a damaged one lies there
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._staged.rename(self._folder)
+        for _ in range(2):
+            try:
+                self._staged.rename(self._folder)
+            except OSError:  # another process was faster, or a damaged one lies there
+                shutil.rmtree(self._folder, ignore_errors=True)
+            else:
+                return self._folder
+        return self._staged  # what lies there is somebody else's
 
     def abandon(self) -> None:
-        """Leave nothing behind, if it was not finished."""
+        """Leave nothing behind that has not appeared; what is mapped already can still be read."""
         self._file.close()
         shutil.rmtree(self._staged, ignore_errors=True)
 

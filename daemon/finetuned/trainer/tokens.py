@@ -5,9 +5,9 @@ No torch here: the data is checked before it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROWS = 1024  # tokenised at once
+_HEADS = 256  # different system prompts whose tokens are kept
 _LONGEST_TOKEN = 256  # characters; of a chat no more is looked at than can fill max_length
 _AT_ONCE = 2**20  # characters of a plain text
 _PROBE = "A small probe: 12.5 % of naïve 漢字, 🎉\n\tand 'quoted'  spaces."
@@ -62,13 +63,26 @@ class Refused(NamedTuple):
     problem: Problem
 
 
-class _Tokens(NamedTuple):
-    """The tokens of a text: token i is its units from starts[i] to ends[i], which are bytes or characters."""
+class Tokens(NamedTuple):
+    """The tokens of a text: token i is its units from starts[i] to ends[i], bytes or characters, counted from `base`
+    where the text begins.
+    """
 
     ids: NDArray[np.int32]
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
     bytes: bool
+    base: int
+
+
+class _Head(NamedTuple):
+    """So many characters of a chat's beginning, as tokens."""
+
+    size: int
+    ids: list[int]
+
+
+_NO_HEAD = _Head(0, [])
 
 
 class Encoder:
@@ -83,6 +97,12 @@ class Encoder:
         self._special = np.zeros(max(tokenizer.get_vocab().values()) + 1, bool)
         self._special[list(added | set(tokenizer.all_special_ids))] = True
         self._widths = self._byte_widths()
+        self._marks = [
+            token.content
+            for token in tokenizer.added_tokens_decoder.values()
+            if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        ]
+        self._heads: dict[str, _Head] = {}
 
     def render(self, rows: Sequence[Row]) -> list[Rendered | Problem | None]:
         """Put chats into the model's words, in order; None for a plain text."""
@@ -90,10 +110,61 @@ class Encoder:
         found = iter(self.renderer.render_rows(chats) if chats else ())
         return [next(found) if row.text is None else None for row in rows]
 
-    def encode(self, rows: Sequence[Row], rendered: Sequence[Rendered | Problem | None]) -> Iterator[Encoded | Refused]:
-        """Tokenise rows that `render` has seen, in order. A long plain text gives several of max_length tokens."""
+    def tokenise(self, rendered: Sequence[Rendered | Problem | None]) -> list[Tokens]:
+        """Tokenise the chats in what `render` gave, on all cores, nearly all of the time without Python's lock.
+
+        Where tokens stand follows from how many bytes each is, which is faster than to ask; where the sum says that
+        this does not hold, it is asked.
+        """
         texts = [one.text[: self._most * _LONGEST_TOKEN] for one in rendered if isinstance(one, Rendered)]
-        tokens = iter(self._tokenise(texts))
+        if self._widths is None:
+            return self._with_offsets(texts)
+        heads = [self._head(one.text[: one.begin]) for one in rendered if isinstance(one, Rendered)]
+        tails = [text[head.size :] for text, head in zip(texts, heads, strict=True)]
+        tokenised = self._backend.encode_batch_fast(tails, add_special_tokens=False)
+        rows = [head.ids + one.ids for head, one in zip(heads, tokenised, strict=True)]
+        ids = np.fromiter(chain.from_iterable(rows), np.int32)
+        ends = np.cumsum(self._widths[ids])
+        starts = ends - self._widths[ids]
+        found: list[Tokens] = []
+        odd = []
+        begin = base = 0
+        for number, (text, row) in enumerate(zip(texts, rows, strict=True)):
+            own = slice(begin, begin + len(row))
+            found.append(Tokens(ids[own], starts[own], ends[own], bytes=True, base=base))
+            begin, before = own.stop, base
+            base = int(ends[begin - 1]) if begin else 0
+            if base - before != (len(text) if text.isascii() else len(text.encode())):
+                odd.append(number)
+        if odd:
+            for number, tokens in zip(odd, self._with_offsets([texts[number] for number in odd]), strict=True):
+                found[number] = tokens
+        return found
+
+    def _head(self, text: str) -> _Head:
+        """Give what many chats begin with as tokens, up to the last mark of `text`, their system prompt: it is
+        tokenised once. What begins with a mark gives the same tokens whatever stands before it; tried out all the same.
+        """
+        head = self._heads.get(text)
+        if head is None and len(self._heads) < _HEADS:
+            size = max([0, *(text.rfind(mark) for mark in self._marks)])
+            parts = (text[:size], text[size:], text)
+            ids, behind, whole = (self._backend.encode(part, add_special_tokens=False).ids for part in parts)
+            head = self._heads[text] = _Head(size, ids) if ids + behind == whole else _NO_HEAD
+        return head or _NO_HEAD
+
+    def _with_offsets(self, texts: list[str]) -> list[Tokens]:
+        found = []
+        for one in self._backend.encode_batch(texts, add_special_tokens=False):
+            offsets = np.array(one.offsets, np.int64).reshape(-1, 2)
+            found.append(Tokens(np.array(one.ids, np.int32), offsets[:, 0], offsets[:, 1], bytes=False, base=0))
+        return found
+
+    def encode(
+        self, rows: Sequence[Row], rendered: Sequence[Rendered | Problem | None], tokenised: Iterable[Tokens]
+    ) -> Iterator[Encoded | Refused]:
+        """Find in the tokens what is learned, in order. A long plain text gives several rows of max_length tokens."""
+        tokens = iter(tokenised)
         for row, one in zip(rows, rendered, strict=True):
             if one is None:
                 yield from self._plain(row)
@@ -102,19 +173,17 @@ class Encoder:
             else:
                 yield self._chat(row, one, next(tokens))
 
-    def _chat(self, row: Row, rendered: Rendered, tokens: _Tokens) -> Encoded | Refused:
+    def _chat(self, row: Row, rendered: Rendered, tokens: Tokens) -> Encoded | Refused:
         text, spans = rendered.text, rendered.spans
-        places = [place for span in spans for place in span]
+        places = [rendered.begin, *chain.from_iterable(spans)]
         if tokens.bytes and not text.isascii():
-            places = [len(text[:place].encode()) for place in places]
-            begin = len(text[: rendered.begin].encode())
-        else:
-            begin = rendered.begin
+            places = [len(text[: rendered.begin].encode()), *_in_bytes(text, places[1:])]
+        places = [tokens.base + place for place in places]
+        begin, *firsts = np.searchsorted(tokens.ends, places[:1] + places[1::2], "right").tolist()
+        behinds = np.searchsorted(tokens.starts, places[2::2], "left").tolist()
         supervised = np.zeros(len(tokens.ids), bool)
-        firsts = np.searchsorted(tokens.ends, places[0::2], "right").tolist()
-        behinds = np.searchsorted(tokens.starts, places[1::2], "left").tolist()
         short = False
-        for (_, end), start, overlapping, behind in zip(spans, places[0::2], firsts, behinds, strict=True):
+        for (_, end), start, overlapping, behind in zip(spans, places[1::2], firsts, behinds, strict=True):
             first = overlapping
             while first < behind and tokens.starts[first] < start and self._special[tokens.ids[first]]:
                 first += 1  # a mark that takes the white space behind it along
@@ -128,10 +197,9 @@ class Encoder:
         ids, kept = tokens.ids[: self._most], supervised[: self._most]
         if not kept[1:].any():
             return Refused(row, Problem("no_supervised_tokens"))
-        first_own = int(np.searchsorted(tokens.ends, begin, "right"))
-        return Encoded(row, ids, kept, max(0, len(tokens.ids) - self._most), first_own, short)
+        return Encoded(row, ids, kept, max(0, len(tokens.ids) - self._most), begin, short)
 
-    def _end_of_turn(self, text: str, end: int, tokens: _Tokens, first: int, behind: int) -> int | None:
+    def _end_of_turn(self, text: str, end: int, tokens: Tokens, first: int, behind: int) -> int | None:
         """Give the place of the special token that ends an answer, with nothing but white space between; None where
         there is none. The answer ends with character `end` of the text; its tokens are those from `first`, before
         `behind`, and where a template marks what is learned the end may be among them.
@@ -142,7 +210,7 @@ class Encoder:
             if text[max(0, end - int(tokens.ends[behind - 1] - tokens.starts[place])) : end].strip():
                 break
         for place in range(behind, len(tokens.ids)):
-            if self._special[tokens.ids[place]]:
+            if self._special[tokens.ids[place]] or place >= self._most:  # what lies behind is not seen, or cut off
                 return place
             width = int(tokens.ends[place] - tokens.starts[behind])
             between = text[end : end + width].encode()
@@ -169,33 +237,6 @@ class Encoder:
             if len(piece) > 1:
                 yield Encoded(row, piece, np.ones(len(piece), bool))
 
-    def _tokenise(self, texts: list[str]) -> list[_Tokens]:
-        """Tokenise texts on all cores. Where tokens stand follows from how many bytes each is, which is faster than to
-        ask; where the sum says that this does not hold, it is asked.
-        """
-        if self._widths is None:
-            return self._with_offsets(texts)
-        rows = [np.array(one.ids, np.int32) for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-        found: list[_Tokens] = []
-        odd = []
-        for number, (text, ids) in enumerate(zip(texts, rows, strict=True)):
-            ends = np.cumsum(self._widths[ids])
-            size = len(text) if text.isascii() else len(text.encode())
-            if (ends[-1] if len(ends) else 0) != size:
-                odd.append(number)
-            found.append(_Tokens(ids, ends - self._widths[ids], ends, bytes=True))
-        if odd:
-            for number, tokens in zip(odd, self._with_offsets([texts[number] for number in odd]), strict=True):
-                found[number] = tokens
-        return found
-
-    def _with_offsets(self, texts: list[str]) -> list[_Tokens]:
-        found = []
-        for one in self._backend.encode_batch(texts, add_special_tokens=False):
-            offsets = np.array(one.offsets, np.int64).reshape(-1, 2)
-            found.append(_Tokens(np.array(one.ids, np.int32), offsets[:, 0], offsets[:, 1], bytes=False))
-        return found
-
     def _byte_widths(self) -> NDArray[np.int64] | None:
         """Give how many bytes of a text each token is, or None where its words do not tell: tried out on a text."""
         added = {number: token.content for number, token in self._tokenizer.added_tokens_decoder.items()}
@@ -210,6 +251,12 @@ class Encoder:
         return None
 
 
+def _in_bytes(text: str, places: list[int]) -> list[int]:
+    """Give places in a text, in order, counted in bytes."""
+    parts = (len(text[start:end].encode()) for start, end in pairwise([0, *places]))
+    return list(accumulate(parts))
+
+
 def _metaspace_width(word: str) -> int:
     """Bytes of a word of SentencePiece's kind: ▁ is a space, and <0xE4> a byte."""
     return 1 if len(word) == 6 and word.startswith("<0x") else len(word.replace("\u2581", " ").encode())
@@ -222,7 +269,8 @@ def tokenise(
     encoder = Encoder(tokenizer, max_length=max_length)
     for start in range(0, len(rows), _ROWS):
         part = rows[start : start + _ROWS]
-        for one in encoder.encode(part, encoder.render(part)):
+        rendered = encoder.render(part)
+        for one in encoder.encode(part, rendered, encoder.tokenise(rendered)):
             if isinstance(one, Refused):
                 yield one.row, one.problem
             else:

@@ -1,0 +1,120 @@
+"""Asking a process that has the trainer's libraries about a file, with the settings that a job of it would have."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetuned.by_hand import models_folder
+from finetuned.config import Config, TrainingSettings, load_config, resolve, settings_from
+from finetuned.errors import ConfigError, DataError, FinetunedError, HomeError, ModelError
+from finetuned.home import find_home
+from finetuned.launchers.local import trainer_environment
+
+_PATIENCE = 5.0  # seconds
+_ERRORS: tuple[type[FinetunedError], ...] = (ConfigError, DataError, ModelError)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a file would be trained with."""
+
+    settings: TrainingSettings
+    base_dir: Path
+    models: Path
+
+
+def terms(*, base_dir: Path | None, profile: str = "", model: str | None = None) -> Terms:
+    """Give those of the base directory, or the defaults where there is none. Raises FinetunedError."""
+    try:
+        home = find_home(base_dir)
+    except HomeError:
+        if base_dir or os.environ.get("FINETUNED_HOME"):
+            raise
+        config, root, models = Config(), Path.cwd(), models_folder()
+    else:
+        config, root, models = load_config(home.config_file), home.root, home.models
+        models.mkdir(parents=True, exist_ok=True)
+    settings = resolve(config, profile, {}, where=str(root / "config.json"))
+    if model:
+        settings = settings_from({**settings.model_dump(), "model": model}, where="the command line")
+    return Terms(settings, root, models)
+
+
+def ask(
+    module: str,
+    file: Path,
+    terms: Terms,
+    *,
+    gpu: str | None,
+    heard: Callable[[dict[str, Any]], None] = lambda _: None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Give what `python -m module` answers about a file. `heard` gets what it says on the way.
+
+    Raises the FinetunedError that it answers, and one if it ends without an answer.
+    """
+    order = {
+        "file": str(file.expanduser().absolute()),  # a link is called as its user does
+        "settings": terms.settings.model_dump(),
+        "base_dir": str(terms.base_dir),
+        "models": str(terms.models),
+        **more,
+    }
+    said: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+", errors="backslashreplace") as complaints:
+        environment, _ = trainer_environment(gpu)
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        assert process.stdin
+        assert process.stdout
+        with process:
+            try:
+                with suppress(BrokenPipeError), process.stdin as pipe:
+                    pipe.write(json.dumps(order))
+                for line in process.stdout:
+                    if found := _object(line):
+                        said = found
+                        heard(said)
+            except BaseException:
+                process.send_signal(signal.SIGINT)  # it leaves nothing half-written, if it has a moment
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_PATIENCE)
+                process.kill()
+                raise
+        if "answer" in said:
+            answer: dict[str, Any] = said["answer"]
+            return answer
+        complaints.seek(0)
+        why = complaints.read().strip()[-2000:] or f"exit status {process.returncode}"
+    if "error" not in said:
+        raise FinetunedError(
+            f"the process that was asked broke off: {why}", where=str(file), remedy="Train to find out."
+        )
+    error = said["error"]
+    kind = next((kind for kind in _ERRORS if error["code"] == kind.code), DataError)
+    raise kind(error["what"], where=error["where"], remedy=error["remedy"], code=error["code"])
+
+
+def _object(line: str) -> dict[str, Any]:
+    """Give what the process says; libraries talk, too, and that is nothing."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,177 @@
+"""`finetuned check`: ask a process that has the model's tokenizer what a file would be as a job, and print it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from finetuned.asking import ask, terms
+from finetuned.by_hand import first_gpu
+from finetuned.dataset.report import Fault, Report
+from finetuned.errors import DataError, harmless
+from finetuned.findings import ERRORS, WARNINGS, Finding
+from finetuned.home import printable
+from finetuned.live import duration
+from finetuned.spool.inbox import EXTENSIONS, held_out_of
+
+_BAR = 40  # characters of a histogram's longest bar
+
+
+def check_file(file: Path, *, base_dir: Path | None, profile: str = "", model: str | None = None) -> dict[str, Any]:
+    """Examine a file with the settings of the base directory, or the defaults where there is none.
+
+    Raises FinetunedError; what is wrong with the file is in the answer.
+    """
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise DataError("is no regular file", where=str(file), remedy="Save it as one first.", code="unreadable")
+    gpu = first_gpu()
+    device = gpu.name if gpu and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu"
+    beside = held_out_beside(file)
+    line = _ProgressLine()
+    try:
+        return ask(
+            "finetuned.trainer.check",
+            file,
+            terms(base_dir=base_dir, profile=profile, model=model),
+            gpu=gpu.uuid if gpu else None,
+            heard=line.show,
+            beside=str(beside.absolute()) if beside else None,
+            device=device,
+        )
+    finally:
+        line.end()
+
+
+def held_out_beside(file: Path) -> Path | None:
+    """Give `x.eval.jsonl` beside `x.jsonl`, in any of the endings. Raises DataError if there are several."""
+    found = [path for ending in EXTENSIONS if (path := file.with_name(held_out_of(file.name, ending))).is_file()]
+    if len(found) > 1:
+        names = ", ".join(printable(os.fsencode(path.name)) for path in found)
+        raise DataError(f"has several held-out files: {names}", where=str(file), remedy="Leave one of them beside it.")
+    return found[0] if found else None
+
+
+class _ProgressLine:
+    """Says on a terminal how far the reading is."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+
+    def show(self, said: dict[str, Any]) -> None:
+        """Take what was heard."""
+        if not self._shown or "doing" not in said:
+            return
+        text = str(said["doing"])
+        if "share" in said:
+            bar = "#" * int(24 * said["share"])
+            text = f"[{bar:.<24}] {text}: {said['share']:.0%}, {said['rows']:,} rows"
+        width = shutil.get_terminal_size().columns - 1
+        click.echo(f"\r\033[K{harmless(text)[:width]}", nl=False, err=True)
+
+    def end(self) -> None:
+        """Leave nothing of it."""
+        if self._shown:
+            click.echo("\r\033[K", nl=False, err=True)
+
+
+def render(facts: dict[str, Any], *, colour: bool) -> str:
+    """Give the report for people. Without colour what is learned stands between guillemets."""
+    name = printable(os.fsencode(facts["file"]))
+    lines: list[str] = []
+    if "format" in facts:
+        report = Report.from_dict(facts)
+        lines += [f"{name}: {report.summary()}", f"model: {harmless(facts['model'])}"]
+        lines += _findings("errors", report.faults, ERRORS, rows=0)
+        lines += _findings("warnings", report.warnings, WARNINGS, rows=report.good_rows)
+        lines += _trained(facts)
+        lines += _sample(facts["sample"], colour=colour)
+    if facts["unchecked"]:
+        lines += ["", harmless(facts["unchecked"])]
+    return "\n".join([*lines, "", _verdict(facts, name)]).lstrip("\n")
+
+
+def _findings(title: str, found: dict[Any, Fault], table: dict[Any, Finding], *, rows: int) -> list[str]:
+    lines = ["", title] if found else []
+    for code, fault in sorted(found.items(), key=lambda item: -item[1].count):
+        lines += [f"  {harmless(fault.sentence(code, '', rows=rows)).removesuffix('. ')}", f"    {table[code].remedy}"]
+    return lines
+
+
+def _trained(facts: dict[str, Any]) -> list[str]:
+    if "training" not in facts:
+        return []
+    training, tokens, held_out = facts["training"], facts["tokens"], facts.get("held_out")
+    lines = ["", "what would be trained", f"  rows          {training['rows']:>12,}"]
+    if tokens:
+        share = training["supervised"] / training["tokens"]
+        lines += [
+            f"  tokens        {training['tokens']:>12,}",
+            f"  supervised    {training['supervised']:>12,}  ({share:.1%})",
+            "",
+            f"  tokens a row: {', '.join(f'{part} {value:,}' for part, value in tokens['lengths'].items())}",
+            *_histogram(tokens["histogram"]),
+        ]
+    epochs = training["epochs"]
+    lines += [
+        "",
+        f"  {training['steps']:,} steps of {training['rows_a_step']:,} rows, {epochs:g} epoch{'s' * (epochs != 1)}",
+        f"  {_estimate(facts)}",
+    ]
+    if held_out:
+        lines.append(f"  held out: {held_out['rows']:,} rows of {harmless(held_out['file'])}")
+    return lines
+
+
+def _histogram(bars: list[list[int]]) -> list[str]:
+    most = max(count for _, count in bars)
+    wide = max(len(f"{to:,}") for to, _ in bars)
+    return [f"  to {to:>{wide},}  {'#' * -(-count * _BAR // most):<{_BAR}}  {count:,}" for to, count in bars]
+
+
+def _estimate(facts: dict[str, Any]) -> str:
+    training, found = facts["training"], facts["estimate"]
+    if not found:
+        kind = harmless(f"{training['method']} on {training['model']} on this {training['device']}")
+        return f"time and memory: no earlier job of {kind} to tell; `finetuned plan` predicts both"
+    jobs = "the earlier job" if found["jobs"] == 1 else f"{found['jobs']} earlier jobs"
+    return (
+        f"time and memory: about {duration(found['minutes'] * 60)} at {found['tokens_per_second']:,.0f} tokens/s, and "
+        f"{found['peak_bytes'] / 2**20:,.0f} MiB at the peak, as {jobs} of this model"
+    )
+
+
+def _sample(sample: dict[str, Any], *, colour: bool) -> list[str]:
+    if not sample:
+        return []
+    pieces = [(harmless(piece), learned) for piece, learned in sample["pieces"]]
+    text = "".join(_marked(piece, colour=colour) if learned else piece for piece, learned in pieces).rstrip()
+    how = _learned("so") if colour else "«so»"
+    return [
+        "",
+        f"the row of line {sample['line']:,} as the model sees it; what is learned is marked {how}",
+        "",
+        *(f"  {line}" for line in text.split("\n")),
+    ]
+
+
+def _marked(text: str, *, colour: bool) -> str:
+    """Mark what is learned, in colour line by line: each is indented."""
+    return "\n".join(_learned(line) for line in text.split("\n")) if colour else f"«{text}»"
+
+
+def _learned(text: str) -> str:
+    return click.style(text, fg="green", bold=True)
+
+
+def _verdict(facts: dict[str, Any], name: str) -> str:
+    if facts["verdict"] == "usable":
+        return f"{name} is usable{', as far as was checked' if facts['unchecked'] else ''}."
+    reason = facts["reason"]
+    error = DataError(reason["what"].partition(":\n")[0], where=reason["where"], remedy=reason["remedy"])
+    return f"refused: {error}" if "format" in facts else f"finetuned: {error}"

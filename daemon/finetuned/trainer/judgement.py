@@ -1,0 +1,145 @@
+"""What a file would be as a job: its report, whether it will do, how many steps, and what earlier jobs took. No torch
+here.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from finetuned.config import TrainingSettings, settings_from
+from finetuned.dataset.reading import RowFile
+from finetuned.dataset.report import Report, judge, rows_of
+from finetuned.errors import DataError, ModelError
+from finetuned.trainer import history, store
+from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer
+from finetuned.trainer.data import HeldOut, check_sides, facts_of, held_out_file, hold_back
+from finetuned.trainer.door import Door, Progress
+from finetuned.trainer.quality import Quality
+from finetuned.trainer.steps import plan_steps
+from finetuned.trainer.store import Examples
+
+_TOLD_SECONDS = 0.1  # at most so often it is said how far the reading is
+_ROWS = 256  # between two looks at the clock
+
+Say = Callable[[dict[str, Any]], None]
+
+
+class Reader(Protocol):
+    """Reads a file; `Door`, or what is left of it without a model."""
+
+    def read(self, path: Path, *, name: str, progress: Progress) -> tuple[Examples, Report]:
+        """Give its rows and the report. Raises DataError where the file as a whole cannot be read, OSError."""
+
+
+def examine(order: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Give all that can be known without training. Where the file as a whole cannot be read, that alone.
+
+    Raises ConfigError or OSError.
+    """
+    settings = settings_from(order["settings"], where="the settings")
+    base_dir, models = Path(order["base_dir"]), Path(order["models"])
+    own = HeldOut(Path(order["file"]), Path(order["file"]).name)
+    beside = HeldOut(Path(order["beside"]), Path(order["beside"]).name) if order["beside"] else None
+    reader, model, unchecked = _reader(settings, base_dir, models, say)
+
+    def read(source: HeldOut) -> tuple[Examples, Report]:
+        return reader.read(source.file, name=source.name, progress=_teller(source.name, say))
+
+    answer: dict[str, Any] = {"file": own.name, "model": model, "unchecked": unchecked, "verdict": "usable"}
+    try:
+        train, report = read(own)
+    except DataError as error:
+        return {**answer, "verdict": "refused", "reason": error.as_dict()}
+    facts = report.as_dict()
+    source = held_out_file(settings, base_dir=base_dir, beside=beside)
+    try:
+        train, held_out, source = hold_back(train, settings, own=own, source=source, read=read)
+        facts = facts_of(train, held_out, report, source)
+        judge(report, name=own.name, max_bad_rows=settings.max_bad_rows, fail_on=settings.fail_on)
+        check_sides(train, held_out, settings, name=own.name)
+    except DataError as error:
+        answer |= {"verdict": "refused", "reason": error.as_dict()}
+    answer |= facts
+    return answer | _training(train, settings, model=model, device=order["device"], models=models)
+
+
+def _reader(settings: TrainingSettings, base_dir: Path, models: Path, say: Say) -> tuple[Reader, str, str]:
+    """Give what reads files, the model's name, and what is not checked because there is no model."""
+    say({"doing": f"looking for {settings.model}"})
+    try:
+        base = find_base(settings, models=models, base_dir=base_dir)
+        return Door(load_tokenizer(base, settings), settings, cache=models.parent / "tokens"), base.name, ""
+    except ModelError as error:
+        return _WithoutModel(settings), settings.model, f"{error} Templates, tokens and lengths were not checked."
+
+
+class _WithoutModel:
+    """Reads files as far as that goes without a tokenizer. Rows come out with no tokens in them."""
+
+    def __init__(self, settings: TrainingSettings) -> None:
+        self._settings = settings
+
+    def read(self, path: Path, *, name: str, progress: Progress) -> tuple[Examples, Report]:
+        """Give its rows and the report."""
+        report, quality, index = Report(), Quality(()), array("q")
+        file = RowFile(path, name=name)
+        for row in rows_of(file, report, system_prompt=self._settings.system_prompt):
+            quality.see(row, report)
+            index.extend((row.line, 0, 0, 0, *row.hashes()))
+            if report.rows % _ROWS == 0:
+                progress(file.fraction, report.rows)
+        rows = np.array(index, np.int64).reshape(-1, 6)
+        quality.conclude(report, lines=rows[:, store.LINE], identities=rows[:, store.IDENTITY])
+        return Examples(np.empty(0, np.int32), rows, max_length=self._settings.max_length), report
+
+
+def _teller(name: str, say: Say) -> Progress:
+    told = 0.0
+
+    def tell(share: float, rows: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _TOLD_SECONDS:
+            told = time.monotonic()
+            say({"doing": f"reading {name}", "share": share, "rows": rows})
+
+    return tell
+
+
+def _training(train: Examples, settings: TrainingSettings, *, model: str, device: str, models: Path) -> dict[str, Any]:
+    """Give what the training would be; nothing where no row is left."""
+    if not len(train):
+        return {}
+    todo = plan_steps(
+        len(train),
+        effective_batch=settings.first_rung().effective_batch,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+        seed=settings.seed,
+    )
+    epochs, tokens = todo.epoch_after(todo.total_steps), sum(train.lengths)
+    tuning, _ = choose_tuning(settings.tuning, gpu=device != "cpu")
+    kind = {"model": model, "method": tuning, "device": device}
+    records = history.read(history.file_beside(models))
+    speed, (peak, jobs) = history.speed(records, **kind), history.peak(records, **kind)
+    estimate = None
+    if speed and tokens:
+        minutes = round(tokens * epochs / speed / 60, 2)
+        estimate = {"minutes": minutes, "tokens_per_second": speed, "peak_bytes": peak, "jobs": jobs}
+    return {
+        "training": {
+            "rows": len(train),
+            "tokens": tokens,
+            "supervised": sum(train.targets),
+            "steps": todo.total_steps,
+            "rows_a_step": todo.effective_batch,
+            "epochs": epochs,
+            **kind,
+        },
+        "estimate": estimate,
+    }
