@@ -49,6 +49,7 @@ def training(tmp_path, tiny_model, monkeypatch):
                 tokenizer=tokenizer,
                 train=examples,
                 held_out=examples[: settings.predictions.samples],
+                asked=rows[: settings.predictions.samples],
                 device=torch.device("cpu"),
                 checkpoints=tmp_path / "checkpoints",
                 bounds=tmp_path / "micro-batches.json",

@@ -156,3 +156,14 @@ def test_held_out_rows_of_an_array_on_one_line_are_found_again(tmp_path, door):
     assert len(found) == 5
     for row, example in zip(found, held_out, strict=False):
         assert row.messages[-2].content + "<|im_end|>" in tokenizer_for(CHATML).decode(example.ids)
+
+
+def test_a_long_chat_whose_calls_the_template_drops_is_refused_without_rendering_it_a_thousand_times(tmp_path, door):
+    """With the chat rendered up to each of its answers this took minutes."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        json.dumps({"messages": [*chat("a")["messages"], *[call, {"role": "tool", "content": "b"}] * 4000]})
+    )
+    _, report = door.read(path, name=path.name)
+    assert report.faults["template_drops_text"].detail == "message 3"

@@ -24,9 +24,9 @@ def main(order: dict[str, str]) -> None:
     tokenizer = load_tokenizer(base, settings)
     with tempfile.TemporaryDirectory(dir=order["scratch"]) as cache:
         began = time.perf_counter()
-        examples, report = Door(tokenizer, settings, cache=Path(cache)).read(Path(order["file"]), name="the file")
+        _, report = Door(tokenizer, settings, cache=Path(cache)).read(Path(order["file"]), name="the file")
         seconds = time.perf_counter() - began
-        print(json.dumps({"rows": report.good_rows, "tokens": sum(examples.lengths), "seconds": seconds}))
+        print(json.dumps({"rows": report.good_rows, "tokens": report.tokens["tokens"], "seconds": seconds}))
 
 
 if __name__ == "__main__":

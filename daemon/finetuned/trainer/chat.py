@@ -222,8 +222,8 @@ class Renderer:
             if turn.role == "assistant":
                 before = self._prefix(row, index, text, add_generation_prompt=True)
                 behind = self._prefix(row, index + 1, text)
-                if behind <= before:
-                    return Problem("template_drops_text", f"message {index + 1}")
+                if behind <= before or not _holds(text[before:behind], turn, last=index + 1 == len(row.messages)):
+                    return _dropped(row, index + 1)
                 spans.append((before, behind))
         return _checked(row, text, spans)
 
@@ -295,16 +295,24 @@ def _checked(row: Row, text: str, spans: list[Span]) -> Rendered | Problem:
     if len(spans) != len(answers):
         return Problem("template_drops_text", f"{len(spans)} answers of {len(answers)} are marked")
     for (number, turn), (start, end) in zip(answers, spans, strict=True):
-        written = text[start:end]
-        thought, _, answer = turn.content.rpartition(_THOUGHT_END)
-        last = number == len(row.messages)
-        wanted = [answer.strip()]
-        if last:  # of earlier turns templates leave thoughts out on purpose, and so they do when the model is used
-            wanted.append(thought.strip().removeprefix("<think>").strip())
-            wanted += [(turn.extra or {}).get(name) or "" for name in ("reasoning_content", "reasoning", "thinking")]
-        wanted += [call["function"]["name"] for call in (turn.extra or {}).get("tool_calls", [])]
-        if any(part.strip() not in written for part in wanted):
-            return Problem("template_drops_text", f"message {number}")
+        if not _holds(text[start:end], turn, last=number == len(row.messages)):
+            return _dropped(row, number)
     learned = [span for (_, turn), span in zip(answers, spans, strict=True) if turn.learn]
     first = next((turn.content.strip() for turn in row.messages if turn.role not in {"system", "developer"}), "")
     return Rendered(text, learned, max(0, text.find(first)))
+
+
+def _dropped(row: Row, number: int) -> Problem:
+    """Name the message as the file counts it, which does not hold the configured system prompt."""
+    return Problem("template_drops_text", f"message {number - row.prompted}")
+
+
+def _holds(written: str, turn: Message, *, last: bool) -> bool:
+    """Whether all that an answer says is in what the template wrote for it."""
+    thought, _, answer = turn.content.rpartition(_THOUGHT_END)
+    wanted = [answer.strip()]
+    if last:  # of earlier turns templates leave thoughts out on purpose, and so they do when the model is used
+        wanted.append(thought.strip().removeprefix("<think>").strip())
+        wanted += [(turn.extra or {}).get(name) or "" for name in ("reasoning_content", "reasoning", "thinking")]
+    wanted += [call["function"]["name"] for call in (turn.extra or {}).get("tool_calls", [])]
+    return all(part.strip() in written for part in wanted)

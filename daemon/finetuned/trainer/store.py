@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,8 +41,18 @@ class Examples(Sequence[Example]):
         if len(index) and index[:, LENGTH].max() > max_length:
             index = _cut(tokens, index, max_length)
         self._tokens, self._index = tokens, index
-        self.lengths: list[int] = index[:, LENGTH].tolist()
-        self.targets: list[int] = index[:, TARGETS].tolist()
+
+    @cached_property  # a list takes as much as the index, and who only checks needs none
+    def lengths(self) -> list[int]:
+        """Give how many tokens each row has."""
+        found: list[int] = self.column(LENGTH).tolist()
+        return found
+
+    @cached_property
+    def targets(self) -> list[int]:
+        """Give how many tokens of each row are learned."""
+        found: list[int] = self.column(TARGETS).tolist()
+        return found
 
     def __len__(self) -> int:
         """Count the rows."""
