@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import sqlite3
 from itertools import groupby
 from typing import Any
 
 import click
 
-from finetuned.errors import HomeError, harmless
+from finetuned.errors import harmless
+from finetuned.found import job_named, ledger_to_read
 from finetuned.home import Home
-from finetuned.ledger import Ledger
 
 _WIDEST = 100  # characters of an answer
 
 
 def gather(home: Home, name: str) -> dict[str, Any]:
     """Give a job's answers, as `--json` prints them. The newest job is taken whose id begins so. Raises HomeError."""
-    try:
-        ledger = Ledger.open_to_read(home.ledger)
-    except sqlite3.OperationalError as error:
-        raise HomeError(
-            "there are no jobs here yet", where=str(home.root), remedy="`finetuned run` makes the ledger."
-        ) from error
-    try:
-        found = ledger.named(name)
-        if not found:
-            raise HomeError(f"there is no job {name}", remedy="`finetuned status` shows the jobs.")
-        return {"job": found[0].id, "predictions": ledger.predictions(found[0].id)}
-    finally:
-        ledger.close()
+    with ledger_to_read(home) as ledger:
+        job = job_named(ledger, name)
+        return {"job": job.id, "predictions": ledger.predictions(job.id)}
 
 
 def render(facts: dict[str, Any]) -> str:

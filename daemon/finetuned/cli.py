@@ -210,6 +210,23 @@ def predictions(base_dir: Path | None, job: str, as_json: bool) -> None:  # noqa
 
 @cli.command()
 @_base_dir
+@click.argument("job")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The picture to write; its ending says of which kind: png, svg, pdf.",
+)
+def plot(base_dir: Path | None, job: str, output: Path) -> None:
+    """Draw the losses and the learning rate of JOB over its steps."""
+    from finetuned.plot import plot_job
+
+    click.echo(plot_job(_home(base_dir), job, output))
+
+
+@cli.command()
+@_base_dir
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def doctor(base_dir: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """Check this machine and the base directory; exit 1 if something must be mended."""
