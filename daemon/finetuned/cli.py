@@ -117,6 +117,15 @@ def status(base_dir: Path | None, as_json: bool, watch: bool) -> None:  # noqa: 
 
 @cli.command()
 @_base_dir
+def top(base_dir: Path | None) -> None:
+    """Show queue, curves and answers as they change; keys pause, cancel and move. One frame in a pipe."""
+    from finetuned.top import show
+
+    show(_home(base_dir))
+
+
+@cli.command()
+@_base_dir
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
 @click.option(

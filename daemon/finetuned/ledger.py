@@ -245,6 +245,15 @@ class Ledger:
         )
         return [{name: row[name] for name in row.keys() if name != "id"} for row in rows]  # noqa: SIM118
 
+    def newest_predictions(self, job_id: str) -> list[dict[str, Any]]:
+        """Give what a job's model answered last, by questions."""
+        rows = self._database.execute(
+            "SELECT * FROM training_predictions WHERE job_id = :job AND step ="
+            " (SELECT max(step) FROM training_predictions WHERE job_id = :job) ORDER BY sample",
+            {"job": job_id},
+        )
+        return [{name: row[name] for name in row.keys() if name != "id"} for row in rows]  # noqa: SIM118
+
     def record_gpu(self, job_id: str, samples: Iterable[tuple[float, str, dict[str, Any]]]) -> None:
         """Commit GPU samples taken while a job ran: (time, uuid, fields)."""
         with self._transaction():
@@ -335,10 +344,15 @@ class Ledger:
         rows = self._database.execute(
             "SELECT * FROM events WHERE job_id = ? AND (? IS NULL OR type = ?) ORDER BY id", (job_id, kind, kind)
         )
-        return [
-            Event(row["created_at"], EventType(row["type"]), row["message"], row["level"], json.loads(row["data"]))
-            for row in rows
-        ]
+        return [_event(row) for row in rows]
+
+    def newest_metrics(self, job_id: str, count: int) -> list[Event]:
+        """Give the newest so many figures of a job, in order."""
+        rows = self._database.execute(
+            "SELECT * FROM events WHERE job_id = ? AND type = ? ORDER BY id DESC LIMIT ?",
+            (job_id, EventType.METRICS, count),
+        ).fetchall()
+        return [_event(row) for row in reversed(rows)]
 
     def gpu_samples(self, job_id: str) -> list[dict[str, Any]]:
         """Give a job's GPU samples, oldest first."""
@@ -346,6 +360,16 @@ class Ledger:
             "SELECT data FROM gpu_samples WHERE job_id = ? ORDER BY created_at, id", (job_id,)
         )
         return [json.loads(row["data"]) for row in rows]
+
+    def newest_gpu_samples(self, job_id: str) -> list[dict[str, Any]]:
+        """Give the newest sample of each GPU that a job has one of, by their numbers."""
+        rows = self._database.execute(
+            "SELECT data FROM gpu_samples WHERE job_id = ? ORDER BY created_at DESC, id DESC LIMIT 64", (job_id,)
+        )
+        newest: dict[str, dict[str, Any]] = {}
+        for sample in map(json.loads, (row["data"] for row in rows)):
+            newest.setdefault(sample["uuid"], sample)
+        return sorted(newest.values(), key=lambda sample: sample.get("index") or 0)
 
     def thin(self, now: float) -> None:
         """Keep figures of steps and GPUs for a day, then one a minute, after a month one an hour. Evaluations stay."""
@@ -362,6 +386,10 @@ class Ledger:
                     f" WHERE {metrics} GROUP BY job_id, CAST(created_at / :span AS INTEGER))",
                     {"older": older, "span": span},
                 )
+
+
+def _event(row: sqlite3.Row) -> Event:
+    return Event(row["created_at"], EventType(row["type"]), row["message"], row["level"], json.loads(row["data"]))
 
 
 def _stored(name: str, value: Any) -> Any:
