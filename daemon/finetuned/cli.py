@@ -358,6 +358,29 @@ def train(**options: Any) -> None:
 
 
 @cli.command()
+@_base_dir
+@click.argument("adapter", required=False, type=click.Path(path_type=Path))
+@click.option("--compare", is_flag=True, help="Let the base model answer first, each time.")
+@click.option("--model", help="The base model, where it is not where the adapter says.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the most probable answer; above, answers are drawn.",
+)
+def chat(base_dir: Path | None, adapter: Path | None, **options: Any) -> None:
+    """Talk to ADAPTER, a folder or a name in adapters/; to the newest if none is named.
+
+    Ctrl-C ends an answer, Ctrl-D the chat. From a pipe each line is a question of its own.
+    """
+    from finetuned.talk import talk
+
+    talk(adapter, base_dir=base_dir, **options)
+
+
+@cli.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
 @click.option(
     "--output-dir", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the model goes."

@@ -117,7 +117,7 @@ class _Asker:
             "top_p": None,
             "top_k": None,
             "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": sorted(_turn_ends(model, tokenizer)),
+            "eos_token_id": sorted(turn_ends(model, tokenizer)),
         }
 
     def answer(self, questions: list[_Question]) -> list[Prediction]:
@@ -172,7 +172,7 @@ class _Asker:
         return round(SequenceMatcher(None, given, wanted, autojunk=False).ratio(), 4)
 
 
-def _turn_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def turn_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Give the tokens that end an answer: some models end a turn with another token than a text."""
     own = getattr(model.generation_config, "eos_token_id", None)
     return {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
