@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
 from conftest import chat_rows
-from finetuned.config import settings_from
+from finetuned.config import Predictions, settings_from
 from finetuned.dataset.formats import check_row
 from finetuned.trainer import loop
 from finetuned.trainer.base import Base
@@ -38,6 +38,14 @@ def formats(module: torch.nn.Module):
 
 def name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def gradients(training: loop.Training) -> dict[str, torch.Tensor]:
+    """The gradients that a step would be taken with."""
+    training._gradient(training.plan.step(0))
+    found = {name: p.grad.clone() for name, p in training.trained.items() if p.grad is not None}
+    training.optimizer.zero_grad(set_to_none=True)
+    return found
 
 
 def facts(model: str, tuning: str, setting: str, device: torch.device, folder: Path) -> dict:
@@ -74,8 +82,10 @@ def facts(model: str, tuning: str, setting: str, device: torch.device, folder: P
             losses.append(training.metrics["train_loss"])
             scaled_steps += not training.optimizer.step_was_skipped
     scaler = training.accelerator.scaler
+    before = gradients(training)
     with formats(layer) as in_generation:
-        answers = predict(base, tokenizer, rows[:2], max_new_tokens=4)
+        answers = predict(base, tokenizer, rows[:2], Predictions(max_new_tokens=4, temperature=0.5), seed=1)
+    after = gradients(training)
     training.step()  # after an evaluation it still trains
     frozen = {name(p.dtype) for p in base.parameters() if not p.requires_grad}
     state = [value for values in training.optimizer.state.values() for value in values.values() if value.dim()]
@@ -87,7 +97,13 @@ def facts(model: str, tuning: str, setting: str, device: torch.device, folder: P
         "optimizer": sorted({name(value.dtype) for value in state}),
         "scale": scaler.get_scale() if scaler else None,
         "generated": sorted(in_generation),
-        "answers": len(answers),
+        "answers": sum(answer.error is None for answer in answers),
+        "repacked": [
+            path
+            for path, module in base.named_modules()
+            if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False)
+        ],
+        "unchanged": before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before),
         "steps_taken": scaled_steps,
         "losses": [*losses, training.metrics["train_loss"]],
         "choices": precision.choices(),

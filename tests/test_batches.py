@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from conftest import row_of
+from finetuned.config import Predictions
 from finetuned.dataset.rows import Problem, Row
 from finetuned.findings import ERRORS
 from finetuned.trainer.batches import collate_flat, collate_padded
@@ -173,7 +174,7 @@ def test_a_prediction_ends_where_a_turn_ends(tokenizer):
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    (prediction,) = predict(model, tokenizer, [row], max_new_tokens=12)
+    (prediction,) = predict(model, tokenizer, [row], Predictions(max_new_tokens=12), seed=1)
     assert prediction.answer == "abc"
 
 

@@ -40,12 +40,15 @@ def train_by_hand(
     skip_validation: bool,
     yes: bool,
     system_prompt: str | None,
+    predictions_enabled: bool | None,
+    predictions_sample_frequency: str | None,
     **options: Any,
 ) -> int:
     """Train and give the exit code. Raises FinetunedError for settings or folders that cannot be used."""
     values = {name: value for name, value in options.items() if value is not None}
     for name in {"eval_file", "resume_adapter"} & values.keys():
         values[name] = str(values[name].resolve())
+    values["predictions"] = _asking(predictions_enabled, predictions_sample_frequency)
     if system_prompt is not None:
         values["system_prompt"] = system_prompt or None
     if skip_validation:
@@ -101,6 +104,11 @@ def train_by_hand(
             retries=job.retries + decision.counted,
             progress=progress_for_next(job.progress, ending),
         )
+
+
+def _asking(enabled: bool | None, frequency: str | None) -> dict[str, Any]:  # noqa: FBT001
+    often = int(frequency) if frequency and frequency.isdigit() else frequency
+    return {name: value for name, value in (("enabled", enabled), ("frequency", often)) if value is not None}
 
 
 def _sha256(path: Path) -> str:

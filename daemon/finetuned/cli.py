@@ -117,6 +117,15 @@ def status(base_dir: Path | None, as_json: bool, watch: bool) -> None:  # noqa: 
 
 @cli.command()
 @_base_dir
+def top(base_dir: Path | None) -> None:
+    """Show queue, curves and answers as they change; keys pause, cancel and move. One frame in a pipe."""
+    from finetuned.top import show
+
+    show(_home(base_dir))
+
+
+@cli.command()
+@_base_dir
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
 @click.option(
@@ -194,6 +203,35 @@ def logs(base_dir: Path | None, job: str | None, follow: bool, lines: int) -> No
 
     for line in tail(lambda: find_log(_home(base_dir), job), lines=lines, follow=follow):
         click.echo(line)
+
+
+@cli.command()
+@_base_dir
+@click.argument("job")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def predictions(base_dir: Path | None, job: str, as_json: bool) -> None:  # noqa: FBT001
+    """Show what the model of JOB answered before, while and after it learned."""
+    from finetuned.answers import gather, render
+
+    facts = gather(_home(base_dir), job)
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(facts))
+
+
+@cli.command()
+@_base_dir
+@click.argument("job")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The picture to write; its ending says of which kind: png, svg, pdf.",
+)
+def plot(base_dir: Path | None, job: str, output: Path) -> None:
+    """Draw the losses and the learning rate of JOB over its steps."""
+    from finetuned.plot import plot_job
+
+    click.echo(plot_job(_home(base_dir), job, output))
 
 
 @cli.command()
@@ -304,6 +342,10 @@ def plan(base_dir: Path | None, file: Path, profile: str, model: str | None, as_
     "--resume-adapter", type=click.Path(path_type=Path, exists=True, file_okay=False), help="An adapter to train on."
 )
 @click.option("--system-prompt", help="For rows that have none; an empty text for none at all.")
+@click.option(
+    "--predictions-enabled/--no-predictions-enabled", default=None, help="Ask held-out questions while it learns."
+)
+@click.option("--predictions-sample-frequency", metavar="WHEN", help="eval, epoch, or every so many steps.")
 @click.option("--seed", type=int)
 @click.option("--job-id", help="A name for this training.")
 @click.option("--skip-validation", is_flag=True, help="Train on the good rows, however many are bad.")
@@ -313,6 +355,29 @@ def train(**options: Any) -> None:
     from finetuned.by_hand import train_by_hand
 
     sys.exit(train_by_hand(**options))
+
+
+@cli.command()
+@_base_dir
+@click.argument("adapter", required=False, type=click.Path(path_type=Path))
+@click.option("--compare", is_flag=True, help="Let the base model answer first, each time.")
+@click.option("--model", help="The base model, where it is not where the adapter says.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="0 takes the most probable answer; above, answers are drawn.",
+)
+def chat(base_dir: Path | None, adapter: Path | None, **options: Any) -> None:
+    """Talk to ADAPTER, a folder or a name in adapters/; to the newest if none is named.
+
+    Ctrl-C ends an answer, Ctrl-D the chat. From a pipe each line is a question of its own.
+    """
+    from finetuned.talk import talk
+
+    talk(adapter, base_dir=base_dir, **options)
 
 
 @cli.command()

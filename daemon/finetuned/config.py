@@ -36,12 +36,16 @@ class _Strict(BaseModel):
 
 
 class Predictions(_Strict):
-    """What the model is asked at every evaluation, so that one can read what it learns."""
+    """What the model is asked while it learns, so that one can read what it learns."""
 
-    samples: int = Field(
-        0, ge=0, description="Rows of eval_file to answer before the first step and at every evaluation."
+    enabled: bool = Field(True, description="Ask held-out questions while the model learns, where rows are held out.")
+    samples: int = Field(5, ge=0, description="How many held-out rows are asked; the same ones each time.")
+    frequency: Literal["eval", "epoch"] | PositiveInt = Field(
+        "eval",
+        description="When, beside before the first step and after the last: eval, epoch, or every so many steps.",
     )
     max_new_tokens: PositiveInt = Field(64, description="Longest answer, in tokens.")
+    temperature: float = Field(0.0, ge=0, description="0 takes the most probable answer; above, answers are drawn.")
 
 
 class TrainingSettings(_Strict):

@@ -22,7 +22,7 @@ class EventType(StrEnum):
     PLAN = "plan"  # data: steps, tokens, parameters, and every automatic choice with its reason
     RUNG = "rung"  # data: rung, reason; the trainer climbed down by itself
     METRICS = "metrics"  # data: step, total_steps, epoch, train_loss, ... or valid_loss
-    PREDICTIONS = "predictions"  # data: step, samples
+    PREDICTIONS = "predictions"  # data: step, epoch, samples
     CHECKPOINT = "checkpoint"  # data: step
     MESSAGE = "message"  # anything worth a line
     ERROR = "error"  # data: code, what, where, remedy

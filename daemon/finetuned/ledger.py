@@ -91,7 +91,25 @@ _HELD_OUT = """
 ALTER TABLE jobs ADD COLUMN held_out BLOB;
 ALTER TABLE jobs ADD COLUMN held_out_sha256 TEXT;
 """
-MIGRATIONS = [_TABLES, _ORDERS, _HELD_OUT]  # each brings the file from one version to the next
+_PREDICTIONS = """
+CREATE TABLE training_predictions (
+    id INTEGER PRIMARY KEY,
+    job_id TEXT NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+    created_at REAL NOT NULL,
+    step INTEGER NOT NULL,
+    epoch REAL,
+    sample INTEGER NOT NULL,
+    prompt TEXT NOT NULL,
+    expected TEXT NOT NULL,
+    answer TEXT NOT NULL,
+    exact INTEGER NOT NULL,
+    similarity REAL,
+    seconds REAL,
+    error TEXT
+) STRICT;
+CREATE UNIQUE INDEX predictions_by_job ON training_predictions (job_id, step, sample);
+"""
+MIGRATIONS = [_TABLES, _ORDERS, _HELD_OUT, _PREDICTIONS]  # each brings the file from one version to the next
 
 _LAST_CHARACTER = "\U0010ffff"
 _IN_TURN = "ORDER BY priority DESC, place, created_at, rowid"
@@ -196,8 +214,45 @@ class Ledger:
                 "INSERT INTO events (job_id, created_at, level, type, message, data) VALUES (?, ?, ?, ?, ?, ?)",
                 [(job_id, e.created_at, e.level, e.type, encodable(e.message), _data(e)) for e in events],
             )
+            for event in events:
+                if event.type is EventType.PREDICTIONS:
+                    self._record_predictions(job_id, event)
             self._change(job_id, {"events_offset": offset, **changes})
         return self.job(job_id)
+
+    def _record_predictions(self, job_id: str, event: Event) -> None:
+        """Note each answer; one of a step that was done again takes the place of the earlier one."""
+        for number, sample in enumerate(event.data["samples"]):
+            row = {
+                "job_id": job_id,
+                "created_at": event.created_at,
+                "step": event.data["step"],
+                "epoch": event.data.get("epoch"),
+                "sample": number,
+                **{name: encodable(str(sample[name])) for name in ("prompt", "expected", "answer")},
+                **{name: sample.get(name) for name in ("exact", "similarity", "seconds")},
+                "error": sample.get("error") and encodable(sample["error"]),
+            }
+            marks = ", ".join("?" * len(row))
+            self._database.execute(
+                f"INSERT OR REPLACE INTO training_predictions ({', '.join(row)}) VALUES ({marks})", list(row.values())
+            )
+
+    def predictions(self, job_id: str) -> list[dict[str, Any]]:
+        """Give what a job's model answered while it learned, by steps and then by questions."""
+        rows = self._database.execute(
+            "SELECT * FROM training_predictions WHERE job_id = ? ORDER BY step, sample", (job_id,)
+        )
+        return [{name: row[name] for name in row.keys() if name != "id"} for row in rows]  # noqa: SIM118
+
+    def newest_predictions(self, job_id: str) -> list[dict[str, Any]]:
+        """Give what a job's model answered last, by questions."""
+        rows = self._database.execute(
+            "SELECT * FROM training_predictions WHERE job_id = :job AND step ="
+            " (SELECT max(step) FROM training_predictions WHERE job_id = :job) ORDER BY sample",
+            {"job": job_id},
+        )
+        return [{name: row[name] for name in row.keys() if name != "id"} for row in rows]  # noqa: SIM118
 
     def record_gpu(self, job_id: str, samples: Iterable[tuple[float, str, dict[str, Any]]]) -> None:
         """Commit GPU samples taken while a job ran: (time, uuid, fields)."""
@@ -298,10 +353,15 @@ class Ledger:
         rows = self._database.execute(
             "SELECT * FROM events WHERE job_id = ? AND (? IS NULL OR type = ?) ORDER BY id", (job_id, kind, kind)
         )
-        return [
-            Event(row["created_at"], EventType(row["type"]), row["message"], row["level"], json.loads(row["data"]))
-            for row in rows
-        ]
+        return [_event(row) for row in rows]
+
+    def newest_metrics(self, job_id: str, count: int) -> list[Event]:
+        """Give the newest so many figures of a job, in order."""
+        rows = self._database.execute(
+            "SELECT * FROM events WHERE job_id = ? AND type = ? ORDER BY id DESC LIMIT ?",
+            (job_id, EventType.METRICS, count),
+        ).fetchall()
+        return [_event(row) for row in reversed(rows)]
 
     def gpu_samples(self, job_id: str) -> list[dict[str, Any]]:
         """Give a job's GPU samples, oldest first."""
@@ -309,6 +369,16 @@ class Ledger:
             "SELECT data FROM gpu_samples WHERE job_id = ? ORDER BY created_at, id", (job_id,)
         )
         return [json.loads(row["data"]) for row in rows]
+
+    def newest_gpu_samples(self, job_id: str) -> list[dict[str, Any]]:
+        """Give the newest sample of each GPU that a job has one of, by their numbers."""
+        rows = self._database.execute(
+            "SELECT data FROM gpu_samples WHERE job_id = ? ORDER BY created_at DESC, id DESC LIMIT 64", (job_id,)
+        )
+        newest: dict[str, dict[str, Any]] = {}
+        for sample in map(json.loads, (row["data"] for row in rows)):
+            newest.setdefault(sample["uuid"], sample)
+        return sorted(newest.values(), key=lambda sample: sample.get("index") or 0)
 
     def thin(self, now: float) -> None:
         """Keep figures of steps and GPUs for a day, then one a minute, after a month one an hour. Evaluations stay."""
@@ -325,6 +395,10 @@ class Ledger:
                     f" WHERE {metrics} GROUP BY job_id, CAST(created_at / :span AS INTEGER))",
                     {"older": older, "span": span},
                 )
+
+
+def _event(row: sqlite3.Row) -> Event:
+    return Event(row["created_at"], EventType(row["type"]), row["message"], row["level"], json.loads(row["data"]))
 
 
 def _stored(name: str, value: Any) -> Any:

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from finetuned.trainer.loop import Training
 
 
-def evaluate(training: Training) -> None:
-    """Measure the held-out loss and ask some held-out questions, each left out where memory does not allow it.
+def evaluate(training: Training, *, measure: bool, ask: bool) -> None:
+    """Measure the held-out loss, and ask some held-out questions, each left out where memory does not allow it.
 
     Raises StopAskedError: a user who wants the GPU does not wait for it.
     """
-    for measure in (_measure, _ask):
+    for look, wanted in ((_measure, measure), (_ask, ask)):
+        if not wanted:
+            continue
         try:
-            measure(training)
+            look(training)
         except (RuntimeError, MemoryError) as error:
             detail = memory.out_of_memory(error)
             if detail is None:
@@ -50,6 +52,7 @@ def _measure(training: Training) -> None:
     elif loss < metrics.get("best_valid_loss", float("inf")):
         metrics |= {"best_valid_loss": loss, "best_step": training.done}
     sentence = f"held-out loss {loss:.4f} after step {training.done} ({time.monotonic() - began:.1f} s)"
+    metrics["evaluated_step"] = training.done
     training.task.say.say(EventType.METRICS, sentence, step=training.done, valid_loss=loss)
 
 
@@ -75,11 +78,18 @@ def held_out_loss(training: Training) -> float:
 
 
 def _ask(training: Training) -> None:
-    """Answer the first held-out questions as the model stands."""
-    task, settings = training.task, training.task.settings.predictions
-    answers = predict(training.model, task.tokenizer, task.asked, max_new_tokens=settings.max_new_tokens)
+    """Answer some held-out questions as the model stands."""
+    task, step = training.task, training.done
+    settings = task.settings.predictions
+    if not settings.enabled:
+        return
+    answers = predict(training.model, task.tokenizer, task.asked, settings, seed=task.settings.seed)
+    training.metrics["asked_step"] = step
     if answers:
+        exact, errors = (
+            sum(kind) for kind in zip(*((one.exact, one.error is not None) for one in answers), strict=True)
+        )
+        sentence = f"predictions saved={len(answers)} errors={errors} exact={exact}/{len(answers)} step={step}"
+        epoch = round(training.plan.epoch_after(step), 4)
         samples = [answer.as_dict() for answer in answers]
-        exact = sum(sample["exact"] for sample in samples)
-        sentence = f"predictions saved={len(samples)} exact={exact}/{len(samples)} step={training.done}"
-        task.say.say(EventType.PREDICTIONS, sentence, step=training.done, samples=samples)
+        task.say.say(EventType.PREDICTIONS, sentence, step=step, epoch=epoch, samples=samples)

@@ -213,8 +213,10 @@ class Training:
 
     def prepare(self) -> None:
         """Evaluate once to have a "before", and find out what does not fit before hours have gone into it."""
-        if self.done == 0 or self._evaluation_is_due():
-            self._evaluate()
+        if self.done == 0:
+            self._evaluate(measure=True, ask=True)
+        else:
+            self._evaluate_where_due()
         if self._largest_comes_late():
             self._forgiving(lambda: self._backward(self.largest(self.bound), 1))
             self.optimizer.zero_grad(set_to_none=True)
@@ -282,15 +284,14 @@ class Training:
 
         The best step so far is written at once, and the last one before the evaluation that follows it.
         """
-        if self._evaluation_is_due():
-            self._evaluate()
+        self._evaluate_where_due()
         self.saver.save_when_due()
 
     def conclude(self) -> None:
         """Evaluate a last time, and settle whether the last step or the best is published."""
         self.watch.check_end()
         self.task.say.phase("evaluating", "training is done")
-        self._evaluate()
+        self._evaluate(measure=True, ask=True)
         self.metrics["published_step"] = self.done
         if self.task.settings.publish == "best":
             self.saver.go_back(self.metrics.get("best_step", self.done))
@@ -301,16 +302,22 @@ class Training:
         if not self._torn:
             self.saver.save_what_is_done()
 
-    def _evaluation_is_due(self) -> bool:
-        """Whether one is to be made between two steps: also when a stop cut it off."""
-        every = self.task.settings.eval_steps
-        due = every and self.done % every == 0 and 0 < self.done < self.plan.total_steps
-        return bool(due and self.metrics.get("evaluated_step") != self.done)
+    def _evaluate_where_due(self) -> None:
+        """Look at held-out rows between two steps where the settings say so: also when a stop cut it off."""
+        settings = self.task.settings
+        often = {"eval": settings.eval_steps, "epoch": self.plan.steps_per_epoch}
+        ask_every = often.get(str(settings.predictions.frequency), settings.predictions.frequency)
+        self._evaluate(
+            measure=self._is_due(settings.eval_steps, "evaluated_step"), ask=self._is_due(ask_every, "asked_step")
+        )
 
-    def _evaluate(self) -> None:
-        if self.task.held_out:
-            evaluate(self)
-            self.metrics["evaluated_step"] = self.done
+    def _is_due(self, every: Any, done: str) -> bool:
+        between = every and self.done % every == 0 and 0 < self.done < self.plan.total_steps
+        return bool(between and self.metrics.get(done) != self.done)
+
+    def _evaluate(self, *, measure: bool, ask: bool) -> None:
+        if self.task.held_out and (measure or ask):
+            evaluate(self, measure=measure, ask=ask)
             self._pace.start()
 
     def try_backward(self, tokens: int) -> bool:

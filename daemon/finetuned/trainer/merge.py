@@ -83,20 +83,16 @@ def _merge(
     import transformers
     from peft import PeftModel
 
-    from finetuned.trainer import embedded
     from finetuned.trainer.base import find_base, quiet_libraries
     from finetuned.trainer.model import load_model
     from finetuned.trainer.precision import choose
     from finetuned.trainer.vision import copy_processor
 
     quiet_libraries()
-    trained = story.get("settings", {})
-    named = embedded.NAME if trained.get("model") == embedded.NAME else config["base_model_name_or_path"]
     tuning = story.get("rung", {}).get("tuning")
     if tuning in {"qlora", "lora-8bit"}:
         click.echo(f"Trained on a {tuning} base; merged into {dtype} weights, never into rounded ones.")
-    # What runs foreign code is asked of the user, not read from an adapter: that may come from anyone.
-    settings = TrainingSettings(model=model or named, revision=None if model else trained.get("revision"))
+    settings = base_settings(config["base_model_name_or_path"], story, model=model)
     try:
         base = find_base(settings, models=models, base_dir=Path.cwd())
         cpu = torch.device("cpu")
@@ -120,6 +116,18 @@ def _merge(
     tokenizer.save_pretrained(staged)
     copy_processor(base.source, settings.revision, staged)
     return base.name
+
+
+def base_settings(base: str, story: dict[str, Any], *, model: str | None) -> TrainingSettings:
+    """Give the settings that load the base model of an adapter, or `model` in its place.
+
+    What runs foreign code is asked of the user, not read from an adapter: that may come from anyone.
+    """
+    from finetuned.trainer import embedded
+
+    trained = story.get("settings", {})
+    named = embedded.NAME if trained.get("model") == embedded.NAME else base
+    return TrainingSettings(model=model or named, revision=None if model else trained.get("revision"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,188 @@
+"""What `finetuned top` shows, as lines of text. Pure: facts and a size in, lines out, none wider than the size."""
+
+from __future__ import annotations
+
+import time
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from typing import Any
+
+import click
+
+from finetuned.curves import Points
+from finetuned.errors import harmless
+from finetuned.live import sentence
+
+KEYS = "p pause  r resume  c cancel  f first  l last  j/k choose  q quit"
+_LEVELS = "▁▂▃▄▅▆▇█"
+_PLAIN_LEVELS = "_.-=+*%#"  # where the terminal's letters are fewer
+_GIB = 2**30
+_MOST_GPUS, _MOST_ANSWERS = 8, 5
+
+
+@dataclass(frozen=True)
+class Size:
+    """A terminal's columns and lines; lines 0: as many as it takes. `plain` ones know no block letters."""
+
+    columns: int = 80
+    lines: int = 0
+    plain: bool = False
+
+
+def frame(facts: dict[str, Any], size: Size, *, chosen: str = "", note: str = "") -> list[str]:
+    """Draw one frame: facts as `finetuned.top` gathers them, the chosen job marked, a note above the keys."""
+    lines = [_head(facts, size)]
+    for job in facts["running"]:
+        lines += ["", *_running(job, facts, size, chosen=chosen)]
+    if not facts["running"]:
+        last = facts["finished"][0] if facts["finished"] else None
+        lines += [
+            "",
+            cut("no job is running" + (f"; the last was {last['id']}, it {last['outcome']}" if last else ""), size),
+        ]
+    lines += [_gpu(sample, size) for sample in facts["gpus"][:_MOST_GPUS]]
+    foot = ["", cut(note, size) if note else "", click.style(cut(KEYS, size), dim=True)] if size.lines else []
+    answers = _answers(facts, size)
+    room = size.lines - len(lines) - len(foot) if size.lines else 10**6
+    queue = _queue(facts, size, chosen=chosen, room=max(3, room - len(answers)))
+    body = [*lines, *queue, *answers]
+    if not size.lines:
+        return body
+    body = body[: max(0, size.lines - len(foot))]
+    return [*body, *[""] * (size.lines - len(foot) - len(body)), *foot][: size.lines]
+
+
+def cut(text: str, size: Size, *, room: int | None = None) -> str:
+    """Give text on one line that takes at most `room` columns, of which some letters take two and some none."""
+    left = size.columns if room is None else room
+    kept = []
+    for letter in " ".join(harmless(text).split("\n")).replace("\t", " "):
+        left -= 0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        if left < 0:
+            break
+        kept.append(letter)
+    return "".join(kept)
+
+
+def bar(share: float, width: int, *, plain: bool) -> str:
+    """Give a bar that is filled to this share of 1."""
+    filled = round(max(0.0, min(1.0, share)) * width)
+    return f"[{'#' * filled}{'.' * (width - filled)}]" if plain else "█" * filled + "░" * (width - filled)
+
+
+def sparkline(points: Points, width: int, *, plain: bool = False) -> str:
+    """Give the course of a figure in so many letters: the mean of what falls on each, between least and most."""
+    if not points or width < 1:
+        return ""
+    values = [value for _, value in points]
+    count = min(width, len(values))
+    edges = [place * len(values) // count for place in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    levels, least, span = _PLAIN_LEVELS if plain else _LEVELS, min(means), max(means) - min(means)
+    return "".join(levels[round((mean - least) / span * (len(levels) - 1)) if span else 0] for mean in means)
+
+
+def _head(facts: dict[str, Any], size: Size) -> str:
+    """Say what matters most first: a narrow terminal shows only that."""
+    pid = facts["daemon_pid"]
+    hindered = [f"paused: {facts['paused']}"] if facts["paused"] else []
+    hindered += ["config.json is broken"] if facts["config_error"] else []
+    hindered += [facts["waits"]] if facts["waits"] else []
+    state = f"running, pid {pid}" if pid else "not running; start it with `finetuned run`"
+    text = cut("; ".join([f"finetuned is {state}", *hindered, f"in {facts['base_dir']}"]), size, room=size.columns - 10)
+    colour = "yellow" if hindered or not pid else "green"
+    return click.style(text, fg=colour) + f"  {datetime.now().astimezone():%H:%M:%S}"
+
+
+def _running(job: dict[str, Any], facts: dict[str, Any], size: Size, *, chosen: str) -> list[str]:
+    progress = job["progress"]
+    lines = [_marked(cut(f"{job['id']}: {sentence(progress)}", size, room=size.columns - 2), job["id"] == chosen)]
+    total, step = progress.get("total_steps") or 0, progress.get("step") or 0
+    if total:
+        at = f" {step / total:4.0%}"
+        if progress.get("seconds_left"):
+            at += f", done at {datetime.fromtimestamp(time.time() + progress['seconds_left']).astimezone():%H:%M}"
+        lines.append(
+            "  "
+            + cut(bar(step / total, min(40, size.columns // 2), plain=size.plain) + at, size, room=size.columns - 2)
+        )
+    curves = facts["curves"].get(job["id"])
+    if curves and curves.train_loss:
+        first, last = curves.train_loss[0][1], curves.train_loss[-1][1]
+        rest = f"  held out {curves.valid_loss[-1][1]:.4f}" if curves.valid_loss else ""
+        room = max(4, min(40, size.columns - 30 - len(rest)))
+        line = f"loss {first:.4f} {sparkline(curves.train_loss, room, plain=size.plain)} {last:.4f}{rest}"
+        lines.append("  " + cut(line, size, room=size.columns - 2))
+    if curves and curves.learning_rate:
+        rung = job["rung"]
+        told = f"learning rate {curves.learning_rate[-1][1]:.2e}, {rung.get('batch_size', '?')} rows at once"
+        norm = progress.get("grad_norm")
+        told += f", gradient norm {norm:.3g}" if norm is not None else ""
+        lines.append("  " + cut(told, size, room=size.columns - 2))
+    return lines
+
+
+def _gpu(sample: dict[str, Any], size: Size) -> str:
+    parts = [f"GPU {sample.get('index', '?')}"]
+    width = 10
+    if sample.get("utilization") is not None:
+        parts.append(f"{bar(sample['utilization'] / 100, width, plain=size.plain)} {sample['utilization']:3d}%")
+    used, total = sample.get("memory_used"), sample.get("memory_total")
+    if used is not None and total:
+        parts.append(f"memory {bar(used / total, width, plain=size.plain)} {used / _GIB:.1f} of {total / _GIB:.0f} GiB")
+    if sample.get("temperature") is not None:
+        parts.append(f"{sample['temperature']} C")
+    if sample.get("power") is not None:
+        parts.append(f"{sample['power']:.0f} W")
+    parts += sample.get("throttle_reasons") or []
+    return "  " + cut("  ".join(parts), size, room=size.columns - 2)
+
+
+def _queue(facts: dict[str, Any], size: Size, *, chosen: str, room: int) -> list[str]:
+    queue = facts["queue"]
+    lines = ["", click.style(cut(f"queue: {len(queue):,} waiting" if queue else "queue: empty", size), bold=True)]
+    rows = max(1, room - len(lines))
+    place = next((n for n, job in enumerate(queue) if job["id"] == chosen), 0)
+    start = max(0, min(place - rows // 2, len(queue) - rows))
+    for job in queue[start : start + rows]:
+        waits = job["progress"].get("waits")
+        text = job["id"] + (f" ({job['profile']})" if job["profile"] else "") + (f": {waits}" if waits else "")
+        lines.append(_marked(cut(text, size, room=size.columns - 2), job["id"] == chosen))
+    return lines
+
+
+def _answers(facts: dict[str, Any], size: Size) -> list[str]:
+    answers = facts["predictions"]
+    if not answers:
+        return []
+    exact = sum(bool(one["exact"]) for one in answers)
+    title = f"answers after step {answers[0]['step']}: {exact} of {len(answers)} exact"
+    lines = ["", click.style(cut(title, size), bold=True)]
+    asked = size.columns // 2 - 4
+    for one in answers[:_MOST_ANSWERS]:
+        said = f"({one['error']})" if one["error"] else one["answer"]
+        prompt = cut(_flat(one["prompt"]), size, room=asked)
+        answer = cut(_flat(said), size, room=size.columns - 4 - asked)
+        lines.append(f"  {_filled(prompt, asked)}  " + click.style(answer, fg="green" if one["exact"] else None))
+    return lines
+
+
+def _marked(text: str, chosen: bool) -> str:  # noqa: FBT001
+    return click.style(f"> {text}", bold=True) if chosen else f"  {text}"
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _filled(text: str, width: int) -> str:
+    taken = sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return text + " " * (width - taken)
+
+
+def choices(facts: dict[str, Any]) -> Sequence[str]:
+    """Give the jobs that can be chosen, from the top of the frame to its end."""
+    return [job["id"] for job in (*facts["running"], *facts["queue"])]

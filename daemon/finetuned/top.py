@@ -1,0 +1,145 @@
+"""`finetuned top`: a live view of the queue in the terminal, and keys that give orders. In a pipe it shows one frame.
+
+It reads the ledger as `finetuned status` does, and orders as the control verbs do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import shutil
+import signal
+import sqlite3
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import click
+
+from finetuned.control import order
+from finetuned.curves import curves_of
+from finetuned.errors import FinetunedError
+from finetuned.frame import Size, choices, frame
+from finetuned.home import Home
+from finetuned.ledger import Ledger
+from finetuned.spool.orders import Verb
+from finetuned.status import gather as gather_status
+
+_EVERY = 1.0  # seconds between two frames
+_POINTS = 2000  # of the newest steps, in the curve
+_FULL_SCREEN, _BACK = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # also hide and show the cursor
+_KEY = re.compile(r"\x1b[\[O][A-Z]|.", re.DOTALL)
+_ARROWS = {"\x1b[A": "k", "\x1b[B": "j", "\x1bOA": "k", "\x1bOB": "j"}
+_OF_A_JOB = {"c": Verb.CANCEL, "f": Verb.FIRST, "l": Verb.LAST}
+
+
+def gather(home: Home) -> dict[str, Any]:
+    """Collect what a frame shows: what `finetuned status` knows, and figures of the running job."""
+    facts = {**gather_status(home), "curves": {}, "gpus": [], "predictions": []}
+    shown = [job["id"] for job in facts["running"]] or [job["id"] for job in facts["finished"][:1]]
+    if not shown:
+        return facts
+    with suppress(sqlite3.OperationalError):  # it is made anew at this moment
+        ledger = Ledger.open_to_read(home.ledger)
+        try:
+            facts["curves"] = {job: curves_of(ledger.newest_metrics(job, _POINTS)) for job in shown}
+            facts["gpus"] = ledger.newest_gpu_samples(shown[0]) if facts["running"] else []
+            facts["predictions"] = ledger.newest_predictions(shown[0])
+        finally:
+            ledger.close()
+    return facts
+
+
+def show(home: Home) -> None:
+    """Show the live view until q or Ctrl-C; one frame where there is no terminal to show it on."""
+    plain = "utf" not in (sys.stdout.encoding or "").lower()
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        size = Size(shutil.get_terminal_size().columns, plain=plain)
+        click.echo("\n".join(line.rstrip() for line in frame(gather(home), size)))
+        return
+    with suppress(KeyboardInterrupt, OSError), _whole_terminal():  # OSError: the terminal is gone
+        _View(home, plain=plain).run()
+
+
+class _View:
+    def __init__(self, home: Home, *, plain: bool) -> None:
+        self._home, self._plain = home, plain
+        self._chosen, self._note, self._sure = "", "", ""
+
+    def run(self) -> None:
+        while True:
+            facts = gather(self._home)
+            jobs = choices(facts)
+            if self._chosen not in jobs:
+                self._chosen = jobs[0] if jobs else ""
+            self._draw(facts)
+            if select.select([sys.stdin], [], [], _EVERY)[0]:
+                typed = os.read(sys.stdin.fileno(), 64)
+                for key in _keys(typed):
+                    self._press(key, jobs)
+                if not typed or "q" in _keys(typed):
+                    return
+
+    def _draw(self, facts: dict[str, Any]) -> None:
+        columns, lines = os.get_terminal_size(sys.stdout.fileno())
+        size = Size(max(20, columns), max(4, lines), plain=self._plain)
+        drawn = frame(facts, size, chosen=self._chosen, note=self._note)
+        if "NO_COLOR" in os.environ:
+            drawn = [click.unstyle(line) for line in drawn]
+        text = "\x1b[H" + "\n".join(f"{line}\x1b[K" for line in drawn) + "\x1b[J"
+        sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
+        sys.stdout.flush()
+
+    def _press(self, key: str, jobs: Any) -> None:
+        sure, self._sure = self._sure, ""
+        if key in "jk" and jobs:
+            place = jobs.index(self._chosen) + (1 if key == "j" else -1)
+            self._chosen, self._note = jobs[max(0, min(place, len(jobs) - 1))], ""
+        elif key in "pr":
+            self._order(Verb.PAUSE if key == "p" else Verb.RESUME)
+        elif key == "c" and self._chosen and sure != self._chosen:
+            self._sure, self._note = self._chosen, f"c once more cancels {self._chosen}"
+        elif key in _OF_A_JOB and self._chosen:
+            self._order(_OF_A_JOB[key], self._chosen)
+        else:
+            self._note = ""
+
+    def _order(self, verb: Verb, job: str = "") -> None:
+        try:
+            self._note = order(self._home, verb, job)
+        except FinetunedError as error:
+            self._note = error.sentence()
+
+
+def _keys(typed: bytes) -> list[str]:
+    """Give the keys that were pressed; an arrow is several bytes, and means j or k."""
+    found = _KEY.findall(typed.decode("ascii", "ignore"))
+    return [_ARROWS.get(key, key) for key in found]
+
+
+@contextmanager
+def _whole_terminal() -> Iterator[None]:
+    """Take the whole terminal and each key as it is pressed; put all back, also where the process is told to end."""
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    told = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    told[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, signal.SIG_IGN)  # it would stop with the terminal in disorder
+    try:
+        tty.setcbreak(descriptor)
+        sys.stdout.write(_FULL_SCREEN)
+        yield
+    finally:
+        with suppress(OSError, termios.error):
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+            sys.stdout.write(_BACK)
+            sys.stdout.flush()
+        for number, handler in told.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, _: object) -> None:
+    raise SystemExit(128 + number)

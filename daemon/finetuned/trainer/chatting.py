@@ -1,0 +1,271 @@
+"""`python -m finetuned.trainer.chatting ADAPTER`: a chat with what was trained, in its own template and with its own
+system prompt. `finetuned chat` becomes this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+from transformers import AutoTokenizer, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from finetuned.adapters import CONFIG, read_adapter, read_story
+from finetuned.dataset.rows import Message
+from finetuned.errors import FinetunedError, ModelError, harmless
+from finetuned.events import ExitCode
+from finetuned.trainer import memory
+from finetuned.trainer.base import find_base, quiet_libraries
+from finetuned.trainer.chat import Renderer
+from finetuned.trainer.merge import base_settings
+from finetuned.trainer.model import load_model
+from finetuned.trainer.precision import choose
+from finetuned.trainer.predictions import turn_ends
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ANEW = "/new"
+
+
+def main(arguments: list[str]) -> int:
+    """Load and talk until there are no more questions; the exit code."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("adapter", type=Path)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--longest", type=int, required=True)
+    parser.add_argument("--temperature", type=float, required=True)
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--model")
+    options = parser.parse_args(arguments)
+    quiet_libraries()
+    try:
+        voices = load(options.adapter, compare=options.compare, model=options.model, models=options.models)
+        for voice in voices:
+            voice.longest, voice.temperature = options.longest, options.temperature
+        _talk(voices)
+    except FinetunedError as error:
+        click.echo(f"finetuned: {error}", err=True)
+        return ExitCode.BAD_SETTINGS
+    except KeyboardInterrupt:
+        return ExitCode.STOPPED
+    return 0
+
+
+def load(adapter: Path, *, compare: bool, model: str | None, models: Path) -> list[Voice]:
+    """Give who answers: the trained model, and before it the base where they are compared. Raises FinetunedError."""
+    story = read_story(adapter)
+    trained = story.get("settings", {})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tuning = story.get("rung", {}).get("tuning")
+    if tuning not in {"qlora", "lora-8bit"} or device.type == "cpu":  # there dense weights are as small as need be
+        tuning = "lora"
+    precision = choose(device, tuning, trained.get("dtype", "auto"))
+
+    def loaded(name: str | None, base: str) -> PreTrainedModel:
+        settings = base_settings(base, story if name is None else {}, model=name)
+        found = find_base(settings, models=models, base_dir=Path.cwd())
+        whole = load_model(found, settings, tuning=tuning, precision=precision, device=device)
+        whole.config.use_cache = True
+        return whole.eval()
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    shared: dict[str, Any] = {"tokenizer": tokenizer, "system": trained.get("system_prompt")}
+    if not (adapter / CONFIG).is_file():  # a full fine-tune
+        voices = [Voice(adapter.name, loaded(str(adapter), ""), **shared)]
+        if compare:
+            voices.insert(0, Voice("base", loaded(model, str(trained.get("model", ""))), **shared))
+        return voices
+    if tuning == "lora":
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # a second, and talk of its own
+    from peft import PeftModel
+
+    config = read_adapter(adapter, where=str(adapter))
+    try:
+        both = PeftModel.from_pretrained(loaded(model, config["base_model_name_or_path"]), adapter).eval()
+    except RuntimeError as error:
+        raise ModelError(
+            f"the adapter does not fit its base: {str(error).strip().splitlines()[0]}",
+            where=str(adapter),
+            remedy="Name its base with --model.",
+        ) from error
+    voices = [Voice(adapter.name, both, **shared)]
+    return [Voice("base", both, **shared, plain=True), *voices] if compare else voices
+
+
+@dataclass
+class Voice:
+    """A model that answers, and what was said so far."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    system: str | None
+    plain: bool = False  # without its adapter
+    longest: int = 512  # tokens of an answer
+    temperature: float = 0.0
+    said: list[Message] = field(default_factory=list)
+
+    def begin_anew(self) -> None:
+        """Forget what was said."""
+        self.said.clear()
+
+    @torch.no_grad()
+    def answer(self, question: str, interrupts: Interrupts) -> None:
+        """Write the answer to standard output as it comes. Raises what the template or the memory refuses."""
+        self.said.append(Message("user", question))
+        try:
+            inputs = self._inputs()
+            streamer = _Streamer(self.tokenizer)
+            drawn = self.temperature > 0
+            without = self.model.disable_adapter() if self.plain else nullcontext()
+            with without, interrupts.heard():
+                self.model.generate(
+                    **inputs,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([interrupts.stop]),
+                    max_new_tokens=self.longest,
+                    do_sample=drawn,
+                    temperature=self.temperature if drawn else None,
+                    top_p=None,
+                    top_k=None,
+                    pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                    eos_token_id=sorted(turn_ends(self.model, self.tokenizer)),
+                )
+        except BaseException:
+            self.said.pop()
+            raise
+        self.said.append(Message("assistant", streamer.text.strip()))
+
+    def _inputs(self) -> Any:
+        """Give the chat as tokens; where it is too long for the model the oldest questions are forgotten."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        while True:
+            encoded = self.tokenizer(self._text(), return_tensors="pt", add_special_tokens=False)
+            length = encoded["input_ids"].shape[1]
+            if positions is None or len(self.said) < 3 or length + self.longest <= positions:
+                device = next(self.model.parameters()).device
+                return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+            del self.said[:2]
+
+    def _text(self) -> str:
+        if not self.tokenizer.chat_template:  # a base model that learned texts goes on with one
+            return self.said[-1].content
+        system = [Message("system", self.system)] if self.system else []
+        return Renderer(self.tokenizer).render([*system, *self.said], add_generation_prompt=True)
+
+
+class _Streamer(BaseStreamer):  # type: ignore[misc]
+    """Writes an answer as it comes, whole characters only."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._prompt_is_next = True
+        self._line: list[int] = []  # tokens since the last end of a line
+        self._shown = ""  # of them
+        self.text = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, and then each token."""
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+            return
+        self._line += value.flatten().tolist()
+        text = self._tokenizer.decode(self._line, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if not text.endswith("\ufffd"):
+            self._show(text)
+            if text.endswith("\n"):
+                self._line, self._shown = [], ""
+
+    def end(self) -> None:
+        """Write what is left."""
+        text = self._tokenizer.decode(self._line, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._show(text)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def _show(self, text: str) -> None:
+        new = text[len(self._shown) :]
+        self._shown = text
+        self.text += new
+        letters = sys.stdout.encoding
+        sys.stdout.write(harmless(new).encode(letters, "replace").decode(letters))
+        sys.stdout.flush()
+
+
+class Interrupts:
+    """Ctrl-C: in an answer it ends that, elsewhere it raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self._answering = self._asked = False
+        signal.signal(signal.SIGINT, self._hear)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Let Ctrl-C end an answer for a while."""
+        self._answering, self._asked = True, False
+        try:
+            yield
+        finally:
+            self._answering = False
+
+    def stop(self, input_ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        """Say for each row whether its answer ends here, as transformers asks after each token."""
+        return torch.full((len(input_ids),), self._asked, dtype=torch.bool, device=input_ids.device)
+
+    def _hear(self, *_: object) -> None:
+        if not self._answering or self._asked:  # a second time: it hangs
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+def _talk(voices: list[Voice]) -> None:
+    """Answer what is asked until there is nothing more. From a pipe each line is a question of its own."""
+    interrupts = Interrupts()
+    live = sys.stdin.isatty()
+    if live:
+        with suppress(ImportError):
+            import readline  # noqa: F401, input() then knows arrows and earlier lines
+        told = f"Ctrl-C ends an answer, {_ANEW} begins a new chat, Ctrl-D ends it."
+        click.echo(f"{' and '.join(voice.name for voice in voices)}. {told}", err=True)
+    for question in _questions() if live else map(str.strip, sys.stdin):
+        if not question:
+            continue
+        if not live or question == _ANEW:
+            for voice in voices:
+                voice.begin_anew()
+            if live:
+                continue
+            click.echo(f"> {harmless(question)}")
+        for voice in voices:
+            if len(voices) > 1:
+                click.secho(f"[{voice.name}]", bold=True)
+            try:
+                voice.answer(question, interrupts)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                click.echo(f"no answer: {memory.out_of_memory(error) or error}", err=True)
+                memory.give_back()
+        click.echo()
+
+
+def _questions() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> ").strip()
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            click.echo("\nCtrl-D ends the chat.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
