@@ -96,7 +96,7 @@ def test_one_that_hangs_holds_up_no_step(report):
     assert said.index("afterwards") > said.index("not all was reported")
 
 
-def test_a_training_whose_trackers_are_not_there_is_the_same_and_says_so(tmp_path, tiny_model):
+def test_a_training_whose_trackers_are_not_there_goes_on_and_says_so(tmp_path, tiny_model):
     data = write_jsonl(tmp_path / "data.jsonl", chat_rows(8))
     run = Run(tmp_path / "job", data, model=str(tiny_model), report_to=["aim", "clearml"])
     run.done()
