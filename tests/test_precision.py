@@ -78,7 +78,7 @@ def assert_as_the_table_says(facts: dict, tuning: str, computed: str) -> None:
     assert facts["computed"] == [computed]
     assert facts["generated"] == ["float32" if tuning == "full" else computed]
     assert facts["answers"] == 2
-    assert facts["unchanged"]  # to the last bit, by what was asked
+    assert facts["unchanged"]  # the next gradient by what was asked: on a CPU to the last bit
     assert facts["repacked"] == []  # bitsandbytes, left to itself, would, and the next gradients would be wrong
     assert (facts["scale"] is not None) == fp16
     assert facts["steps_taken"] >= (5 if fp16 else 8)  # a scaler may look for its scale first

@@ -346,6 +346,12 @@ def plan(base_dir: Path | None, file: Path, profile: str, model: str | None, as_
     "--predictions-enabled/--no-predictions-enabled", default=None, help="Ask held-out questions while it learns."
 )
 @click.option("--predictions-sample-frequency", metavar="WHEN", help="eval, epoch, or every so many steps.")
+@click.option(
+    "--report-to",
+    multiple=True,
+    metavar="TRACKER",
+    help="tensorboard, wandb, mlflow, ...; repeatable. Files: logs/tracking/.",
+)
 @click.option("--seed", type=int)
 @click.option("--job-id", help="A name for this training.")
 @click.option("--skip-validation", is_flag=True, help="Train on the good rows, however many are bad.")

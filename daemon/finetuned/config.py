@@ -20,12 +20,15 @@ from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 from finetuned.findings import Warned
 
-NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter", "priority"})
+NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter", "priority", "report_to"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
 LATEST = "latest"  # as resume_adapter
 
 _AUTO_ROWS = 8  # in one optimizer step, where batch_size is auto and effective_batch does not say
 
+Tracker = Literal[
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]  # of accelerate
 Tuning = Literal["qlora", "lora-8bit", "lora", "full"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -46,6 +49,18 @@ class Predictions(_Strict):
     )
     max_new_tokens: PositiveInt = Field(64, description="Longest answer, in tokens.")
     temperature: float = Field(0.0, ge=0, description="0 takes the most probable answer; above, answers are drawn.")
+
+
+class OnFinish(_Strict):
+    """How others hear of the end of a job."""
+
+    command: str | None = Field(
+        None,
+        description="For the shell; FINETUNED_JOB, FINETUNED_FILE, FINETUNED_RESULT (succeeded, failed, cancelled) and "
+        "FINETUNED_LINE are in its environment.",
+    )
+    urls: list[str] = Field(default_factory=list, description="Services as apprise names them: ntfy://, mailto://, ...")
+    seconds: float = Field(30.0, gt=0, description="How long the command, and the services, may take.")
 
 
 class TrainingSettings(_Strict):
@@ -139,6 +154,10 @@ class TrainingSettings(_Strict):
         None, description="Evaluate every so many steps; null: before the first step and after the last."
     )
     predictions: Predictions = Field(default_factory=Predictions, description="Answers read while it learns.")
+    report_to: list[Tracker] = Field(
+        default_factory=list,
+        description="Trackers that get the figures too, each where it is installed; files go to logs/tracking/.",
+    )
     checkpoint_steps: PositiveInt = Field(100, description="Write a checkpoint every so many steps.")
     checkpoint_minutes: float = Field(
         10.0, gt=0, description="Write one at least this often; so much work can be lost."
@@ -250,6 +269,7 @@ class Config(TrainingSettings):
     keep_failed_days: PositiveInt = Field(
         30, description="Days for which checkpoints of failed jobs are kept; their inputs are never removed."
     )
+    on_finish: OnFinish = Field(default_factory=OnFinish, description="Who is told that a job has ended.")
     warm_trainer: bool = Field(
         False,
         description="Keep torch loaded in a process that trainers are forked from: each starts about 3 s sooner, "

@@ -22,12 +22,13 @@ from finetuned.events import Ending, Event, EventType, ExitCode
 from finetuned.fleet import Fleet
 from finetuned.guard import check_one_mount, check_place, only_daemon, say_waiting, why_paused
 from finetuned.home import Home, printable
-from finetuned.jobs import Job, State
+from finetuned.jobs import Job, Outcome, State
 from finetuned.launchers.local import start, trainer_environment
 from finetuned.launchers.warm import WarmParent
 from finetuned.ledger import Ledger
 from finetuned.live import sentence
 from finetuned.notify import notify, watchdog_seconds
+from finetuned.on_finish import News, Teller
 from finetuned.pulse import Signs, no_room, trouble
 from finetuned.spool import orders
 from finetuned.spool.claim import claim, enqueue, files_to_hash, settle_duplicate, write_spec
@@ -35,7 +36,7 @@ from finetuned.spool.crashes import pause_if_too_many
 from finetuned.spool.hasher import Hasher
 from finetuned.spool.inbox import Complaint, Found
 from finetuned.spool.orders import Verb
-from finetuned.spool.publish import archive, fail, publish, published
+from finetuned.spool.publish import CANCELLED, archive, fail, publish, published
 from finetuned.spool.recover import recover, recover_job
 from finetuned.spool.settle import Settler
 from finetuned.spool.watch import Watch
@@ -51,6 +52,7 @@ _LONG_AGO = 600.0  # seconds without trouble, after which the first retry comes 
 _GPU_LINE_SECONDS = 60.0
 _STOP_WORD = 60.0  # seconds that systemd shall wait for the next word of a daemon that stops
 _TIDY_SECONDS = 86400.0
+_LAST_NEWS = 5.0  # seconds for what `on_finish` has not told yet when the daemon is stopped
 _UNREADABLE = frozenset({errno.EIO, errno.EACCES, errno.EPERM, errno.ELOOP})
 
 _log = structlog.get_logger()
@@ -69,6 +71,7 @@ class Service:
         self._settler = Settler(home.inbox)
         self._hasher = Hasher(self._wake.set)
         self._warm = WarmParent()
+        self._teller = Teller()
         self._attempt: Attempt | None = None
         self._stop = self._hurry = self._reload = False
         self._config_state: tuple[int, ...] = ()
@@ -127,6 +130,7 @@ class Service:
                     self._wake.rest(self._pause())
                 return self._end()
             finally:
+                self._teller.close(seconds=self._config.on_finish.seconds if self._once else _LAST_NEWS)
                 self._warm.close()
                 self._watch.stop()
                 self._hasher.close()
@@ -587,6 +591,13 @@ class Service:
         if job.duplicate_of is None:
             figures = {key: job.progress[key] for key in ("train_loss", "valid_loss") if key in job.progress}
             _log.info("finished", job=job.id, adapter=f"adapters/{job.adapter}", **figures)
+            told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+            self._tell(job, Outcome.SUCCEEDED, f"adapters/{job.adapter}" + (f" ({told})" if told else ""))
+
+    def _tell(self, job: Job, outcome: Outcome, what: str) -> None:
+        name = printable(job.name)
+        line = f"{job.id}: {name} {outcome}: {what}"
+        self._teller.tell(self._config.on_finish, News(job.id, name, outcome, line))
 
     def _fail(self, job: Job, reason: dict[str, str] | None = None) -> None:
         self._failures += 1
@@ -610,6 +621,10 @@ class Service:
             fail(self._ledger, self._home, job, reason)
         except OSError as error:
             self._hold(error, doing=f"putting {printable(job.name)} away")
+            return
+        told = reason or job.reason or {}
+        outcome = Outcome.CANCELLED if told.get("code") == CANCELLED else Outcome.FAILED
+        self._tell(job, outcome, f"{told.get('what', '')}. {told.get('remedy', '')}".strip())
 
     def _hold(self, error: Exception | str, *, doing: str) -> None:
         """Let the queue wait: nothing is lost, and it goes on by itself when the cause is gone."""

@@ -82,6 +82,16 @@ def test_base_and_adapter_answer_one_after_the_other(adapter, tiny_model, tmp_pa
     assert done.stdout == f"> {QUESTIONS[0]}\n[base]\n{base}\n[adapter]\n{tuned}\n\n"
 
 
+def test_a_full_fine_tune_is_compared_with_the_model_that_it_was(tmp_path, tiny_model):
+    data = write_jsonl(tmp_path / "data.jsonl", chat_rows(16))
+    settings = {"tuning": "full", "learning_rate": 1e-2, "epochs": 2, "system_prompt": None}
+    model = Run(tmp_path / "job", data, model=str(tiny_model), **settings).done().adapter
+    said = chat(model, "--compare", "--max-new-tokens", LENGTH, said="Say the number 3\n").stdout
+    base, tuned = said.partition("[base]\n")[2].split("[adapter]\n")
+    assert base.strip()
+    assert base.strip() != tuned.strip()
+
+
 def test_what_is_not_there_is_named(home, adapter, tmp_path):
     said = chat("--base-dir", home.root, code=78).stderr
     assert "there is no adapter yet" in said

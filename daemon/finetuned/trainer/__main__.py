@@ -80,6 +80,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer.chain import settle
     from finetuned.trainer.data import cut, read_data
     from finetuned.trainer.loop import Task, train
+    from finetuned.trainer.trackers import reporting
 
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,7 +112,15 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         asked_to_stop=lambda: _stop_asked,
         earlier=earlier,
     )
-    trained = train(task)
+    with reporting(
+        say,
+        settings.report_to,
+        job=spec.id,
+        settings=settings.model_dump(),
+        folder=Path(spec.base_dir) / "logs" / "tracking",
+        cpu=device.type == "cpu",
+    ):
+        trained = train(task)
     say.phase("saving", "writing the adapter")
     write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, data.report)
     figures = ", ".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ class Reporter:
         size = os.fstat(self._descriptor).st_size
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
             os.write(self._descriptor, b"\n")
+        self._listener: Callable[[EventType, Mapping[str, Any]], None] | None = None
+
+    def hear(self, listener: Callable[[EventType, Mapping[str, Any]], None] | None) -> None:
+        """Let somebody hear what is said: its kind and its figures. It must not raise."""
+        self._listener = listener
 
     def say(self, kind: EventType, message: str, *, level: str = "info", **data: Any) -> None:
         """Say something, with figures for machines in `data`."""
@@ -31,6 +37,8 @@ class Reporter:
         mark = "" if level == "info" else f"{level}: "
         sys.stdout.write(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S} {mark}{message}\n")
         sys.stdout.flush()
+        if self._listener:
+            self._listener(kind, data)
 
     def phase(self, name: str, message: str) -> None:
         """Say which part of the work begins."""
