@@ -119,6 +119,7 @@ def make_home(root: Path) -> Home:
 def write_config(home: Home, **settings) -> None:
     """Write config.json, in place of what was there."""
     quick = {"quiet_seconds": 0.2, "rescan_seconds": 1, "dtype": "float32", "batch_size": 4, "epochs": 1}
+    quick["web"] = {"enabled": False}  # daemons of tests must not fight for the port
     staged = home.config_file.with_suffix(".new")
     staged.write_text(json.dumps({**quick, **settings}))
     staged.replace(home.config_file)
