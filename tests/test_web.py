@@ -343,6 +343,44 @@ def test_a_port_in_use_is_an_error_that_names_the_holder(home):
     assert "pytest" in line
 
 
+def test_the_token_is_taken_by_a_form_and_kept_as_a_cookie_that_no_script_reads(web, home):
+    server = web("--host", "0.0.0.0")
+    status, headers, _ = server.ask("/", Accept="text/html")
+    assert (status, headers["location"]) == (303, "/login")
+    token = home.web_token.read_text().strip()
+    assert server.ask("/login", method="POST", body=b"token=wrong")[0] == 401
+    assert server.ask("/login", method="POST", body=b"token=" + b"x" * 9999)[0] == 413
+    status, headers, _ = server.ask("/login", method="POST", body=f"token={token}".encode())
+    assert status == 303
+    cookie = headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=strict" in cookie
+    assert server.ask("/", Cookie=cookie.partition(";")[0])[0] == 200
+
+
+# -- pages
+
+
+def test_pages_and_their_files_are_served_and_nothing_besides(web, ledger):
+    ledger.add(job("x"))
+    server = web()
+    for path in ("/", "/history", "/jobs/x", "/login"):
+        status, _, content = server.ask(path)
+        assert status == 200
+        assert b"<script>" not in content
+        assert b"style=" not in content
+    for path in ("/static/style.css", "/static/now.js", "/static/plotly.min.js"):
+        assert server.ask(path)[0] == 200
+    for path in (
+        "/jobs/y",
+        "/static/../pages.py",
+        "/static/%2e%2e/pages.py",
+        "/static/..%2fpages.py",
+        "/static//etc/passwd",
+    ):
+        assert server.ask(path)[0] == 404
+
+
 # -- thinning
 
 

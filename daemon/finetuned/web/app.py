@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from finetuned.errors import FinetunedError
 from finetuned.home import Home
-from finetuned.web import api
+from finetuned.web import api, pages
 from finetuned.web.replies import Refused, refuse
 from finetuned.web.safety import Guarded
 from finetuned.web.stream import Streams
-
-HERE = Path(__file__).parent
 
 
 def make_app(home: Home, *, host: str, token: str) -> ASGIApp:
     """Make the application of one base directory."""
     app = Starlette(
-        routes=[*api.ROUTES],
+        routes=[*api.ROUTES, *pages.ROUTES],
         exception_handlers={Refused: refuse, FinetunedError: refuse},
     )
     app.state.home = home
