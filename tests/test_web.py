@@ -17,23 +17,9 @@ from finetuned.events import Event, EventType
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import Ledger
 from finetuned.web.curves import curves, thin
-from web_server import WebServer
 
 IDENTITY = FileIdentity(1, 2, 3, 4)
 SETTINGS = {"model": "smollm2-135m", "epochs": 2.0, "seed": 42}
-
-
-@pytest.fixture
-def web(home):
-    started: list[WebServer] = []
-
-    def start(*options: str) -> WebServer:
-        started.append(WebServer(home, *options))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.stop()
 
 
 @pytest.fixture
@@ -364,7 +350,7 @@ def test_the_token_is_taken_by_a_form_and_kept_as_a_cookie_that_no_script_reads(
 def test_pages_and_their_files_are_served_and_nothing_besides(web, ledger):
     ledger.add(job("x"))
     server = web()
-    for path in ("/", "/history", "/jobs/x", "/login"):
+    for path in ("/", "/drop", "/history", "/config", "/jobs/x", "/login"):
         status, _, content = server.ask(path)
         assert status == 200
         assert b"<script>" not in content

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from web_server import WebServer
+from fixtures_web import WebServer
 
 CHROMIUM = shutil.which("chromium")
 

@@ -6,12 +6,20 @@ import math
 
 import pytest
 
+from conftest import eventually
 from finetuned.events import Event, EventType
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import Ledger
 
 SETTINGS = {"model": "smollm2-135m", "epochs": 2.0, "seed": 42}
-PAGES = ["/", "/history", "/jobs/units-1", "/jobs/units-1?with=night-1"]
+PAGES = {  # and what is there once a page is drawn
+    "/": "#loss .main-svg",
+    "/drop": "#file",
+    "/history": "tbody tr",
+    "/config": "tbody tr",
+    "/jobs/units-1": "#loss .main-svg",
+    "/jobs/units-1?with=night-1": "#loss .main-svg",
+}
 
 
 def job(job_id: str, state: State, **more) -> Job:
@@ -65,12 +73,9 @@ def ledger(home):
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_page_is_drawn_without_an_error_and_no_wider_than_the_screen(visit, ledger, scheme, width):
-    for path in PAGES:
+    for path, drawn in PAGES.items():
         page = visit(path, scheme=scheme, width=width)
-        if path != "/history":
-            page.wait_for_selector("#loss .main-svg")
-        else:
-            page.wait_for_selector("tbody tr")
+        page.wait_for_selector(drawn)
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
         ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (ground == "rgb(22, 22, 24)") is (scheme == "dark")
@@ -84,9 +89,11 @@ def test_the_page_now_follows_the_job_without_reloading(visit, ledger):
     progress = {"phase": "training", "step": 150, "total_steps": 300, "train_loss": 0.5}
     ledger.record("units-1", [metrics(n) for n in range(121, 151)], offset=2, progress=progress)
     page.get_by_text("units-1.jsonl: step 150 of 300, loss 0.5000").wait_for()
-    page.wait_for_function("document.querySelector('progress').value === 150")
+    eventually(lambda: page.evaluate("document.querySelector('progress').value === 150"))
     page.get_by_text("step 149 of 300: loss").wait_for()
-    page.wait_for_function("document.querySelector('#loss').data[0].x.at(-1) === 149")
+    eventually(lambda: page.evaluate("document.querySelector('#loss').data[0].x.at(-1) === 149"))
+    page.locator("#loss .nsewdrag").hover()
+    page.locator("#loss .hoverlayer .hovertext").first.wait_for()
     assert page.evaluate("window.stillHere")
 
 
@@ -124,6 +131,6 @@ def test_history_is_filtered_and_sorted(visit, ledger):
     page.locator("#text").fill("")
     page.get_by_text("1 to 2 of 2").wait_for()
     page.locator("[data-sort=name]").click()
-    page.wait_for_function("document.querySelector('tbody a').textContent === 'second-1.jsonl'")
+    eventually(lambda: page.evaluate("document.querySelector('tbody a').textContent === 'second-1.jsonl'"))
     page.locator("[data-sort=name]").click()
-    page.wait_for_function("document.querySelector('tbody a').textContent === 'first-1.jsonl'")
+    eventually(lambda: page.evaluate("document.querySelector('tbody a').textContent === 'first-1.jsonl'"))

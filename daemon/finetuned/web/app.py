@@ -7,7 +7,7 @@ from starlette.types import ASGIApp
 
 from finetuned.errors import FinetunedError
 from finetuned.home import Home
-from finetuned.web import api, pages
+from finetuned.web import api, pages, settings, uploads
 from finetuned.web.replies import Refused, refuse
 from finetuned.web.safety import Guarded
 from finetuned.web.stream import Streams
@@ -16,7 +16,7 @@ from finetuned.web.stream import Streams
 def make_app(home: Home, *, host: str, token: str) -> ASGIApp:
     """Make the application of one base directory."""
     app = Starlette(
-        routes=[*api.ROUTES, *pages.ROUTES],
+        routes=[*api.ROUTES, *uploads.ROUTES, *settings.ROUTES, *pages.ROUTES],
         exception_handlers={Refused: refuse, FinetunedError: refuse},
     )
     app.state.home = home

@@ -16,13 +16,17 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
 from finetuned import __version__
+from finetuned.config import load_config
+from finetuned.errors import ConfigError
+from finetuned.spool.inbox import EXTENSIONS
 from finetuned.web.api import home_of, job_in
+from finetuned.web.forms import config_fields, override_fields
 from finetuned.web.records import STATUSES
 from finetuned.web.replies import Refused
 from finetuned.web.safety import COOKIE, is_token
 
 HERE = Path(__file__).parent
-_PAGES = [("/", "Now"), ("/history", "History")]
+_PAGES = [("/", "Now"), ("/drop", "Drop"), ("/history", "History"), ("/config", "Config")]
 _COLUMNS = [
     ("name", "File"),
     ("status", "Status"),
@@ -52,6 +56,22 @@ def now(request: Request) -> Response:
 def history(request: Request) -> Response:
     """Give the page History."""
     return page(request, "history.html", statuses=STATUSES, columns=_COLUMNS)
+
+
+def drop(request: Request) -> Response:
+    """Give the page Drop, with a form of all that a file may bring."""
+    profiles: list[str] = []
+    error = ""
+    try:
+        profiles = sorted(load_config(home_of(request).config_file).profiles)
+    except ConfigError as broken:
+        error = broken.sentence()
+    return page(request, "drop.html", profiles=profiles, error=error, fields=override_fields(), endings=EXTENSIONS)
+
+
+def config(request: Request) -> Response:
+    """Give the page Config, with the meaning of every setting."""
+    return page(request, "config.html", fields=config_fields())
 
 
 def job(request: Request) -> Response:
@@ -106,6 +126,8 @@ def plotly(_: Request) -> Response:
 ROUTES = [
     Route("/", now),
     Route("/history", history),
+    Route("/drop", drop),
+    Route("/config", config),
     Route("/jobs/{job}", job),
     Route("/login", login, methods=["GET", "POST"]),
     Route("/static/plotly.min.js", plotly),

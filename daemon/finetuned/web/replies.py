@@ -13,6 +13,7 @@ from finetuned.errors import FinetunedError
 from finetuned.jobs import Job
 from finetuned.ledger import Ledger
 
+_LONGEST = 2**20  # bytes of a body that is no file
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", re.ASCII)
 
 
@@ -51,6 +52,22 @@ async def refuse(_: Request, error: Exception) -> Response:
             {"error": {**told, "type": "invalid_request_error"}}, 409 if error.code == "cannot_be_done" else 400
         )
     raise error
+
+
+async def json_of(request: Request) -> dict[str, Any]:
+    """Read the JSON object in a request's body; none is an empty one. Raises Refused for anything else."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > _LONGEST:
+            raise Refused(413, "this is too long")
+    try:
+        given = orjson.loads(body or b"{}")
+    except ValueError as error:
+        raise Refused(400, f"the body is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise Refused(400, "the body must be one JSON object")
+    return given
 
 
 def number(request: Request, name: str, default: int, *, low: int, high: int) -> int:

@@ -4,10 +4,11 @@ const COLOURS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#0891b2"];
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const drawn = new Map();
 
+// Exponents as "e": raised ones plotly would draw with style attributes, which the policy blocks.
 function layout(title, more) {
   const style = getComputedStyle(document.documentElement);
   const colour = (name) => style.getPropertyValue(name).trim();
-  const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), automargin: true };
+  const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), automargin: true, exponentformat: "e" };
   return {
     title: { text: title, font: { size: 13 }, x: 0.02, xanchor: "left" },
     font: { color: colour("--text"), size: 11 },
@@ -15,6 +16,7 @@ function layout(title, more) {
     plot_bgcolor: colour("--card"),
     margin: { l: 45, r: 10, t: 32, b: 30 },
     showlegend: false,
+    hovermode: "x",
     ...more,
     xaxis: { ...axis, ...more.xaxis },
     yaxis: { ...axis, ...more.yaxis },
@@ -37,7 +39,7 @@ const line = (curve, name, number, more = {}) => ({
 });
 
 const LEGEND = { showlegend: true, legend: { orientation: "h", y: -0.15 } };
-const FROM_ZERO = { yaxis: { rangemode: "tozero", exponentformat: "power" } };
+const FROM_ZERO = { yaxis: { rangemode: "tozero" } };
 const CHARTS = [
   ["loss", "loss"],
   ["learning_rate", "learning rate"],

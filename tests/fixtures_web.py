@@ -6,7 +6,9 @@ import http.client
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import pytest
 
 from finetuned.home import Home
 
@@ -66,3 +68,17 @@ class WebServer:
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
+
+
+@pytest.fixture
+def web(home) -> Callable[..., WebServer]:
+    """Start control centres of the base directory `home`: `web("--host", "0.0.0.0")`."""
+    started: list[WebServer] = []
+
+    def start(*options: str) -> WebServer:
+        started.append(WebServer(home, *options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
