@@ -25,7 +25,7 @@ def reading(home: Home) -> Iterator[Ledger | None]:
     """Open the ledger for one request; None where no daemon has made one yet."""
     try:
         ledger = Ledger.open_to_read(home.ledger)
-    except sqlite3.OperationalError:
+    except sqlite3.DatabaseError:  # or it is damaged, and the daemon will see to that
         yield None
         return
     try:
@@ -55,10 +55,9 @@ def situation(home: Home, ledger: Ledger | None) -> dict[str, Any]:
     if ledger is None:
         return facts
     running = ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)
-    counts = ledger.counts()
     facts["running"] = [{**job_record(job), "sentence": sentence(job.progress)} for job in running]
     facts["queue"] = [job_record(job) for job in ledger.queue(_FIRST)]
-    facts["queued"] = sum(counts.get((state, None), 0) for state in (State.CLAIMING, State.QUEUED))
+    _, facts["queued"] = ledger.page(states=(State.CLAIMING, State.QUEUED), limit=0)
     facts["orders"] = [{"verb": verb, "job": job_id or None} for _, verb, job_id in ledger.orders()]
     facts["finished"] = [job_record(job) for job in ledger.last_finished(_LAST)]
     facts["gpus"] = newest_gpus(ledger)

@@ -48,7 +48,7 @@ class Streams:
             if self._ledger is None or inode != self._inode:
                 self.close()
                 self._ledger, self._inode = Ledger.open_to_read(self._home.ledger), inode
-        except (OSError, sqlite3.OperationalError):
+        except (OSError, sqlite3.DatabaseError):
             self.close()
         return self._ledger
 
