@@ -81,7 +81,17 @@ async def check(request: Request) -> Response:
     given = await json_of(request)
     chosen = {name: str(given[name]) for name in ("profile", "model") if given.get(name)}
     await asyncio.to_thread(_judge, home_of(request), **chosen)
-    words = [sys.executable, "-m", "finetuned", "check", str(file), "--base-dir", str(home_of(request).root), "--json"]
+    words = [
+        sys.executable,
+        "-P",
+        "-m",
+        "finetuned",
+        "check",
+        str(file),
+        "--base-dir",
+        str(home_of(request).root),
+        "--json",
+    ]
     words += [f"--{name}={value}" for name, value in chosen.items()]
     async with _checking:
         process = await asyncio.create_subprocess_exec(
