@@ -190,9 +190,9 @@ def test_a_dropped_stream_goes_on_without_loss_or_repetition(web, ledger):
     seen: list[str] = []
     last = None
     for turn in range(5):
-        for n in range(3):  # another job's events lie between
-            ledger.record("x", steps(turn * 3 + n + 1), offset=1)
-            ledger.record("y", steps(n + 1), offset=1)
+        ledger.record("x", steps(turn * 3 + 1, turn * 3 + 2), offset=1)
+        ledger.record("y", steps(turn + 1), offset=1)  # another job's events lie between
+        ledger.record("x", steps(turn * 3 + 3), offset=1)
         stream = server.stream("/api/jobs/x/events", **({"Last_Event_ID": str(last)} if last else {}))
         for number, _, data in itertools.islice(stream, 2 if turn < 4 else 7):
             last = number
