@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo test test-systemd torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door schema clean
+.PHONY: .venv demo demo-web test test-systemd torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door schema clean
 
 .venv: .venv/ready
 
@@ -25,6 +25,10 @@ endif
 
 demo: .venv
 	$(BIN)/finetuned demo
+
+# The same, and its control centre stays open in the end.
+demo-web: .venv
+	$(BIN)/finetuned demo --web
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal

@@ -393,8 +393,9 @@ def gguf(adapter: Path, output: Path, model: str | None) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="A folder for it; else a new one in the system's temporary folder.",
 )
-def demo(base_dir: Path | None) -> None:
+@click.option("--web", is_flag=True, help="Leave the control centre open at the end, until Ctrl-C.")
+def demo(base_dir: Path | None, web: bool) -> None:  # noqa: FBT001
     """Show the main job: a real daemon, a real model, a file in the inbox."""
     from finetuned.demo import run_demo
 
-    sys.exit(run_demo(base_dir))
+    sys.exit(run_demo(base_dir, web=web))

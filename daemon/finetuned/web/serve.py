@@ -45,7 +45,8 @@ def serve(home: Home, *, host: str, port: int, with_daemon: bool = False) -> Non
         proxy_headers=False,
         timeout_graceful_shutdown=_GRACE,
     )
-    asyncio.run(_serve(uvicorn.Server(settings), listening, with_daemon=with_daemon))
+    with suppress(KeyboardInterrupt):  # the way in which people end it
+        asyncio.run(_serve(uvicorn.Server(settings), listening, with_daemon=with_daemon))
 
 
 async def _serve(server: uvicorn.Server, listening: socket.socket, *, with_daemon: bool) -> None:
