@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import socket
 import stat
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -219,6 +221,18 @@ def test_the_situation_is_told_when_it_changes(web, ledger):
     assert next(stream)[2]["queue"] == []
     ledger.add(job("x"))
     assert [waiting["id"] for waiting in next(stream)[2]["queue"]] == ["x"]
+
+
+def test_fifty_open_pages_cost_little(web, ledger):
+    ledger.add(job("x", State.RUNNING))
+    ledger.record("x", steps(*range(1, 200)), offset=1)
+    server = web()
+    streams = [server.stream("/api/now/events") for _ in range(50)]
+    streams += [server.stream("/api/jobs/x/events?last=100") for _ in range(50)]
+    for stream in streams:
+        next(stream)
+    facts = Path(f"/proc/{server.process.pid}/status").read_text()
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", facts)[1]) < 100 * 1024
 
 
 # -- orders

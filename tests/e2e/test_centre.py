@@ -10,6 +10,8 @@ import socket
 import urllib.request
 
 from conftest import chat_rows, eventually, write_config, write_jsonl
+from finetuned.centre import ControlCentre
+from finetuned.config import Web
 from finetuned.jobs import Outcome
 
 
@@ -62,3 +64,12 @@ def test_a_port_that_is_taken_is_said_with_its_holder_and_the_daemon_goes_on(hom
         write_jsonl(home.root / "staged", chat_rows(3)).rename(home.inbox / "x.jsonl")
         assert one.job("x.jsonl").outcome is Outcome.SUCCEEDED
     eventually(lambda: healthy(port))
+
+
+def test_where_it_is_not_installed_that_is_said_once(home, monkeypatch, capsys):
+    monkeypatch.setattr("finetuned.centre._NEEDED", ("starlette", "no_such_package"))
+    centre = ControlCentre(home)
+    for _ in range(3):
+        centre.tend(Web())
+    assert capsys.readouterr().out.count("no_such_package") == 1
+    assert not (home.logs / "web.log").exists()
