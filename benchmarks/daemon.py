@@ -77,7 +77,9 @@ def base_directory(folder: Path) -> Home:
 
 def configure(home: Home, **settings: bool) -> None:
     """Write config.json."""
-    home.config_file.write_text(json.dumps({"quiet_seconds": QUIET, "max_steps": 3, "duplicates": "run", **settings}))
+    home.config_file.write_text(
+        json.dumps({"quiet_seconds": QUIET, "max_steps": 3, "duplicates": "run", "web": {"enabled": False}, **settings})
+    )
 
 
 def warm_parent(home: Home) -> int:

@@ -82,7 +82,7 @@ def base_directory(folder: Path) -> Home:
     home = Home(folder)
     for path in home.folders:
         path.mkdir(parents=True)
-    home.config_file.write_text(json.dumps({"quiet_seconds": QUIET}))
+    home.config_file.write_text(json.dumps({"quiet_seconds": QUIET, "web": {"enabled": False}}))
     pause(home, "a benchmark")
     return home
 

@@ -19,7 +19,7 @@ from finetuned.home import Home
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
 
-pytest_plugins = ["fixtures_nvml"]
+pytest_plugins = ["fixtures_nvml", "fixtures_web"]
 
 # A test run started in the background of a shell inherits an ignored interrupt key, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -119,6 +119,7 @@ def make_home(root: Path) -> Home:
 def write_config(home: Home, **settings) -> None:
     """Write config.json, in place of what was there."""
     quick = {"quiet_seconds": 0.2, "rescan_seconds": 1, "dtype": "float32", "batch_size": 4, "epochs": 1}
+    quick["web"] = {"enabled": False}  # daemons of tests must not fight for the port
     staged = home.config_file.with_suffix(".new")
     staged.write_text(json.dumps({**quick, **settings}))
     staged.replace(home.config_file)

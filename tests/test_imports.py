@@ -25,14 +25,14 @@ HEAVY = (
     "huggingface_hub",
 )
 
-# Every module but the trainer's, found by their files.
+# Every module but the trainer's and the control centre's, found by their files.
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 import finetuned
 
 def names(package):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
-        if module.name not in {"finetuned.trainer", "finetuned.__main__"}:
+        if module.name not in {"finetuned.trainer", "finetuned.web", "finetuned.__main__"}:
             yield module.name
             if module.ispkg:
                 yield from names(importlib.import_module(module.name))

@@ -236,6 +236,36 @@ def plot(base_dir: Path | None, job: str, output: Path) -> None:
 
 @cli.command()
 @_base_dir
+@click.option("--host", help="Address to listen on, in place of web.host in config.json.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on, in place of web.port; 0: any.")
+@click.option("--with-daemon", is_flag=True, help="End when standard input does; for the daemon.")
+def web(base_dir: Path | None, host: str | None, port: int | None, with_daemon: bool) -> None:  # noqa: FBT001
+    """Be the control centre: pages in the browser, at http://127.0.0.1:7860. The daemon starts it by itself."""
+    from finetuned.config import load_config
+    from finetuned.durable import OTHERS_NOTHING
+    from finetuned.errors import HomeError
+
+    os.umask(OTHERS_NOTHING)
+    home = _home(base_dir)
+    settings = load_config(home.config_file).web
+    try:
+        from finetuned.web.serve import serve
+    except ModuleNotFoundError as error:
+        raise HomeError(
+            f"the control centre needs {error.name}, which is not installed",
+            remedy="Install it with `pip install 'finetuned[web]'`.",
+            code="no_web",
+        ) from error
+    serve(
+        home,
+        host=settings.host if host is None else host,
+        port=settings.port if port is None else port,
+        with_daemon=with_daemon,
+    )
+
+
+@cli.command()
+@_base_dir
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def doctor(base_dir: Path | None, as_json: bool) -> None:  # noqa: FBT001
     """Check this machine and the base directory; exit 1 if something must be mended."""
@@ -418,8 +448,9 @@ def gguf(adapter: Path, output: Path, model: str | None) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="A folder for it; else a new one in the system's temporary folder.",
 )
-def demo(base_dir: Path | None) -> None:
+@click.option("--web", is_flag=True, help="Leave the control centre open at the end, until Ctrl-C.")
+def demo(base_dir: Path | None, web: bool) -> None:  # noqa: FBT001
     """Show the main job: a real daemon, a real model, a file in the inbox."""
     from finetuned.demo import run_demo
 
-    sys.exit(run_demo(base_dir))
+    sys.exit(run_demo(base_dir, web=web))

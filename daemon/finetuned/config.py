@@ -63,6 +63,18 @@ class OnFinish(_Strict):
     seconds: float = Field(30.0, gt=0, description="How long the command, and the services, may take.")
 
 
+class Web(_Strict):
+    """The control centre in the browser."""
+
+    enabled: bool = Field(True, description="Whether the daemon starts it; `finetuned web` starts it by hand.")
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address to listen on. With any but this machine's own, a token is asked for.",
+    )
+    port: int = Field(7860, ge=0, le=65535, description="Port to listen on; 0: any that is free.")
+
+
 class TrainingSettings(_Strict):
     """Everything that decides how one file is trained."""
 
@@ -276,6 +288,8 @@ class Config(TrainingSettings):
         "for 400 MB of memory kept.",
     )
 
+    web: Web = Field(default_factory=Web, description="The control centre in the browser: docs/web.md.")
+
     def training(self) -> TrainingSettings:
         """Give the training settings without profile or override."""
         return TrainingSettings(**{name: getattr(self, name) for name in TrainingSettings.model_fields})
@@ -308,17 +322,23 @@ def _lines(error: ValidationError) -> list[str]:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(
             f"cannot be read: {error.strerror}", where=str(path), remedy="Mend its permissions."
         ) from error
+    return _object(content, where=str(path))
+
+
+def _object(content: bytes, *, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"is not JSON: {error}", where=str(path), remedy="Mend the file; commas are the usual suspects."
+            f"is not JSON: {error}", where=where, remedy="Mend the file; commas are the usual suspects."
         ) from error
     if not isinstance(value, dict):
-        raise ConfigError("must hold one JSON object", where=str(path), remedy='It begins with "{" and ends with "}".')
+        raise ConfigError("must hold one JSON object", where=where, remedy='It begins with "{" and ends with "}".')
     return value
 
 
@@ -329,7 +349,15 @@ def _invalid(lines: list[str], where: str) -> ConfigError:
 
 def load_config(path: Path) -> Config:
     """Read config.json. Raises ConfigError with everything that is wrong in it, profiles included."""
-    value = _read_object(path)
+    return _config(_read_object(path), where=str(path))
+
+
+def parse_config(content: bytes, *, where: str) -> Config:
+    """Read what is to become config.json, as `load_config` would."""
+    return _config(_object(content, where=where), where=where)
+
+
+def _config(value: dict[str, Any], *, where: str) -> Config:
     lines: list[str] = []
     config = None
     try:
@@ -345,7 +373,7 @@ def load_config(path: Path) -> Config:
             except ValidationError as error:
                 lines += [f"profiles.{name}.{line}" for line in _lines(error)]
     if config is None or lines:
-        raise _invalid(lines, str(path))
+        raise _invalid(lines, where)
     return config
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import sqlite3
 import subprocess
@@ -10,7 +12,9 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
@@ -29,13 +33,17 @@ _SETTINGS = {
     "epochs": 3,
     "batch_size": 8,
     "quiet_seconds": 0.5,
+    "web": {"port": 0},  # any that is free: there may be a daemon at work on this machine
     "predictions": {"samples": 5, "max_new_tokens": 40},
 }
 _LIMIT = 900.0  # seconds
+_CENTRE = 20.0  # seconds that the control centre may take to start
 
 
-def run_demo(base_dir: Path | None) -> int:
-    """Run the demo and give the exit code: 1 if no adapter came or the held-out loss did not fall."""
+def run_demo(base_dir: Path | None, *, web: bool = False) -> int:
+    """Run the demo and give the exit code: 1 if no adapter came or the held-out loss did not fall. With `web` its
+    control centre stays open until Ctrl-C.
+    """
     data, held_out = _examples()
     root = base_dir.expanduser().resolve() if base_dir else Path(tempfile.mkdtemp(prefix="finetuned-demo-"))
     home = Home(root)
@@ -56,6 +64,9 @@ def run_demo(base_dir: Path | None) -> int:
             stderr=subprocess.STDOUT,
         )
     try:
+        address = _address(home, daemon)
+        if address:
+            click.echo(f"Watch it:               {address}")
         click.echo(f"Dropping a file:        cp {data} {home.inbox}/\n")
         shutil.copyfile(data, home.inbox / data.name)
         job, events = _watch(home, daemon)
@@ -66,7 +77,33 @@ def run_demo(base_dir: Path | None) -> int:
         what = (job.reason or {}).get("what") if job else None
         click.echo(f"No adapter came: {what or 'the daemon ended early'}. See {home.logs}/.", err=True)
         return 1
-    return _tell(home, job, events, seconds=time.monotonic() - began)
+    code = _tell(home, job, events, seconds=time.monotonic() - began)
+    _show(home, address, stay=web)
+    return code
+
+
+def _address(home: Home, daemon: subprocess.Popen[bytes]) -> str:
+    """Give the address of the control centre that the daemon starts; nothing where it has none."""
+    deadline = time.monotonic() + _CENTRE
+    while daemon.poll() is None and time.monotonic() < deadline and find_spec("starlette"):
+        with suppress(FileNotFoundError):
+            if found := re.search(r"http://\S+", (home.logs / "web.log").read_text(encoding="utf-8")):
+                return found[0]
+        time.sleep(0.1)
+    return ""
+
+
+def _show(home: Home, address: str, *, stay: bool) -> None:
+    """Say how to see it in the browser, or leave it open there."""
+    if not address:
+        return
+    command = ["finetuned", "web", "--base-dir", str(home.root), "--port", str(urlsplit(address).port)]
+    if not stay:
+        click.echo(f"In the browser: {address}, with `{shlex.join(command)}`")
+        return
+    click.echo("Ctrl-C ends it.")
+    with suppress(KeyboardInterrupt):
+        subprocess.run([sys.executable, "-m", *command], check=False)
 
 
 def _examples() -> tuple[Path, Path]:

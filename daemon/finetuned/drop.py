@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,17 @@ def parse_settings(given: tuple[str, ...]) -> dict[str, Any]:
     return settings
 
 
-def add(home: Home, file: Path, *, profile: str, settings: dict[str, Any], held_out: Path | None = None) -> Path:
-    """Copy a file into the inbox under a name that is free; its place there.
+def add(
+    home: Home,
+    file: Path,
+    *,
+    profile: str,
+    settings: dict[str, Any],
+    held_out: Path | None = None,
+    staged: bool = False,
+) -> Path:
+    """Copy a file into the inbox under a name that is free; its place there. One that is `staged` in the base directory
+    is moved there, with its held-out file.
 
     Held-out file and override come first and the file last, by one step each. Raises DataError for files that cannot
     be taken, ConfigError for settings that cannot be used, HomeError where the inbox cannot be written.
@@ -52,7 +61,7 @@ def add(home: Home, file: Path, *, profile: str, settings: dict[str, Any], held_
     folder = home.inbox / profile if profile else home.inbox
     try:
         make_folder(folder)
-        return _put(file, folder, profile, settings, held_out)
+        return _put(file, folder, profile, settings, held_out, bring=_moved if staged else _copy)
     except OSError as error:
         raise HomeError(
             f"the file cannot be put there: {error.strerror}",
@@ -75,10 +84,18 @@ def _check(file: Path, held_out: Path | None) -> None:
         raise DataError("is not a file of rows", where=str(held_out), remedy=remedy)
 
 
-def _put(file: Path, folder: Path, profile: str, settings: dict[str, Any], held_out: Path | None) -> Path:
+def _put(
+    file: Path,
+    folder: Path,
+    profile: str,
+    settings: dict[str, Any],
+    held_out: Path | None,
+    *,
+    bring: Callable[[Path, Path], AbstractContextManager[Path]],
+) -> Path:
     with ExitStack() as partials:
-        data = partials.enter_context(_copy(file, folder / f".{os.getpid()}.part"))
-        rows = partials.enter_context(_copy(held_out, folder / f".{os.getpid()}.eval.part")) if held_out else None
+        data = partials.enter_context(bring(file, folder / f".{os.getpid()}.part"))
+        rows = partials.enter_context(bring(held_out, folder / f".{os.getpid()}.eval.part")) if held_out else None
         extension = data_extension(os.fsencode(file.name))
         stem = file.name[: len(file.name) - len(extension)]
         for name in chain([file.name], (f"{stem}-{number}{extension}" for number in count(2))):
@@ -113,6 +130,14 @@ def _copy(file: Path, partial: Path) -> Iterator[Path]:
         yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _moved(file: Path, _: Path) -> Iterator[Path]:
+    """Give a file that is whole and ours, made durable, and remove its old name once it has its new one."""
+    sync_file(file)
+    yield file
+    file.unlink()
 
 
 def _linked(partial: Path, target: Path) -> bool:

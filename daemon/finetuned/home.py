@@ -155,6 +155,16 @@ class Home:
         return self.machinery / "gpus-aside.json"
 
     @property
+    def web_token(self) -> Path:
+        """What the control centre asks for where other machines can reach it."""
+        return self.machinery / "web-token"
+
+    @property
+    def uploads(self) -> Path:
+        """Files that came through the control centre and are not in the inbox yet."""
+        return self.machinery / "uploads"
+
+    @property
     def folders(self) -> tuple[Path, ...]:
         """Every folder that must exist before the daemon can work."""
         return (

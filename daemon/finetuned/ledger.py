@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
+
+import orjson
 
 from finetuned.durable import FILE_MODE
 from finetuned.errors import encodable
@@ -109,10 +111,23 @@ CREATE TABLE training_predictions (
 ) STRICT;
 CREATE UNIQUE INDEX predictions_by_job ON training_predictions (job_id, step, sample);
 """
-MIGRATIONS = [_TABLES, _ORDERS, _HELD_OUT, _PREDICTIONS]  # each brings the file from one version to the next
+# Whatever the list of all jobs is filtered and sorted by: the index alone answers, however many jobs there are.
+_HISTORY = """
+CREATE INDEX jobs_in_history ON jobs (created_at, state, outcome, name, profile, id, started_at, finished_at);
+"""
+MIGRATIONS = [_TABLES, _ORDERS, _HELD_OUT, _PREDICTIONS, _HISTORY]  # each brings the file from one version to the next
 
 _LAST_CHARACTER = "\U0010ffff"
 _IN_TURN = "ORDER BY priority DESC, place, created_at, rowid"
+_SORTS = {
+    "created_at": "created_at",
+    "finished_at": "finished_at",
+    "seconds": "finished_at - started_at",
+    "name": "name",
+    "profile": "profile",
+    "status": "coalesce(outcome, state)",
+}
+SORTS = tuple(_SORTS)  # what a page of jobs can be sorted by
 
 
 class Ledger:
@@ -294,12 +309,52 @@ class Ledger:
         ).fetchone()
         return _job(row) if row else None
 
-    def queue(self) -> list[Job]:
-        """Give the jobs that wait, in the order in which they start."""
+    def queue(self, limit: int = -1) -> list[Job]:
+        """Give the jobs that wait, or the first of them, in the order in which they start."""
         rows = self._database.execute(
-            f"SELECT * FROM jobs WHERE state IN (?, ?) {_IN_TURN}", (State.CLAIMING, State.QUEUED)
+            f"SELECT * FROM jobs WHERE state IN (?, ?) {_IN_TURN} LIMIT ?", (State.CLAIMING, State.QUEUED, limit)
         )
         return [_job(row) for row in rows]
+
+    def page(
+        self,
+        *,
+        states: Collection[State] = (),
+        outcomes: Collection[Outcome] = (),
+        text: str = "",
+        sort: str = "created_at",
+        descending: bool = True,
+        limit: int,
+        offset: int = 0,
+    ) -> tuple[list[Job], int]:
+        """Give so many of the jobs in these states, with these outcomes, with `text` in file name or id, and how many
+        there are. None named: all of them. Raises KeyError for a sort that is none of `SORTS`.
+        """
+        wanted, values = ["1"], list[Any]()
+        for column, chosen in (("state", states), ("outcome", outcomes)):
+            if chosen:
+                wanted.append(f"{column} IN ({', '.join('?' * len(chosen))})")
+                values += map(str, chosen)
+        if text:
+            wanted.append("(instr(lower(CAST(name AS TEXT)), lower(?)) OR instr(id, ?))")
+            values += [text, text]
+        where, way = " AND ".join(wanted), "DESC" if descending else "ASC"
+        count = self._database.execute(f"SELECT count(*) FROM jobs WHERE {where}", values).fetchone()[0]
+        ids = [
+            row["id"]
+            for row in self._database.execute(
+                f"SELECT id FROM jobs WHERE {where} ORDER BY {_SORTS[sort]} {way}, id LIMIT ? OFFSET ?",
+                [*values, limit, offset],
+            )
+        ]
+        rows = self._database.execute(f"SELECT * FROM jobs WHERE id IN ({', '.join('?' * len(ids))})", ids)
+        jobs = {row["id"]: _job(row) for row in rows}
+        return [jobs[one] for one in ids if one in jobs], count
+
+    def counts(self) -> dict[tuple[State, Outcome | None], int]:
+        """Give how many jobs are in each state, the finished ones by their outcome."""
+        rows = self._database.execute("SELECT state, outcome, count(*) FROM jobs GROUP BY state, outcome")
+        return {(State(state), Outcome(outcome) if outcome else None): count for state, outcome, count in rows}
 
     def named(self, name: str) -> list[Job]:
         """Give the jobs whose id is `name` or begins with it: the one of exactly that id alone, if there is one."""
@@ -362,6 +417,35 @@ class Ledger:
             (job_id, EventType.METRICS, count),
         ).fetchall()
         return [_event(row) for row in reversed(rows)]
+
+    def events_after(self, job_id: str, number: int, *, limit: int) -> list[tuple[int, Event]]:
+        """Give the first so many of a job's events that came after the one of that number, each with its number."""
+        rows = self._database.execute(
+            "SELECT * FROM events WHERE job_id = ? AND id > ? ORDER BY id LIMIT ?", (job_id, number, limit)
+        )
+        return [(row["id"], _event(row)) for row in rows]
+
+    def number_before(self, job_id: str, count: int) -> int:
+        """Give the number of the event before a job's last so many; 0 if there are no more than these."""
+        row = self._database.execute(
+            "SELECT id FROM events WHERE job_id = ? ORDER BY id DESC LIMIT 1 OFFSET ?", (job_id, count)
+        ).fetchone()
+        return row["id"] if row else 0
+
+    def metrics(self, job_id: str) -> Iterator[dict[str, Any]]:
+        """Give the figures of a job's steps and evaluations, in order."""
+        for row in self._database.execute(
+            "SELECT data FROM events WHERE job_id = ? AND type = 'metrics' ORDER BY id", (job_id,)
+        ):
+            try:
+                yield orjson.loads(row["data"])
+            except ValueError:  # it holds NaN, which only Python's own reader takes
+                yield json.loads(row["data"])
+
+    def last_sampled(self) -> str | None:
+        """Give the job during which the GPUs were sampled last."""
+        row = self._database.execute("SELECT job_id FROM gpu_samples ORDER BY id DESC LIMIT 1").fetchone()
+        return row["job_id"] if row else None
 
     def gpu_samples(self, job_id: str) -> list[dict[str, Any]]:
         """Give a job's GPU samples, oldest first."""

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 import structlog
 
 from finetuned import gpu
+from finetuned.centre import ControlCentre
 from finetuned.checked import file_state, remember_checked
 from finetuned.config import Config, load_config
 from finetuned.durable import has_room, make_folder
@@ -72,6 +73,7 @@ class Service:
         self._hasher = Hasher(self._wake.set)
         self._warm = WarmParent()
         self._teller = Teller()
+        self._centre = ControlCentre(home)
         self._attempt: Attempt | None = None
         self._stop = self._hurry = self._reload = False
         self._config_state: tuple[int, ...] = ()
@@ -131,6 +133,7 @@ class Service:
                 return self._end()
             finally:
                 self._teller.close(seconds=self._config.on_finish.seconds if self._once else _LAST_NEWS)
+                self._centre.close()
                 self._warm.close()
                 self._watch.stop()
                 self._hasher.close()
@@ -214,6 +217,7 @@ class Service:
             self._tend_attempt,
             self._sample_gpus,
             self._tidy,
+            self._tend_centre,
         )
         for step in steps:
             try:
@@ -477,6 +481,11 @@ class Service:
             tidy(self._home, self._ledger, self._config)
         except (OSError, sqlite3.OperationalError) as error:
             _log.warning("not tidied", error=str(error), again_in_seconds=_TIDY_SECONDS)
+
+    def _tend_centre(self) -> None:
+        """Keep the control centre running. That it cannot start is no reason for the queue to wait."""
+        with suppress(OSError):
+            self._centre.tend(self._config.web)
 
     def _heed_gpus(self) -> None:
         """Keep away from GPUs that failed. A job at work on one is stopped and goes on elsewhere."""

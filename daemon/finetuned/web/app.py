@@ -1,0 +1,25 @@
+"""The application: routes, pages and files, behind the checks of `safety`."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.types import ASGIApp
+
+from finetuned.errors import FinetunedError
+from finetuned.home import Home
+from finetuned.web import api, pages, settings, uploads
+from finetuned.web.replies import Refused, refuse
+from finetuned.web.safety import Guarded
+from finetuned.web.stream import Streams
+
+
+def make_app(home: Home, *, host: str, token: str) -> ASGIApp:
+    """Make the application of one base directory."""
+    app = Starlette(
+        routes=[*api.ROUTES, *uploads.ROUTES, *settings.ROUTES, *pages.ROUTES],
+        exception_handlers={Refused: refuse, FinetunedError: refuse},
+    )
+    app.state.home = home
+    app.state.token = token
+    app.state.streams = Streams(home)
+    return Guarded(app, host=host, token=token)

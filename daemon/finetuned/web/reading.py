@@ -1,0 +1,87 @@
+"""What every page and route reads: the ledger, and the files that say what the daemon is doing. Changes nothing."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from finetuned import __version__
+from finetuned.guard import daemon_pid, gpus_aside, why_paused, why_waiting
+from finetuned.home import Home
+from finetuned.jobs import State
+from finetuned.ledger import Ledger
+from finetuned.live import sentence
+from finetuned.spool.inbox import Complaint, list_inbox
+from finetuned.web.records import job_record
+
+_FIRST = 100  # waiting jobs that a page shows
+_LAST = 8  # finished ones
+
+
+@contextmanager
+def reading(home: Home) -> Iterator[Ledger | None]:
+    """Open the ledger for one request; None where no daemon has made one yet."""
+    try:
+        ledger = Ledger.open_to_read(home.ledger)
+    except sqlite3.DatabaseError:  # or it is damaged, and the daemon will see to that
+        yield None
+        return
+    try:
+        yield ledger
+    finally:
+        ledger.close()
+
+
+def situation(home: Home, ledger: Ledger | None) -> dict[str, Any]:
+    """Give what the page Now shows."""
+    pid = daemon_pid(home)
+    facts: dict[str, Any] = {
+        "version": __version__,
+        "base_dir": str(home.root),
+        "daemon_pid": pid,
+        "paused": why_paused(home),
+        "waits": why_waiting(home) if pid else None,
+        "gpus_aside": gpus_aside(home),
+        "inbox": _inbox(home),
+        "running": [],
+        "queue": [],
+        "queued": 0,
+        "orders": [],
+        "finished": [],
+        "gpus": [],
+    }
+    if ledger is None:
+        return facts
+    running = ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)
+    facts["running"] = [{**job_record(job), "sentence": sentence(job.progress)} for job in running]
+    facts["queue"] = [job_record(job) for job in ledger.queue(_FIRST)]
+    _, facts["queued"] = ledger.page(states=(State.CLAIMING, State.QUEUED), limit=0)
+    facts["orders"] = [{"verb": verb, "job": job_id or None} for _, verb, job_id in ledger.orders()]
+    facts["finished"] = [job_record(job) for job in ledger.last_finished(_LAST)]
+    facts["gpus"] = newest_gpus(ledger)
+    return facts
+
+
+def newest_gpus(ledger: Ledger) -> list[dict[str, Any]]:
+    """Give the newest sample of each GPU. They are sampled only while a job runs."""
+    job_id = ledger.last_sampled()
+    if job_id is None:
+        return []
+    newest = {sample["uuid"]: sample for sample in ledger.gpu_samples(job_id)[-64:]}
+    return [{**sample, "job": job_id} for sample in newest.values()]
+
+
+def _inbox(home: Home) -> list[dict[str, str]]:
+    """Give what lies in the inbox, the first of it. Folders of profiles are the daemon's business."""
+    said = []
+    folders = [entry.name for entry in home.inbox.iterdir() if entry.is_dir()] if home.inbox.is_dir() else []
+    for entry in list_inbox(home.inbox, folders):
+        if isinstance(entry, Complaint):
+            said.append({"file": entry.path.name, "what": entry.what, "remedy": entry.remedy})
+        else:
+            said.append({"file": entry.path.name, "what": "waits until it is whole and quiet", "remedy": ""})
+        if len(said) == _FIRST:
+            break
+    return [{key: text.encode("utf-8", "backslashreplace").decode() for key, text in one.items()} for one in said]

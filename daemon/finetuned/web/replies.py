@@ -1,0 +1,89 @@
+"""How the control centre answers: JSON that never fails on a NaN, and errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from finetuned.errors import FinetunedError
+from finetuned.jobs import Job
+from finetuned.ledger import Ledger
+
+_LONGEST = 2**20  # bytes of a body that is no file
+_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", re.ASCII)
+
+
+class Json(Response):
+    """JSON; what is no number becomes null."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Give the bytes."""
+        return orjson.dumps(content, default=str)
+
+
+class Refused(Exception):  # noqa: N818, it is an answer
+    """A request that cannot be met: HTTP status, and what to tell."""
+
+    def __init__(self, status: int, message: str, *, code: str = "invalid_request", remedy: str = "") -> None:
+        self.status = status
+        self.error = {
+            "message": message,
+            "code": code,
+            "param": None,
+            "remedy": remedy,
+            "type": "invalid_request_error",
+        }
+        super().__init__(message)
+
+
+async def refuse(_: Request, error: Exception) -> Response:
+    """Answer with the error that was raised."""
+    if isinstance(error, Refused):
+        return Json({"error": error.error}, error.status)
+    if isinstance(error, FinetunedError):
+        told = {"message": error.sentence(), "code": error.code, "param": error.where or None, "remedy": error.remedy}
+        return Json(
+            {"error": {**told, "type": "invalid_request_error"}}, 409 if error.code == "cannot_be_done" else 400
+        )
+    raise error
+
+
+async def json_of(request: Request) -> dict[str, Any]:
+    """Read the JSON object in a request's body; none is an empty one. Raises Refused for anything else."""
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > _LONGEST:
+            raise Refused(413, "this is too long")
+    try:
+        given = orjson.loads(body or b"{}")
+    except ValueError as error:
+        raise Refused(400, f"the body is not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise Refused(400, "the body must be one JSON object")
+    return given
+
+
+def number(request: Request, name: str, default: int, *, low: int, high: int) -> int:
+    """Read a whole number from the query; raises Refused where it is none, and keeps it within bounds."""
+    text = request.query_params.get(name, str(default))
+    if not re.fullmatch(r"-?[0-9]{1,18}", text):
+        raise Refused(400, f"{name} must be a whole number")
+    return min(max(int(text), low), high)
+
+
+def job_of(request: Request, ledger: Ledger | None, job_id: str | None = None) -> Job:
+    """Give the job that a request names. An id is looked up in the ledger before anything else is made of it."""
+    name = request.path_params["job"] if job_id is None else job_id
+    if ledger is not None and _ID.fullmatch(name):
+        try:
+            return ledger.job(name)
+        except KeyError:
+            pass
+    raise Refused(404, "there is no such job", code="not_found")

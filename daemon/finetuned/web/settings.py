@@ -1,0 +1,53 @@
+"""config.json in the browser: the file stays the truth, and only what the daemon could use is written."""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from finetuned.config import json_schema, parse_config
+from finetuned.durable import write_file
+from finetuned.web.api import home_of
+from finetuned.web.replies import Json, Refused, json_of
+
+
+def version_of(content: bytes) -> str:
+    """Name a content, so that a save tells whether it is made on top of it."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def config(request: Request) -> Response:
+    """Give config.json as it stands in the file."""
+    content = home_of(request).config_file.read_bytes()
+    return Json({"text": content.decode("utf-8", "replace"), "version": version_of(content)})
+
+
+async def save(request: Request) -> Response:
+    """Write config.json, if it can be used and nobody else has changed it since `version`."""
+    given = await json_of(request)
+    text, seen = given.get("text"), given.get("version")
+    if not isinstance(text, str):
+        raise Refused(400, "text must hold config.json")
+    content = text.encode()
+    parse_config(content, where="config.json")
+    file = home_of(request).config_file.resolve()
+    if version_of(file.read_bytes()) != seen:
+        raise Refused(409, "config.json was changed meanwhile", remedy="Load it again, and make your change there.")
+    write_file(file, content, mode=stat.S_IMODE(file.stat().st_mode))
+    return Json({"said": "config.json is saved; the next job uses it", "version": version_of(content)})
+
+
+def schema(_: Request) -> Response:
+    """Give the JSON Schema of config.json."""
+    return Response(json_schema(), media_type="application/schema+json")
+
+
+ROUTES = [
+    Route("/api/config", config),
+    Route("/api/config", save, methods=["POST"]),
+    Route("/api/config/schema", schema),
+]

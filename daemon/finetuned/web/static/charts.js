@@ -1,0 +1,111 @@
+// Curves, drawn by plotly in the page's own colours, light or dark.
+
+const COLOURS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#0891b2"];
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const drawn = new Map();
+
+// Exponents as "e": raised ones plotly would draw with style attributes, which the policy blocks.
+function layout(title, more) {
+  const style = getComputedStyle(document.documentElement);
+  const colour = (name) => style.getPropertyValue(name).trim();
+  const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), automargin: true, exponentformat: "e" };
+  return {
+    title: { text: title, font: { size: 13 }, x: 0.02, xanchor: "left" },
+    font: { color: colour("--text"), size: 11 },
+    paper_bgcolor: colour("--card"),
+    plot_bgcolor: colour("--card"),
+    margin: { l: 45, r: 10, t: 32, b: 30 },
+    showlegend: false,
+    hovermode: "x",
+    ...more,
+    xaxis: { ...axis, ...more.xaxis },
+    yaxis: { ...axis, ...more.yaxis },
+  };
+}
+
+export function draw(node, title, traces, more = {}) {
+  if (!window.Plotly || !traces.some((trace) => trace.x.length)) return;
+  node.classList.add("drawn");
+  drawn.set(node, [title, traces, more]);
+  window.Plotly.react(node, traces, layout(title, more), { displayModeBar: false, responsive: true });
+}
+
+dark.addEventListener("change", () => {
+  for (const [node, [title, traces, more]] of drawn) draw(node, title, traces, more);
+});
+
+const line = (curve, name, number, more = {}) => ({
+  x: curve.step, y: curve.value, name, type: "scatter", mode: "lines", line: { color: COLOURS[number % COLOURS.length], width: 1.5 }, ...more,
+});
+
+const LEGEND = { showlegend: true, legend: { orientation: "h", y: -0.15 } };
+const FROM_ZERO = { yaxis: { rangemode: "tozero" } };
+const CHARTS = [
+  ["loss", "loss"],
+  ["learning_rate", "learning rate"],
+  ["tokens_per_second", "tokens/s"],
+  ["grad_norm", "gradient norm"],
+];
+
+// The four charts of one job, or of up to five to compare; steps that come in are added.
+export class JobCharts {
+  constructor() {
+    this.jobs = new Map();
+    this.waiting = null;
+  }
+
+  set(job, curves) {
+    this.jobs.set(job, curves);
+    this.drawSoon();
+  }
+
+  only(job) {
+    for (const other of this.jobs.keys()) if (other !== job) this.jobs.delete(other);
+    this.drawSoon();
+  }
+
+  add(job, figures) {
+    const curves = this.jobs.get(job);
+    if (!curves || figures.step == null) return;
+    for (const name of ["train_loss", "valid_loss", "learning_rate", "tokens_per_second", "grad_norm"]) {
+      if (typeof figures[name] !== "number") continue;
+      const curve = (curves[name] ??= { step: [], value: [] });
+      if (curve.step.length && figures.step <= curve.step.at(-1)) continue;
+      curve.step.push(figures.step);
+      curve.value.push(figures[name]);
+    }
+    this.drawSoon();
+  }
+
+  drawSoon() {
+    this.waiting ??= setTimeout(() => {
+      this.waiting = null;
+      this.draw();
+    }, 200);
+  }
+
+  draw() {
+    const many = this.jobs.size > 1;
+    for (const [name, title] of CHARTS) {
+      const traces = [...this.jobs].flatMap(([job, curves], number) => {
+        if (name !== "loss") return curves[name] ? [line(curves[name], job, number)] : [];
+        const held_out = { mode: "lines+markers", marker: { size: 6 } };
+        return [
+          curves.train_loss && line(curves.train_loss, many ? job : "training", number),
+          curves.valid_loss && line(curves.valid_loss, many ? `${job}, held out` : "held out", many ? number : 1, held_out),
+        ].filter(Boolean);
+      });
+      draw(document.getElementById(name), title, traces, name === "loss" ? LEGEND : FROM_ZERO);
+    }
+  }
+}
+
+// What the GPUs did, over the time of day: one line a GPU.
+export function drawGpus(curves) {
+  const charts = [["utilization", "utilisation, %", 1], ["memory_used", "memory, GiB", 2 ** 30], ["temperature", "temperature, °C", 1], ["power", "power, W", 1]];
+  for (const [name, title, unit] of charts) {
+    const traces = Object.entries(curves).map(([uuid, of], number) =>
+      line({ step: of[name].step.map((at) => new Date(at * 1000)), value: of[name].value.map((value) => value / unit) }, uuid, number));
+    draw(document.getElementById(name), title, traces, FROM_ZERO);
+  }
+}

@@ -1,0 +1,122 @@
+// What every page needs: elements, requests, streams, words for figures. Text goes in as text, never as markup.
+
+export const $ = (selector) => document.querySelector(selector);
+
+export function element(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== false && value != null) made.setAttribute(name, value);
+  }
+  made.append(...children.filter((child) => child != null));
+  return made;
+}
+
+export function say(text, bad = false) {
+  const place = $("#said");
+  place.textContent = text;
+  place.hidden = !text;
+  place.className = bad ? "bad" : "";
+}
+
+// Ask the server; an error becomes a sentence on the page, and undefined.
+export async function ask(path, options) {
+  try {
+    const answer = await fetch(path, options);
+    const content = await answer.json();
+    if (answer.ok) return content;
+    say([content.error.message, content.error.remedy].filter(Boolean).join("\n"), true);
+  } catch (error) {
+    say(`The server does not answer: ${error.message}`, true);
+  }
+  return undefined;
+}
+
+export async function order(path) {
+  const answer = await ask(path, { method: "POST" });
+  if (answer) say(answer.said);
+}
+
+// Follow a stream while the page is looked at; one that comes back goes on behind the last number it saw.
+export function listen(path, handlers) {
+  let source = null;
+  let last = null;
+  let over = false;
+  const open = () => {
+    if (source || over || document.hidden) return;
+    const address = new URL(path, location.href);
+    if (last !== null) {
+      address.search = "";
+      address.searchParams.set("after", last);
+    }
+    source = new EventSource(address);
+    for (const [kind, handler] of Object.entries(handlers)) {
+      source.addEventListener(kind, (message) => {
+        if (message.lastEventId) last = message.lastEventId;
+        handler(JSON.parse(message.data));
+      });
+    }
+    source.addEventListener("end", close);
+    source.addEventListener("error", () => {
+      if (source?.readyState === EventSource.CLOSED) {
+        source = null;
+        setTimeout(open, 2000);
+      }
+    });
+  };
+  const shut = () => {
+    source?.close();
+    source = null;
+  };
+  const looked = () => (document.hidden ? shut() : open());
+  function close() {
+    over = true;
+    shut();
+    document.removeEventListener("visibilitychange", looked);
+  }
+  document.addEventListener("visibilitychange", looked);
+  open();
+  return close;
+}
+
+export function duration(seconds) {
+  const whole = Math.round(seconds);
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+}
+
+export const time = (seconds) => new Date(seconds * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+export const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+export const moment = (seconds) => new Date(seconds * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+export const bytes = (count) => (count >= 2 ** 30 ? `${(count / 2 ** 30).toFixed(1)} GiB` : `${(count / 2 ** 20).toFixed(1)} MiB`);
+export const badge = (status) => element("span", { class: `badge ${status}` }, status.replaceAll("_", " "));
+export const jobLink = (id, text = id) => element("a", { href: `/jobs/${encodeURIComponent(id)}` }, text);
+export const orderButton = (id, verb, text) =>
+  element("button", { type: "button", "data-verb": verb, onclick: () => order(`/api/jobs/${encodeURIComponent(id)}/${verb}`) }, text);
+
+export function logLine(event) {
+  return element("li", { class: event.level }, element("time", {}, time(event.created_at)), event.message);
+}
+
+// Add a line to a log, and keep showing its end if that is what is shown.
+export function append(log, line, most = 500) {
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 30;
+  log.append(line);
+  while (log.childElementCount > most) log.firstElementChild.remove();
+  if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
+// A table of an object, tables within it for objects.
+export function table(facts) {
+  const shown = (value) => {
+    if (value !== null && typeof value === "object") {
+      if (Array.isArray(value) && value.every((one) => one === null || typeof one !== "object")) return value.join(", ");
+      return table(value);
+    }
+    return String(value);
+  };
+  const rows = Object.entries(facts ?? {}).map(([name, value]) => element("tr", {}, element("th", {}, name), element("td", {}, shown(value))));
+  return element("table", {}, ...rows);
+}

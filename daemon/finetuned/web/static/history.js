@@ -1,0 +1,72 @@
+// The page History: every job, a page at a time; the address keeps what is asked for.
+
+import { $, ask, badge, duration, element, jobLink, listen, moment } from "./common.js";
+
+const PAGE = 50;
+const wanted = new URLSearchParams(location.search);
+const offset = () => Number(wanted.get("offset") ?? 0);
+
+function row(job) {
+  const loss = job.progress.valid_loss ?? job.progress.train_loss;
+  const took = job.started_at && job.finished_at ? duration(job.finished_at - job.started_at) : "";
+  return element("tr", {},
+    element("td", {}, jobLink(job.id, job.training_file)),
+    element("td", {}, badge(job.status)),
+    element("td", {}, moment(job.created_at)),
+    element("td", {}, job.finished_at ? moment(job.finished_at) : ""),
+    element("td", { class: "number" }, took),
+    element("td", { class: "number" }, loss == null ? "" : loss.toFixed(4)),
+    element("td", {}, job.profile ?? ""),
+    element("td", {}, job.error?.message ?? job.fine_tuned_model ?? ""));
+}
+
+let turn = 0;
+async function show() {
+  const mine = (turn += 1);
+  const query = new URLSearchParams(wanted);
+  query.set("limit", PAGE);
+  const answer = await ask(`/api/jobs?${query}`);
+  if (!answer || mine !== turn) return;
+  $("#jobs tbody").replaceChildren(...answer.data.map(row));
+  const from = offset();
+  $("#where").textContent = answer.total ? `${from + 1} to ${from + answer.data.length} of ${answer.total.toLocaleString()}` : "none";
+  $("#newer").disabled = from === 0;
+  $("#older").disabled = !answer.has_more;
+  const sort = wanted.get("sort") ?? "-created_at";
+  for (const button of document.querySelectorAll("[data-sort]")) {
+    const way = { [button.dataset.sort]: "ascending", [`-${button.dataset.sort}`]: "descending" }[sort];
+    if (way) button.parentElement.setAttribute("aria-sort", way);
+    else button.parentElement.removeAttribute("aria-sort");
+    button.textContent = button.textContent.replace(/ [↑↓]$/, "") + ({ ascending: " ↑", descending: " ↓" }[way] ?? "");
+  }
+}
+
+function want(changes, first = true) {
+  for (const [name, value] of Object.entries(first ? { ...changes, offset: "" } : changes)) {
+    if (value) wanted.set(name, value);
+    else wanted.delete(name);
+  }
+  history.replaceState(null, "", `?${wanted}`);
+  show();
+}
+
+$("#text").value = wanted.get("text") ?? "";
+$("#status").value = wanted.get("status") ?? "";
+$("#filter").addEventListener("submit", (event) => event.preventDefault());
+$("#text").addEventListener("input", () => want({ text: $("#text").value }));
+$("#status").addEventListener("change", () => want({ status: $("#status").value }));
+$("#newer").addEventListener("click", () => want({ offset: Math.max(0, offset() - PAGE) }, false));
+$("#older").addEventListener("click", () => want({ offset: offset() + PAGE }, false));
+for (const button of document.querySelectorAll("[data-sort]")) {
+  button.addEventListener("click", () => want({ sort: wanted.get("sort") === `-${button.dataset.sort}` ? button.dataset.sort : `-${button.dataset.sort}` }));
+}
+
+let soon = null;
+listen("/api/now/events", {
+  now: () => {
+    soon ??= setTimeout(() => {
+      soon = null;
+      show();
+    }, 300);
+  },
+});

@@ -1,0 +1,80 @@
+"""A file from the browser to its adapter, with a real daemon whose trainer computes nothing."""
+
+from __future__ import annotations
+
+import json
+
+from conftest import chat_rows, eventually, write_config, write_jsonl
+from finetuned.jobs import Outcome, State
+
+DROP = """([name, text]) => {
+    const data = new DataTransfer();
+    data.items.add(new File([text], name));
+    document.querySelector("#target").dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true }));
+}"""
+
+
+def test_a_dropped_file_is_checked_confirmed_and_its_bar_moves_without_reloading(
+    visit, home, daemon, standin, tiny_model
+):
+    standin(seconds=0.3)
+    write_config(home, model=str(tiny_model), profiles={"fast": {"epochs": 1}})
+    one = daemon()
+    now = visit("/")
+    now.evaluate("window.stillHere = true")
+    now.get_by_text("Nothing to do: drop a file").wait_for()
+    page = visit("/drop")
+    file = write_jsonl(home.root / "staged", chat_rows(60))
+    page.evaluate(DROP, ["night.jsonl", file.read_text()])
+    page.get_by_text("night.jsonl is usable").wait_for()
+    page.get_by_text("60 rows,").wait_for()
+    page.locator("#profile").select_option("fast")
+    page.get_by_text("night.jsonl is usable").wait_for()
+    page.get_by_text("Settings for this file alone").click()
+    page.locator('[name="seed"]').fill("7")
+    page.locator('[name="dtype"]').select_option("float32")
+    page.get_by_role("button", name="Train it").click()
+    page.get_by_text("night.jsonl is in the inbox").wait_for()
+    eventually(lambda: now.evaluate("document.querySelector('#running progress')?.value > 2"))
+    seen = now.evaluate("document.querySelector('#running progress').value")
+    eventually(lambda: now.evaluate(f"document.querySelector('#running progress').value > {seen}"))
+    now.locator("#running [data-verb=cancel]").click()
+    now.locator("#finished .cancelled").wait_for()
+    assert one.job("night.jsonl").outcome is Outcome.CANCELLED
+    assert one.jobs()[0].settings["seed"] == 7
+    assert one.jobs()[0].profile == "fast"
+    now.locator("#finished [data-verb=retry]").click()
+    now.locator("#running progress").wait_for()
+    assert now.evaluate("window.stillHere")
+
+
+def test_two_waiting_jobs_change_places(visit, home, daemon, standin):
+    standin(seconds=0.5)
+    one = daemon()
+    for name, start in (("a", 0), ("b", 100), ("c", 200)):
+        write_jsonl(home.root / "staged", chat_rows(60, start=start)).rename(home.inbox / f"{name}.jsonl")
+        one.job(f"{name}.jsonl", state=State.RUNNING if name == "a" else State.QUEUED)
+    page = visit("/")
+    eventually(lambda: page.evaluate("document.querySelectorAll('#queue li').length === 2"))
+    assert page.locator("#queue a").all_inner_texts() == ["b.jsonl", "c.jsonl"]
+    page.locator("#queue li").nth(1).get_by_role("button", name="First").click()
+    eventually(lambda: page.evaluate("document.querySelector('#queue a').textContent === 'c.jsonl'"))
+
+
+def test_a_file_that_is_refused_says_why_and_can_be_thrown_away(visit, home, tiny_model):
+    write_config(home, model=str(tiny_model))
+    page = visit("/drop")
+    page.evaluate(DROP, ["bad.jsonl", '{"messages": []}\n'])
+    page.get_by_text("bad.jsonl is refused").wait_for()
+    page.get_by_role("button", name="Do not").click()
+    page.get_by_text("bad.jsonl is not trained").wait_for()
+    assert not any(home.uploads.iterdir())
+
+
+def test_config_is_saved_from_its_page(visit, home):
+    page = visit("/config")
+    eventually(lambda: page.evaluate("document.querySelector('#text').value !== ''"))
+    page.locator("#text").fill('{"epochs": 5, "web": {"enabled": false}}')
+    page.get_by_role("button", name="Save").click()
+    page.get_by_text("config.json is saved").wait_for()
+    assert json.loads(home.config_file.read_text())["epochs"] == 5

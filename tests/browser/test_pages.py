@@ -1,0 +1,136 @@
+"""The pages in a real browser, over a real server and ledger."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from conftest import eventually
+from finetuned.events import Event, EventType
+from finetuned.jobs import FileIdentity, Job, Outcome, State
+from finetuned.ledger import Ledger
+
+SETTINGS = {"model": "smollm2-135m", "epochs": 2.0, "seed": 42}
+PAGES = {  # and what is there once a page is drawn
+    "/": "#loss .main-svg",
+    "/drop": "#file",
+    "/history": "tbody tr",
+    "/config": "tbody tr",
+    "/jobs/units-1": "#loss .main-svg",
+    "/jobs/units-1?with=night-1": "#loss .main-svg",
+}
+
+
+def job(job_id: str, state: State, **more) -> Job:
+    return Job(
+        job_id,
+        f"{job_id}.jsonl".encode(),
+        "",
+        FileIdentity(1, 2, 3_000_000, 4),
+        state,
+        **{"created_at": 1_795_000_000.0, "settings": SETTINGS, "rung": {"batch_size": 8}, **more},
+    )
+
+
+def metrics(step: int) -> Event:
+    loss = 2 * math.exp(-step / 40)
+    figures = {"step": step, "total_steps": 300, "train_loss": loss, "learning_rate": 2e-4, "grad_norm": 1.0}
+    if step % 50 == 0:
+        figures = {"step": step, "valid_loss": loss * 1.1}
+    figures |= {"tokens_per_second": 1240.0}
+    return Event(1_795_000_000.0 + step, EventType.METRICS, f"step {step} of 300: loss {loss:.4f}", "info", figures)
+
+
+def answered(step: int, *answers: str) -> Event:
+    samples = [
+        {"prompt": f"question {n}", "expected": "4 m", "answer": text, "exact": text == "4 m", "similarity": 0.5}
+        for n, text in enumerate(answers)
+    ]
+    return Event(1_795_000_000.0, EventType.PREDICTIONS, "asked", "info", {"step": step, "samples": samples})
+
+
+@pytest.fixture
+def ledger(home):
+    ledger = Ledger.open(home.ledger)
+    progress = {"step": 120, "total_steps": 300, "train_loss": 0.84, "tokens_per_second": 1240, "seconds_left": 60}
+    ledger.add(job("units-1", State.RUNNING, started_at=1_795_000_000.0, progress={**progress, "phase": "training"}))
+    ledger.record("units-1", [answered(0, "a", "b"), *map(metrics, range(1, 121)), answered(120, "4 m", "b")], offset=1)
+    gpu = {"index": 0, "name": "H", "utilization": 50, "memory_used": 2**30, "memory_total": 2**33, "power": 99.0}
+    for n in range(20):
+        sample = {**gpu, "uuid": "GPU-1", "created_at": 1_795_000_000.0 + n, "temperature": 50 + n}
+        ledger.record_gpu("units-1", [(sample["created_at"], "GPU-1", sample)])
+    ledger.add(job("night-1", State.FINISHED, outcome=Outcome.SUCCEEDED, adapter="night", finished_at=1_795_000_100.0))
+    ledger.record("night-1", list(map(metrics, range(1, 50))), offset=1)
+    reason = {"code": "not_json", "what": "<b>no row</b> is whole", "where": "bad.jsonl:1", "remedy": "Mend it."}
+    ledger.add(job("bad-1", State.FINISHED, outcome=Outcome.FAILED, reason=reason, finished_at=1_795_000_200.0))
+    for name in ("first-1", "second-1"):
+        ledger.add(job(name, State.QUEUED))
+    yield ledger
+    ledger.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_is_drawn_without_an_error_and_no_wider_than_the_screen(visit, ledger, scheme, width):
+    for path, drawn in PAGES.items():
+        page = visit(path, scheme=scheme, width=width)
+        page.wait_for_selector(drawn)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (ground == "rgb(22, 22, 24)") is (scheme == "dark")
+
+
+def test_the_page_now_follows_the_job_without_reloading(visit, ledger):
+    page = visit("/")
+    page.evaluate("window.stillHere = true")
+    page.get_by_text("units-1.jsonl: step 120 of 300, loss 0.8400").wait_for()
+    page.locator("#loss .scatterlayer .trace").nth(1).wait_for()
+    progress = {"phase": "training", "step": 150, "total_steps": 300, "train_loss": 0.5}
+    ledger.record("units-1", [metrics(n) for n in range(121, 151)], offset=2, progress=progress)
+    page.get_by_text("units-1.jsonl: step 150 of 300, loss 0.5000").wait_for()
+    eventually(lambda: page.evaluate("document.querySelector('progress').value === 150"))
+    page.get_by_text("step 149 of 300: loss").wait_for()
+    eventually(lambda: page.evaluate("document.querySelector('#loss').data[0].x.at(-1) === 149"))
+    page.locator("#loss .nsewdrag").hover()
+    page.locator("#loss .hoverlayer .hovertext").first.wait_for()
+    assert page.evaluate("window.stillHere")
+
+
+def test_buttons_give_orders(visit, ledger):
+    page = visit("/")
+    page.locator('[data-job="second-1"] [data-verb="first"]').click()
+    page.get_by_text("Asked for: first second-1").wait_for()
+    page.locator('[data-job="first-1"] [data-verb="cancel"]').click()
+    page.get_by_text("Asked for: cancel first-1").wait_for()
+    page.get_by_role("button", name="Pause the queue").click()
+    page.get_by_text("Asked for: pause").wait_for()
+    page.locator('[data-job="bad-1"]').get_by_text("<b>no row</b> is whole").wait_for()
+    assert [(verb, job_id) for _, verb, job_id in ledger.orders()] == [
+        ("first", "second-1"),
+        ("cancel", "first-1"),
+        ("pause", ""),
+    ]
+
+
+def test_predictions_appear_and_what_changed_is_marked(visit, ledger):
+    page = visit("/jobs/units-1")
+    page.get_by_text("0 of 2 right at first, 1 now").wait_for()
+    assert page.locator("#predictions td.changed").all_inner_texts() == ["4 m ✓"]
+    ledger.record("units-1", [answered(150, "4 m", "4 m")], offset=2)
+    page.get_by_text("0 of 2 right at first, 2 now").wait_for()
+
+
+def test_history_is_filtered_and_sorted(visit, ledger):
+    page = visit("/history")
+    page.get_by_text("1 to 5 of 5").wait_for()
+    page.locator("#status").select_option("queued")
+    page.get_by_text("1 to 2 of 2").wait_for()
+    page.locator("#text").fill("SECOND")
+    page.get_by_text("1 to 1 of 1").wait_for()
+    page.locator("#text").fill("")
+    page.get_by_text("1 to 2 of 2").wait_for()
+    page.locator("[data-sort=name]").click()
+    eventually(lambda: page.evaluate("document.querySelector('tbody a').textContent === 'second-1.jsonl'"))
+    page.locator("[data-sort=name]").click()
+    eventually(lambda: page.evaluate("document.querySelector('tbody a').textContent === 'first-1.jsonl'"))

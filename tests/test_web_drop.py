@@ -1,0 +1,141 @@
+"""Files and settings that come through the control centre: what is taken, what is refused, and that nothing is left."""
+
+from __future__ import annotations
+
+import json
+import socket
+import stat
+
+import pytest
+
+from conftest import chat_rows, eventually, write_config
+
+ROWS = b"".join(json.dumps(row).encode() + b"\n" for row in chat_rows(40))
+
+
+def post(server, path: str, *, status: int = 200, **given):
+    return server.json(path, method="POST", status=status, body=json.dumps(given).encode())
+
+
+def upload(server, name: str = "x.jsonl", body: bytes = ROWS) -> str:
+    return server.json(f"/api/drops?name={name}", method="POST", body=body, status=201)["id"]
+
+
+def left(home) -> list[str]:
+    """What of uploads is still on the disk."""
+    return [str(path.relative_to(home.uploads)) for path in home.uploads.rglob("*")] if home.uploads.exists() else []
+
+
+def test_a_file_is_sent_confirmed_and_lies_in_the_inbox_with_its_settings(web, home):
+    write_config(home, profiles={"fast": {"epochs": 1}})
+    server = web()
+    number = upload(server)
+    assert not any(home.inbox.iterdir())
+    server.json(f"/api/drops/{number}/eval?name=anything.json", method="POST", body=b"[]", status=201)
+    answer = post(server, f"/api/drops/{number}/confirm", profile="fast", settings={"epochs": 2})
+    assert answer["file"] == "x.jsonl"
+    folder = home.inbox / "fast"
+    assert (folder / "x.jsonl").read_bytes() == ROWS
+    assert (folder / "x.jsonl").stat().st_nlink == 1
+    assert (folder / "x.eval.json").read_bytes() == b"[]"
+    assert json.loads((folder / "x.config.json").read_bytes()) == {"epochs": 2}
+    assert left(home) == []
+    second = upload(server)
+    assert post(server, f"/api/drops/{second}/confirm", profile="fast")["file"] == "x-2.jsonl"  # none is replaced
+    assert post(server, f"/api/drops/{second}/confirm", status=404)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "..", ".x.jsonl", "%2e%2e%2fx.jsonl", "a/x.jsonl", "a%5cx.jsonl", "x%00.jsonl", "x%0a.jsonl", "-x.jsonl",
+     "x.txt", "x.config.json", "x.eval.jsonl", "x" * 300 + ".jsonl", "~%2fx.jsonl"],
+)  # fmt: skip
+def test_a_name_that_is_no_plain_name_of_data_is_refused(web, home, name):
+    assert web().ask(f"/api/drops?name={name}", method="POST", body=ROWS)[0] == 400
+    assert left(home) == []
+    assert not any(home.inbox.iterdir())
+
+
+def test_settings_that_cannot_be_used_are_refused_and_the_file_waits_on(web, home):
+    server = web()
+    number = upload(server)
+    for given in (
+        {"settings": {"epochs": 0}},
+        {"settings": {"eval_file": "/etc/passwd"}},
+        {"settings": {"model": "../../etc"}},
+        {"settings": [1]},
+        {"profile": "../other"},
+        {"profile": "none"},
+    ):
+        assert post(server, f"/api/drops/{number}/confirm", status=400, **given)["error"]["message"]
+    for given in ({"model": "/etc"}, {"model": "--help"}, {"profile": "--help"}):
+        assert post(server, f"/api/drops/{number}/check", status=400, **given)["error"]["message"]
+    assert not any(home.inbox.iterdir())
+    assert post(server, f"/api/drops/{number}/confirm")["file"] == "x.jsonl"
+
+
+def test_the_check_s_report_is_given(web, home, tiny_model):
+    write_config(home, model=str(tiny_model))
+    server = web()
+    number = upload(server)
+    facts = post(server, f"/api/drops/{number}/check")
+    assert (facts["verdict"], facts["file"], facts["training"]["rows"]) == ("usable", "x.jsonl", 40)
+    bad = post(server, f"/api/drops/{upload(server, body=b'nonsense')}/check")
+    assert bad["verdict"] == "refused"
+    assert bad["reason"]["remedy"]
+
+
+def test_a_file_is_thrown_away_when_the_user_says_so_and_only_by_its_number(web, home):
+    server = web()
+    number = upload(server)
+    home.uploads.joinpath("other").mkdir()
+    home.uploads.joinpath("other", "y.jsonl").touch()
+    for other in ("..", "%2e%2e", "other", "0" * 16, "%2e%2e%2f%2e%2e", f"{number}%00"):
+        assert server.ask(f"/api/drops/{other}", method="DELETE")[0] in {404, 405}, other
+    assert home.config_file.exists()
+    assert server.ask(f"/api/drops/{number}", method="DELETE", Origin="http://evil.example")[0] == 403
+    assert server.ask(f"/api/drops/{number}", method="DELETE")[0] == 200
+    assert sorted(left(home)) == ["other", "other/y.jsonl"]
+
+
+def test_an_upload_for_which_there_is_no_room_is_refused_before_it_begins(web, home):
+    server = web()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(
+            b"POST /api/drops?name=x.jsonl HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000000000\r\n\r\n"
+        )
+        assert connection.recv(1000).startswith(b"HTTP/1.1 507")
+    eventually(lambda: left(home) == [])
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(web, home):
+    server = web()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(
+            b"POST /api/drops?name=x.jsonl HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\n"
+        )
+        connection.sendall(bytes(3_000_000))
+        eventually(lambda: any("x.jsonl" in name for name in left(home)))
+    eventually(lambda: left(home) == [])
+
+
+# -- config.json
+
+
+def test_config_is_saved_if_it_can_be_used_and_was_not_changed_meanwhile(web, home):
+    home.config_file.chmod(0o600)
+    server = web()
+    seen = server.json("/api/config")
+    assert seen["text"] == home.config_file.read_text()
+    text = '{\n  "epochs": 7\n}\n'
+    error = post(server, "/api/config", text='{"epochs": 0, "modle": 1}', version=seen["version"], status=400)["error"]
+    assert "modle: no such setting; did you mean model?" in error["message"]
+    assert "not JSON" in post(server, "/api/config", text="{", version=seen["version"], status=400)["error"]["message"]
+    assert post(server, "/api/config", text=text, version="other", status=409)
+    assert home.config_file.read_text() == seen["text"]
+    version = post(server, "/api/config", text=text, version=seen["version"])["version"]
+    assert home.config_file.read_text() == text
+    assert stat.S_IMODE(home.config_file.stat().st_mode) == 0o600
+    assert server.json("/api/config")["version"] == version
+    assert server.ask("/api/config", method="POST", body=b"x" * 2_000_000)[0] == 413
+    assert server.json("/api/config/schema")["properties"]["web"]
