@@ -97,7 +97,7 @@ async def login(request: Request) -> Response:
         if len(body) > _LONGEST_FORM:
             raise Refused(413, "no token is as long")
     given = parse_qs(body.decode("utf-8", "replace")).get("token", [""])[0].strip()
-    if not is_token(given, request.app.state.token):
+    if not is_token(given, request.app.state.token or ""):
         return page(request, "login.html", status=401, wrong=True)
     answer = RedirectResponse("/", 303)
     answer.set_cookie(COOKIE, given, max_age=365 * 86400, httponly=True, samesite="strict")
