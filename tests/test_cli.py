@@ -7,6 +7,7 @@ import os
 import queue
 import re
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -95,6 +96,7 @@ def test_init_makes_a_base_directory_that_works(tmp_path):
     assert load_config(home.config_file).training() == Config().training()
     schema = json.loads(home.config_file.read_text())["$schema"]
     assert (root / schema).is_file()
+    assert stat.S_IMODE(home.web_token.stat().st_mode) == 0o600
     assert invoke("status", "--base-dir", root).exit_code == 0
 
 

@@ -358,6 +358,14 @@ def test_the_token_is_taken_by_a_form_and_kept_as_a_cookie_that_no_script_reads(
     assert server.ask("/", Cookie=cookie.partition(";")[0])[0] == 200
 
 
+def test_an_empty_token_opens_nothing(home):
+    home.web_token.touch()
+    words = ["web", "--base-dir", str(home.root), "--port", "0", "--host", "0.0.0.0"]
+    done = subprocess.run([sys.executable, "-m", "finetuned", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert "holds no token" in done.stderr
+
+
 # -- pages
 
 

@@ -13,7 +13,7 @@ from finetuned.web.safety import Guarded
 from finetuned.web.stream import Streams
 
 
-def make_app(home: Home, *, host: str, token: str) -> ASGIApp:
+def make_app(home: Home, *, host: str, token: str | None) -> ASGIApp:
     """Make the application of one base directory."""
     app = Starlette(
         routes=[*api.ROUTES, *uploads.ROUTES, *settings.ROUTES, *pages.ROUTES],

@@ -16,7 +16,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.templating import Jinja2Templates
 
 from finetuned import __version__
-from finetuned.config import load_config
+from finetuned.config import Config, load_config
 from finetuned.errors import ConfigError
 from finetuned.spool.inbox import EXTENSIONS
 from finetuned.web.api import home_of, job_in
@@ -60,13 +60,20 @@ def history(request: Request) -> Response:
 
 def drop(request: Request) -> Response:
     """Give the page Drop, with a form of all that a file may bring."""
-    profiles: list[str] = []
-    error = ""
+    error, settings = "", Config()
     try:
-        profiles = sorted(load_config(home_of(request).config_file).profiles)
+        settings = load_config(home_of(request).config_file)
     except ConfigError as broken:
         error = broken.sentence()
-    return page(request, "drop.html", profiles=profiles, error=error, fields=override_fields(), endings=EXTENSIONS)
+    return page(
+        request,
+        "drop.html",
+        error=error,
+        profiles=sorted(settings.profiles),
+        current=settings.model_dump(),
+        fields=override_fields(),
+        endings=EXTENSIONS,
+    )
 
 
 def config(request: Request) -> Response:
@@ -90,7 +97,7 @@ async def login(request: Request) -> Response:
         if len(body) > _LONGEST_FORM:
             raise Refused(413, "no token is as long")
     given = parse_qs(body.decode("utf-8", "replace")).get("token", [""])[0].strip()
-    if not is_token(given, request.app.state.token):
+    if not is_token(given, request.app.state.token or ""):
         return page(request, "login.html", status=401, wrong=True)
     answer = RedirectResponse("/", 303)
     answer.set_cookie(COOKIE, given, max_age=365 * 86400, httponly=True, samesite="strict")

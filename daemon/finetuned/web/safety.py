@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import os
-import secrets
 import socket
 from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
@@ -19,8 +17,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from finetuned.durable import make_folder
-from finetuned.home import Home
 from finetuned.web.replies import Json
 
 COOKIE = "finetuned-token"
@@ -50,27 +46,15 @@ def is_local(host: str) -> bool:
         return False
 
 
-def web_token(home: Home) -> str:
-    """Give the base directory's token, made at the first call, readable by its owner alone."""
-    with suppress(FileNotFoundError):
-        return home.web_token.read_text(encoding="ascii").strip()
-    make_folder(home.machinery)
-    with suppress(FileExistsError):  # another process makes it at this moment
-        descriptor = os.open(home.web_token, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(f"{secrets.token_urlsafe(32)}\n")
-    return home.web_token.read_text(encoding="ascii").strip()
-
-
 def is_token(given: str, token: str) -> bool:
     """Compare in a time that tells nothing."""
     return bool(token) and hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
 
 
 class Guarded:
-    """The checks, around the application. `token` is empty where none is needed."""
+    """The checks, around the application. `token` is None where none is needed."""
 
-    def __init__(self, app: ASGIApp, *, host: str, token: str) -> None:
+    def __init__(self, app: ASGIApp, *, host: str, token: str | None) -> None:
         self._app = app
         self._host = host
         self._token = token
@@ -99,7 +83,7 @@ class Guarded:
             return _no(421, "wrong_host", f"this server is not {host[:100]}", "Ask it by its address, or set web.host.")
         if scope["method"] not in _SAFE and not _same_origin(headers, host):
             return _no(403, "cross_origin", "another site may not give orders here")
-        if self._token and scope["path"] not in _WITHOUT_TOKEN and not scope["path"].startswith("/static/"):
+        if self._token is not None and scope["path"] not in _WITHOUT_TOKEN and not scope["path"].startswith("/static/"):
             if is_token(_given(headers), self._token):
                 return None
             if "text/html" in headers.get("accept", ""):

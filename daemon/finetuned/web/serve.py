@@ -14,10 +14,11 @@ from pathlib import Path
 import click
 import uvicorn
 
+from finetuned.base_directory import web_token
 from finetuned.errors import HomeError
 from finetuned.home import Home
 from finetuned.web.app import make_app
-from finetuned.web.safety import is_local, web_token
+from finetuned.web.safety import is_local
 
 _GRACE = 1  # seconds for open streams when it ends
 
@@ -28,7 +29,7 @@ def serve(home: Home, *, host: str, port: int, with_daemon: bool = False) -> Non
     Raises HomeError if the port cannot be had.
     """
     listening = listen(host, port)
-    token = "" if is_local(host) else web_token(home)
+    token = None if is_local(host) else web_token(home)
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"finetuned web: http://{shown}:{listening.getsockname()[1]}/")
     if token:
