@@ -106,7 +106,7 @@ def test_an_array_of_200_mb_is_read_in_the_memory_of_a_small_one(tmp_path, base)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
-@pytest.mark.parametrize("content", [b"\0", b"\n", b"0\n"], ids=["one line", "empty lines", "short lines"])
+@pytest.mark.parametrize("content", [b"a", b"\n", b"0\n"], ids=["one line", "empty lines", "short lines"])
 def test_a_bomb_ends_in_seconds_and_in_bounded_memory(tmp_path, base, content, suffix):
     """4 GiB in a few MB. It ends by the bytes, by the lines, or by the bad rows that are read at most."""
     pack = zstandard.ZstdCompressor().compress if suffix == ".zst" else gzip.compress

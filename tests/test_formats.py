@@ -245,4 +245,4 @@ def test_a_file_of_two_formats_is_refused_with_the_first_line_that_differs(tmp_p
 def test_comparisons_are_refused_even_among_many_chats(tmp_path):
     error = judged(tmp_path, [*[{"messages": [ASKED, TOLD]}] * 9, {"prompt": "a", "chosen": "b", "rejected": "c"}])
     assert (error.code, error.where) == ("preference_data", "rows.jsonl:10")
-    assert "comparisons are not" in error.remedy
+    assert "comparisons are not" in error.what

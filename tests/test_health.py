@@ -37,7 +37,10 @@ def training(tmp_path, tiny_model, monkeypatch):
     def start(
         model: Path = tiny_model, *, asked_to_stop=lambda: False, rows=None, spoil=lambda examples: examples, **settings
     ):
-        settings = settings_from({"dtype": "float32", "tuning": "lora", "epochs": 10, **settings}, where="the test")
+        settings = settings_from(
+            {"dtype": "float32", "tuning": "lora", "epochs": 10, "predictions": {"samples": 0}, **settings},
+            where="the test",
+        )
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
         rows = [check_row(number, row)[1] for number, row in enumerate(rows or chat_rows(16))]
         examples = spoil(list(tokenise(rows, tokenizer, max_length=200)))
