@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import signal
 import time
@@ -14,7 +13,7 @@ import click
 
 from finetuned.adapters import MANIFEST
 from finetuned.config import settings_from
-from finetuned.durable import sync_tree
+from finetuned.durable import sha256_of, sync_tree
 from finetuned.errors import FinetunedError, HomeError
 from finetuned.events import describe_end, judge
 from finetuned.gpu import Gpu, Sampler
@@ -65,7 +64,7 @@ def train_by_hand(
         name=data.name.encode(),
         profile="",
         identity=FileIdentity(facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns),
-        sha256=_sha256(data),
+        sha256=sha256_of(data),
         state=State.RUNNING,
         created_at=time.time(),
         settings=settings,
@@ -109,11 +108,6 @@ def train_by_hand(
 def _asking(enabled: bool | None, frequency: str | None) -> dict[str, Any]:  # noqa: FBT001
     often = int(frequency) if frequency and frequency.isdigit() else frequency
     return {name: value for name, value in (("enabled", enabled), ("frequency", often)) if value is not None}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _spoken(reason: dict[str, Any]) -> dict[str, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from finetuned.events import Event, EventType
 
@@ -26,16 +27,22 @@ class Curves:
 
 def curves_of(events: Iterable[Event]) -> Curves:
     """Gather the curves of one job."""
-    found: dict[str, dict[int, float]] = {"train_loss": {}, "valid_loss": {}, "learning_rate": {}}
-    for event in events:
-        step = event.data.get("step")
-        if event.type is not EventType.METRICS or not isinstance(step, int):
+    metrics = (event.data for event in events if event.type is EventType.METRICS)
+    return Curves(**gathered(metrics, ("train_loss", "valid_loss", "learning_rate")))
+
+
+def gathered(metrics: Iterable[Mapping[str, Any]], names: Iterable[str]) -> dict[str, Points]:
+    """Give the named figures over the steps. Of a step that was done again after a resume, the newer figure counts."""
+    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    for figures in metrics:
+        step = figures.get("step")
+        if not isinstance(step, int):
             continue
         for name, points in found.items():
-            value = event.data.get(name)
+            value = figures.get(name)
             if isinstance(value, int | float) and math.isfinite(value):
                 points[step] = float(value)
-    return Curves(**{name: sorted(points.items()) for name, points in found.items()})
+    return {name: sorted(points.items()) for name, points in found.items()}
 
 
 def smoothed(points: Points, span: int) -> Points:

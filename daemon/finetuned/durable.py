@@ -7,6 +7,7 @@ protocol (docs/protocol.md) and every checkpoint goes through these few function
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 
@@ -90,3 +91,9 @@ def same_file(path: Path, other: Path) -> bool:
         return os.path.samestat(path.lstat(), other.lstat())
     except OSError:
         return False
+
+
+def sha256_of(path: Path) -> str:
+    """Give the sha256 of a file. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,7 +24,7 @@ from finetuned.config import TrainingSettings
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Fault, Report, rows_of
 from finetuned.dataset.rows import Problem, Row
-from finetuned.durable import NO_ROOM
+from finetuned.durable import NO_ROOM, sha256_of
 from finetuned.trainer import store
 from finetuned.trainer.chat import Rendered
 from finetuned.trainer.quality import Quality
@@ -61,7 +61,7 @@ class Door:
         `name` is what the user calls the file. Raises DataError where the file as a whole cannot be read, OSError.
         """
         before = None if sha256 else _state(path)
-        folder = self._cache / self._key(sha256 or hash_of(path), path.suffix.lower())
+        folder = self._cache / self._key(sha256 or sha256_of(path), path.suffix.lower())
         kept = store.load(folder, max_length=self._settings.max_length)
         if kept is not None:
             return kept
@@ -248,9 +248,3 @@ def rows_known_by(identities: Sequence[int], path: Path, *, name: str, system_pr
 def _state(path: Path) -> tuple[int, ...]:
     facts = path.stat()
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
-
-
-def hash_of(path: Path) -> str:
-    """Give the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,25 +7,18 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from finetuned.curves import Points, gathered
+
 NAMES = ("train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory")
 POINTS = 2000  # of a curve, at most
 
 
 def curves(metrics: Iterable[dict[str, Any]], *, points: int = POINTS) -> dict[str, dict[str, list[float]]]:
-    """Give each figure over the steps. Of a step that was done again after a resume, the newer figure counts."""
-    found: dict[str, dict[float, float]] = {name: {} for name in NAMES}
-    for figures in metrics:
-        step = figures.get("step")
-        if step is None:
-            continue
-        for name, series in found.items():
-            value = figures.get(name)
-            if value is not None and math.isfinite(value):
-                series[step] = value
-    return {name: thin(sorted(series.items()), points=points) for name, series in found.items() if series}
+    """Give each figure over the steps, those that there are."""
+    return {name: thin(series, points=points) for name, series in gathered(metrics, NAMES).items() if series}
 
 
-def thin(pairs: list[tuple[float, float]], *, points: int = POINTS) -> dict[str, list[float]]:
+def thin(pairs: Points, *, points: int = POINTS) -> dict[str, list[float]]:
     """Give at most about so many of the pairs, first and last among them, as two lists."""
     if len(pairs) > points:
         stretch = math.ceil(len(pairs) / max(1, points // 2 - 1))
