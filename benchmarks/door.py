@@ -24,6 +24,7 @@ from typing import Any
 
 from environments import CACHE, PEERS, peers_python
 
+from finetuned.asking import environment
 from finetuned.config import settings_from
 from finetuned.home import Home
 from finetuned.trainer.base import find_base
@@ -69,7 +70,8 @@ def main() -> None:
         for _ in range(options.rounds):
             for name in chosen:
                 script = [sys.executable, "door_run.py"] if name == OURS else [str(peer), "datasets_run.py"]
-                run = measured([script[0], str(PEERS / script[1]), json.dumps(order | {"map": CONTENDERS[name]})])
+                command = [script[0], str(PEERS / script[1]), json.dumps(order | {"map": CONTENDERS[name]})]
+                run = measured(command, environment(None) if name == OURS else {})
                 runs[name].append(run)
                 print(f"  {name}: {run['rows'] / run['seconds']:,.0f} rows/s", file=sys.stderr, flush=True)
         report(runs, megabytes=file.stat().st_size / 1e6)
@@ -106,14 +108,14 @@ def chats() -> Iterator[dict[str, Any]]:
         yield {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def measured(command: list[str]) -> dict[str, Any]:
+def measured(command: list[str], extra: dict[str, str]) -> dict[str, Any]:
     """Run a process to its end: what its last line says, seconds in all and of processors, and the peaks of its and its
     children's memory in bytes: all that is resident, and what no file stands behind; pages that two share count once.
     """
     used = _processor_seconds()
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=dict(os.environ))
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | extra)
         peaks = _Peaks(process.pid)
         said = process.communicate()[0]
         peaks.end()

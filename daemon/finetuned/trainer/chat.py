@@ -13,17 +13,15 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 from jinja2.exceptions import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from finetuned.dataset.rows import Message, Problem, Row
 from finetuned.errors import ModelError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # What templates raise, on purpose and by calling what a value does not have.
 _REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -60,6 +58,10 @@ class Renderer:
         self._tokenizer = tokenizer
         self._template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
         self._parts = takes_parts(tokenizer)
+        usual = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+        self._compiled = _compile_jinja_template(self._template) if usual and not self._parts else None
+        self._constants = {"tools": None, "documents": None, "add_generation_prompt": False}
+        self._constants |= tokenizer.special_tokens_map
         self._skeletons: dict[tuple[str, ...], _Skeleton | None] = {}
         self._prompt = self._generation_prompt()
         self._says_what_is_learned = bool(_GENERATION.search(self._template))
@@ -90,13 +92,19 @@ class Renderer:
                 remedy="Take its instruct or chat variant; without one it can learn plain texts.",
                 code="no_chat_template",
             )
-        plain = [row for row in rows if row.tools is None]
+        return [self._row(row, self._plain(row)) for row in rows]
+
+    def _plain(self, row: Row) -> str | None:
+        """Render a chat of texts alone with the compiled template: `apply_chat_template` copies what it is given, which
+        takes as long as the rendering. None where it has to do it, or where the template refuses the row.
+        """
+        if self._compiled is None or row.tools is not None or any(turn.extra for turn in row.messages):
+            return None
+        chat = [{"role": turn.role, "content": turn.content} for turn in row.messages]
         try:
-            texts = self._tokenizer.apply_chat_template([self._chat(row.messages) for row in plain], tokenize=False)
-            found = dict(zip(map(id, plain), texts, strict=True))
-        except _REFUSALS:  # one of them is refused, and so all
-            found = {}
-        return [self._row(row, found.get(id(row))) for row in rows]
+            return str(self._compiled.render(messages=chat, **self._constants))
+        except _REFUSALS:
+            return None
 
     def _row(self, row: Row, text: str | None) -> Rendered | Problem:
         try:

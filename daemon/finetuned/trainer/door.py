@@ -7,12 +7,13 @@ While the tokenizer's threads work on some rows, the next ones are read and rend
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import importlib.metadata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _ROWS, _CHARACTERS = 256, 2**18  # tokenised at once
 _AHEAD = 2  # times that many are on their way, so that the tokenizer's threads never wait
+_GARBAGE = 100_000  # objects between two looks for cycles: rows have none, and looking took a tenth of the time
 _BARS = 12  # of the histogram
 _SHOWN = 1200  # tokens of the sample
 
@@ -104,7 +106,7 @@ class Door:
         collected = _Collected(report, quality, writer)
         file = RowFile(path, name=name)
         rows = rows_of(file, report, system_prompt=self.system_prompt)
-        with ThreadPoolExecutor(1, "tokenizer") as beside:
+        with ThreadPoolExecutor(1, "tokenizer") as beside, _few_collections():
             under_way: deque[_UnderWay] = deque()
             for part in _parts(rows):
                 rendered = self._encoder.render(part)
@@ -179,6 +181,19 @@ class _Collected:
         cut = self._report.warnings.get("rows_cut")
         if cut:
             cut.detail = f"{self.lost:,} tokens lost"
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Let Python look for cycles seldom, and not among what was there before."""
+    usual = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(_GARBAGE, *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        gc.unfreeze()
 
 
 def _parts(rows: Iterable[Row]) -> Iterator[list[Row]]:
