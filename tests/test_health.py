@@ -292,7 +292,10 @@ def test_a_loss_of_exactly_zero_is_told(training, monkeypatch):
 def test_weights_that_the_optimizer_does_not_move_are_told(training, monkeypatch, tmp_path):
     """It holds copies, as after a module was moved or replaced behind its back."""
     plain = torch.optim.AdamW
-    copies = lambda trained, **options: plain([p.detach().clone() for p in trained], **options)  # noqa: E731
+
+    def copies(groups: list[dict], **options) -> torch.optim.AdamW:
+        return plain([{"params": [p.detach().clone() for p in group["params"]]} for group in groups], **options)
+
     monkeypatch.setattr(torch.optim, "AdamW", copies)
     with pytest.raises(UnhealthyError, match="no weight changed") as caught:
         training()

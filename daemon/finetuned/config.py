@@ -81,6 +81,7 @@ class TrainingSettings(_Strict):
     priority: int = Field(
         0, ge=-100, le=100, description="Jobs of a higher priority start first; set it in a profile, inbox/high/ say."
     )
+    recipe: Literal["sft"] = Field("sft", description="What is learned from the rows: docs/recipes.md.")
     model: str = Field(
         "smollm2-135m",
         min_length=1,

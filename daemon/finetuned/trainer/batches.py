@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -26,13 +26,14 @@ class Batch:
     positions: torch.Tensor
     targets: torch.Tensor
     tokens: int  # real ones, never padding
+    examples: Sequence[Example] = ()  # the rows that it was made of
 
     def to(self, device: torch.device) -> Batch:
         """Move it to a device."""
         inputs = {
             k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()
         }
-        return Batch(inputs, self.positions.to(device), self.targets.to(device), self.tokens)
+        return replace(self, inputs=inputs, positions=self.positions.to(device), targets=self.targets.to(device))
 
 
 def collate_flat(examples: Sequence[Example], *, share: bool = True) -> Batch:
@@ -81,4 +82,4 @@ def _batch(inputs: dict[str, Any], examples: Sequence[Example], place: Callable[
         if e.supervised[index]
     ]
     positions, targets = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
-    return Batch(inputs, positions, targets, tokens=sum(len(e.ids) for e in examples))
+    return Batch(inputs, positions, targets, tokens=sum(len(e.ids) for e in examples), examples=examples)

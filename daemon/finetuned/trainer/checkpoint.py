@@ -8,7 +8,7 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ def save(
     *,
     step: int,
     plan: str,
-    trained: dict[str, torch.Tensor],
+    trained: Mapping[str, torch.Tensor],
     optimizer: dict[str, Any],
     keep: int,
     extra: dict[str, Any],

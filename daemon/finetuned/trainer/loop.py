@@ -7,6 +7,7 @@ another process, and the weights come out the same.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from finetuned.trainer.layout import Layout, choose_layout, rows_stand_alone
 from finetuned.trainer.lora import add_adapter
 from finetuned.trainer.model import load_model, set_checkpointing
 from finetuned.trainer.pace import Pace
+from finetuned.trainer.parts import Parts, joined
 from finetuned.trainer.precision import Precision, choose, in_force
 from finetuned.trainer.recipes import RECIPES
 from finetuned.trainer.reporter import Reporter
@@ -37,6 +39,8 @@ from finetuned.trainer.tokens import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from finetuned.trainer.recipes.contract import Objective
 
 _FULL_RATE, _ADAPTER_RATE = 1e-5, 2e-4  # peak learning rates where config.json leaves it to us
 
@@ -163,17 +167,19 @@ class Training:
         )
         self._alone = rows_stand_alone(model, max(self.lengths))
         accelerator = in_force(precision, task.device)
-        objective = importlib.import_module(RECIPES["sft"]).Objective(model, layout)
-        self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        health.check_trainable(objective.named_parameters())
+        self.recipe: Objective = importlib.import_module(RECIPES[settings.recipe]).build(task, model, layout)
+        self.layout = self.recipe.layout
+        self.parts = Parts(self.recipe.parts())
+        self.trained = self.parts.parameters
+        health.check_trainable(model.named_parameters())
         self._targets = targets_of(task.train)
         health.check_supervised(map(self.plan.step, range(self.plan.total_steps)), self._targets)
         self.peak_rate, rate_reason = _learning_rate(settings, task.rung.tuning)
         health.check_schedule(map(self._rate, range(self.plan.total_steps)))
         self.saver = Saver(self)
         self.watch = health.Watch(settings.skip_bad_steps, self.saver.last_before)
-        optimizer = torch.optim.AdamW(self.trained.values(), lr=self.peak_rate, weight_decay=settings.weight_decay)
-        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        optimizer = self.parts.optimizer(rate=self.peak_rate, weight_decay=settings.weight_decay)
+        self.objective, self.optimizer = accelerator.prepare(self.recipe, optimizer)
         self.accelerator = accelerator
         self.choices = {
             **precision.choices(),
@@ -218,7 +224,7 @@ class Training:
         else:
             self._evaluate_where_due()
         if self._largest_comes_late():
-            self._forgiving(lambda: self._backward(self.largest(self.bound), 1))
+            self._forgiving(lambda: self._trial(self.bound))
             self.optimizer.zero_grad(set_to_none=True)
         self.task.say.phase("training", "training")
         self._pace.start()
@@ -236,9 +242,10 @@ class Training:
         loss = self._forgiving(lambda: self._gradient(rows))
 
         rate = self._rate(self.done)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        norm = float(self.accelerator.clip_grad_norm_(self.trained.values(), settings.max_grad_norm or float("inf")))
+        self.parts.set_rate(self.optimizer, rate)
+        norms = self.parts.clip(self.accelerator, settings.max_grad_norm or math.inf)
+        norm = joined(norms)
+        self.parts.check(self.done + 1, norms)
         scaler = self.accelerator.scaler
         bad = self.watch.judge(self.done + 1, loss, norm, scale=scaler.get_scale() if scaler else None)
         if bad:
@@ -252,6 +259,9 @@ class Training:
 
         self.done += 1
         speed, left = self._pace.after(sum(self.lengths[row] for row in rows), total - self.done)
+        figures: dict[str, Any] = dict(self.recipe.figures())
+        if len(norms) > 1:
+            figures |= {f"grad_norm_{part}": norm for part, norm in norms.items()}
         self.metrics |= {"train_loss": loss, "step": self.done}
         self.task.say.say(
             EventType.METRICS,
@@ -265,6 +275,7 @@ class Training:
             tokens_per_second=round(speed, 1),
             seconds_left=round(left, 1),
             peak_memory=memory.peak_bytes(),
+            **figures,
         )
 
     def _skip(self, why: str) -> None:
@@ -292,7 +303,7 @@ class Training:
         self.watch.check_end()
         self.task.say.phase("evaluating", "training is done")
         self._evaluate(measure=True, ask=True)
-        self.metrics["published_step"] = self.done
+        self.metrics |= {"published_step": self.done} | self.recipe.metrics()
         if self.task.settings.publish == "best":
             self.saver.go_back(self.metrics.get("best_step", self.done))
         bounds.remember(self)
@@ -324,7 +335,7 @@ class Training:
         """Try the largest micro-batch of at most so many tokens; say whether memory did."""
         bound = replace(self.bound, tokens=tokens)
         try:
-            self._backward(self.largest(bound), 1)
+            self._trial(bound)
         except (RuntimeError, MemoryError) as error:
             if memory.out_of_memory(error) is None:
                 raise
@@ -334,6 +345,11 @@ class Training:
             self.optimizer.zero_grad(set_to_none=True)
         memory.give_back()
         return False
+
+    def _trial(self, bound: steps.Bound) -> float:
+        """Compute the gradient of the largest micro-batch of the training."""
+        self.recipe.begin(self.done)
+        return self._backward(self.largest(bound), 1)
 
     def _rate(self, step: int) -> float:
         total, warmup = self.plan.total_steps, self.task.settings.warmup_ratio
@@ -363,6 +379,7 @@ class Training:
         count = sum(self._targets[row] for row in rows)
         # Dropout follows from seed and step, so that a step done again or after a resume is the same step.
         torch.manual_seed(self.task.settings.seed * 1_000_003 + self.done)
+        self.recipe.begin(self.done)
         return sum(self._backward(part, count) for part in self._cut(rows)) / count
 
     def _backward(self, rows: list[int], count: int) -> float:

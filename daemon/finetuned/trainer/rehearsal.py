@@ -6,7 +6,6 @@ Seconds, and no memory to speak of, whatever the model's size.
 
 from __future__ import annotations
 
-import importlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from finetuned.trainer import attention
 from finetuned.trainer.batches import Batch
 from finetuned.trainer.layout import Layout
-from finetuned.trainer.recipes import RECIPES
+from finetuned.trainer.recipes import sft
 from finetuned.trainer.tokens import Example
 
 # What a model may raise that does not run on such tensors, or not in a layout.
@@ -84,7 +83,7 @@ class Stage:
         model, mode = self.model, self._mode
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         causal.set_attn_implementation(layout.attention)
-        objective = importlib.import_module(RECIPES["sft"]).Objective(model, layout).train()
+        objective = sft.Objective(model, layout).train()
         batch = _without_content(layout.collate(rows), mode, self.device)
         live = Live()
         live.leave_out([*model.parameters(), *model.buffers(), *batch.inputs.values(), batch.positions, batch.targets])

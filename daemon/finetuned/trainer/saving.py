@@ -40,6 +40,7 @@ class Saver:
             scaler.load_state_dict(state["scaler"])
         training.done = self._saved_step = found.step
         training.watch.load(found.extra.pop("health", {}))
+        training.parts.load(found.extra.pop("idle_parts", {}))
         training.metrics = found.extra
         total = training.plan.total_steps
         say.say(EventType.MESSAGE, f"resumed after step {training.done} of {total}", step=training.done)
@@ -121,7 +122,7 @@ class Saver:
                 **({"scaler": scaler.state_dict()} if scaler else {}),
             },
             keep=training.task.settings.keep_checkpoints,
-            extra=training.metrics | {"health": training.watch.state()},
+            extra={**training.metrics, "health": training.watch.state(), "idle_parts": training.parts.state()},
             best=training.metrics.get("best_step"),
         )
         self._saved_at, self._saved_step = time.monotonic(), training.done

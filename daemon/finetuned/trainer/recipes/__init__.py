@@ -1,5 +1,4 @@
-"""Recipes: each an objective for the one loop. A recipe's module has `Objective`, a torch module from batch to summed
-loss.
+"""Recipes: each an objective for the one loop. What a recipe's module has to have: `contract.py`.
 
 Plain strings, so that a recipe's name can be checked without torch.
 """

@@ -2,29 +2,60 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetuned.trainer.batches import Batch
 from finetuned.trainer.layout import Layout
 from finetuned.trainer.loss import summed_loss
+from finetuned.trainer.parts import MODEL, Part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from finetuned.trainer.loop import Task
+
+
+def build(_: Task, model: PreTrainedModel, layout: Layout) -> Objective:
+    """Take the model with its adapter on, and how micro-batches go through it."""
+    return Objective(model, layout)
 
 
 class Objective(torch.nn.Module):
     """A model and what is asked of it."""
 
     def __init__(self, model: PreTrainedModel, layout: Layout) -> None:
-        """Take the model with its adapter on, and how micro-batches go through it."""
         super().__init__()
         self.model = model
         self.layout = layout
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Give the summed loss in nats over the batch's targets, a float32 scalar."""
-        causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        hidden, head = self.layout.hidden_states(causal, batch)
+        hidden, head = self.layout.hidden_states(causal(self.model), batch)
         return summed_loss(hidden, head, batch.targets)
+
+    def parts(self) -> dict[str, Part]:
+        """Train the model alone."""
+        return {MODEL: Part(trainable(self))}
+
+    def begin(self, step: int) -> None:
+        """Gather nothing."""
+
+    def figures(self) -> dict[str, float]:
+        """Tell nothing beside the loss."""
+        return {}
+
+    def metrics(self) -> dict[str, Any]:
+        """Tell nothing beside the losses."""
+        return {}
+
+
+def causal(model: PreTrainedModel) -> PreTrainedModel:
+    """Give the model without PEFT's wrapping; its layers have the adapter on all the same."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Give the parameters that are trained, by their names."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
