@@ -168,6 +168,28 @@ def test_an_adapter_is_downloaded_as_a_zip(web, ledger, home):
     assert server.ask("/api/jobs/other-1/adapter.zip")[0] == 404
 
 
+def test_what_no_text_can_hold_is_told_all_the_same(web, ledger):
+    """Half a character of a broken data file, a number beyond 64 bits, a loss that is no number."""
+    odd = {"where": "caf\udce9", "seed": 2**70, "grad_norm": float("nan"), "\ud800": [float("inf")]}
+    reason = {"code": "c", "what": "caf\udce9", "where": "x", "remedy": ""}
+    ledger.add(job("x", State.FINISHED, outcome=Outcome.FAILED, reason=reason))
+    ledger.record("x", [Event(1.0, EventType.ERROR, "odd", "error", odd)], offset=1)
+    server = web()
+    [(_, _, said), (_, kind, _)] = server.stream("/api/jobs/x/events")
+    assert (said["data"]["where"], said["data"]["seed"], said["data"]["grad_norm"]) == ("caf?", 2**70, None)
+    assert kind == "end"
+    assert server.json("/api/jobs/x")["error"]["code"] == "c"
+
+
+def test_a_damaged_ledger_is_said_and_so_is_its_remedy(web, home):
+    home.ledger.write_bytes(b"no database at all " * 100)
+    server = web()
+    for path in ("/api/jobs", "/api/gpus", "/metrics"):
+        assert "damaged" in server.json(path, status=400)["error"]["message"]
+    assert "damaged" in server.json("/api/now")["waits"]
+    assert "damaged" in next(server.stream("/api/now/events"))[2]["waits"]
+
+
 # -- streams
 
 
@@ -215,6 +237,15 @@ def test_a_stream_may_begin_with_the_last_events(web, ledger):
     assert sum(kind == "event" for _, kind, _ in server.stream("/api/jobs/x/events")) == 1200
     assert server.ask("/api/jobs/x/events", Last_Event_ID="1 OR 1=1")[0] == 400
     assert server.ask("/api/jobs/none/events")[0] == 404
+
+
+def test_a_stream_does_not_say_that_it_ended_when_the_ledger_cannot_be_read(web, ledger, home):
+    ledger.add(job("x", State.RUNNING))
+    ledger.record("x", steps(1), offset=1)
+    stream = web().stream("/api/jobs/x/events")
+    assert next(stream)[2]["message"] == "step 1"
+    home.ledger.rename(home.root / "elsewhere")
+    assert next(stream, None) is None  # so a browser comes back; after "end" it would not
 
 
 def test_the_situation_is_told_when_it_changes(web, ledger):

@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from finetuned.control import order
 from finetuned.events import EventType
+from finetuned.found import ledger_if_any
 from finetuned.guard import daemon_pid
 from finetuned.home import Home
 from finetuned.jobs import Job, Outcome, State
@@ -20,7 +21,7 @@ from finetuned.ledger import SORTS, Ledger
 from finetuned.spool.orders import Verb
 from finetuned.web.curves import POINTS, curves, thin
 from finetuned.web.figures import figures
-from finetuned.web.reading import newest_gpus, reading, situation
+from finetuned.web.reading import look, newest_gpus
 from finetuned.web.records import STATUSES, job_record
 from finetuned.web.replies import Json, Refused, job_of, number
 from finetuned.web.stream import job_events, now_events
@@ -40,7 +41,7 @@ def home_of(request: Request) -> Home:
 @contextmanager
 def job_in(request: Request, job_id: str | None = None) -> Iterator[tuple[Ledger, Job]]:
     """Open the ledger and give it with the job that a request names. Raises Refused if there is none."""
-    with reading(home_of(request)) as ledger:
+    with ledger_if_any(home_of(request)) as ledger:
         job = job_of(request, ledger, job_id)
         assert ledger is not None
         yield ledger, job
@@ -61,7 +62,7 @@ def jobs(request: Request) -> Response:
             raise Refused(400, f"status must be one of {', '.join(STATUSES)}")
         states, outcomes = map(list, STATUSES[wanted])  # type: ignore[assignment]
     found, total = list[Job](), 0
-    with reading(home_of(request)) as ledger:
+    with ledger_if_any(home_of(request)) as ledger:
         if ledger is not None:
             found, total = ledger.page(
                 states=states,
@@ -115,7 +116,7 @@ def job_curves(request: Request) -> Response:
 
 def gpus(request: Request) -> Response:
     """Give the newest sample of each GPU; with `job`, what they did while it ran, thinned."""
-    with reading(home_of(request)) as ledger:
+    with ledger_if_any(home_of(request)) as ledger:
         if ledger is None:
             return Json({"object": "list", "data": [], "curves": {}})
         job_id = request.query_params.get("job")
@@ -141,8 +142,7 @@ def predictions(request: Request) -> Response:
 
 def now(request: Request) -> Response:
     """Give what the page Now shows."""
-    with reading(home_of(request)) as ledger:
-        return Json(situation(home_of(request), ledger))
+    return Json(look(home_of(request)))
 
 
 def job_order(request: Request) -> Response:
@@ -165,14 +165,14 @@ def queue_order(request: Request) -> Response:
 def job_adapter(request: Request) -> Response:
     """Give a job's adapter as a zip file."""
     home = home_of(request)
-    with reading(home) as ledger:
+    with ledger_if_any(home) as ledger:
         found = job_of(request, ledger)
     return zipped(home, found)
 
 
 def metrics(request: Request) -> Response:
     """Give figures for Prometheus."""
-    with reading(home_of(request)) as ledger:
+    with ledger_if_any(home_of(request)) as ledger:
         text = figures(home_of(request), ledger)
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

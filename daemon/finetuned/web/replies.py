@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from typing import Any
 
@@ -24,7 +26,23 @@ class Json(Response):
 
     def render(self, content: Any) -> bytes:
         """Give the bytes."""
+        return as_json(content)
+
+
+def as_json(content: Any) -> bytes:
+    """Give JSON, whatever was said: NaN becomes null, and halves of characters, which data may hold, question marks."""
+    try:
         return orjson.dumps(content, default=str)
+    except TypeError:  # such a half, or a number of more than 64 bits
+        return json.dumps(_without_nan(content), default=str, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {str(key): _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 class Refused(Exception):  # noqa: N818, it is an answer
