@@ -134,3 +134,16 @@ def test_history_is_filtered_and_sorted(visit, ledger):
     eventually(lambda: page.evaluate("document.querySelector('tbody a').textContent === 'second-1.jsonl'"))
     page.locator("[data-sort=name]").click()
     eventually(lambda: page.evaluate("document.querySelector('tbody a').textContent === 'first-1.jsonl'"))
+
+
+@pytest.mark.parametrize("server", [("--host", "0.0.0.0")], indirect=True)
+def test_the_token_is_given_once_in_the_browser(visit, server, home, ledger):
+    page = visit("/history", fine=False)
+    page.locator("[name=token]").fill("wrong")
+    page.get_by_role("button", name="Go on").click()
+    page.get_by_text("This is not it.").wait_for()
+    page.locator("[name=token]").fill(home.web_token.read_text())
+    page.get_by_role("button", name="Go on").click()
+    page.get_by_text("units-1.jsonl: step 120 of 300").wait_for()
+    page.get_by_role("button", name="Pause the queue").click()
+    page.get_by_text("Asked for: pause").wait_for()
