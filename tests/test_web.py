@@ -420,6 +420,24 @@ def test_pages_and_their_files_are_served_and_nothing_besides(web, ledger):
         assert server.ask(path)[0] == 404
 
 
+def test_an_error_is_json_for_programs_and_a_page_for_people(web):
+    server = web()
+    for path in ("/api/nowhere", "/nowhere", "/jobs/none", "/static/none.js"):
+        assert server.json(path, status=404)["error"]["code"] == "not_found"
+    assert server.json("/api/jobs", method="PUT", status=405)["error"]["message"] == "Method Not Allowed"
+    status, headers, content = server.ask("/jobs/none", Accept="text/html")
+    assert (status, headers["content-type"]) == (404, "text/html; charset=utf-8")
+    assert b"<h1>There is no such job</h1>" in content
+
+
+def test_a_file_that_cannot_be_read_is_said_without_its_path(web, home):
+    server = web()
+    home.config_file.unlink()
+    home.config_file.mkdir()
+    told = server.json("/api/config", status=503)["error"]
+    assert (told["code"], told["message"]) == ("unavailable", "this cannot be read or written now: Is a directory")
+
+
 # -- thinning
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -68,7 +70,12 @@ def test_settings_that_cannot_be_used_are_refused_and_the_file_waits_on(web, hom
         {"profile": "none"},
     ):
         assert post(server, f"/api/drops/{number}/confirm", status=400, **given)["error"]["message"]
-    for given in ({"model": "/etc"}, {"model": "--help"}, {"profile": "--help"}):
+    for given in (
+        {"settings": {"model": "/etc"}},
+        {"settings": {"model": "--help"}},
+        {"settings": {"eval_file": "/etc/passwd"}},
+        {"profile": "--help"},
+    ):
         assert post(server, f"/api/drops/{number}/check", status=400, **given)["error"]["message"]
     assert not any(home.inbox.iterdir())
     assert post(server, f"/api/drops/{number}/confirm")["file"] == "x.jsonl"
@@ -80,6 +87,9 @@ def test_the_check_s_report_is_given(web, home, tiny_model):
     number = upload(server)
     facts = post(server, f"/api/drops/{number}/check")
     assert (facts["verdict"], facts["file"], facts["training"]["rows"]) == ("usable", "x.jsonl", 40)
+    assert (facts["training"]["epochs"], facts["training"]["steps"]) == (1, 10)
+    more = post(server, f"/api/drops/{number}/check", settings={"epochs": 3})  # what is chosen for this file counts
+    assert (more["training"]["epochs"], more["training"]["steps"]) == (3, 30)
     bad = post(server, f"/api/drops/{upload(server, body=b'nonsense')}/check")
     assert bad["verdict"] == "refused"
     assert bad["reason"]["remedy"]
@@ -117,6 +127,42 @@ def test_an_upload_that_breaks_off_leaves_nothing(web, home):
         connection.sendall(bytes(3_000_000))
         eventually(lambda: any("x.jsonl" in name for name in left(home)))
     eventually(lambda: left(home) == [])
+
+
+def test_held_out_rows_that_are_still_coming_in_are_never_taken_for_whole(web, home):
+    server = web()
+    number = upload(server)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        head = (
+            f"POST /api/drops/{number}/eval?name=y.jsonl HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\n"
+        )
+        connection.sendall(head.encode() + bytes(3_000_000))
+        eventually(lambda: any("eval" in name for name in left(home)))
+        assert "not all here yet" in post(server, f"/api/drops/{number}/confirm", status=409)["error"]["message"]
+    eventually(lambda: not any("eval" in name for name in left(home)))
+    post(server, f"/api/drops/{number}/confirm")
+    assert [path.name for path in home.inbox.iterdir()] == ["x.jsonl"]
+
+
+def test_a_file_that_is_confirmed_twice_at_once_is_trained_once(web, home):
+    server = web()
+    number = upload(server, body=ROWS * 2000)
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda _: server.ask(f"/api/drops/{number}/confirm", method="POST")[0], range(8)))
+    assert min(answers) == 200
+    assert set(answers) - {200} <= {404, 409}
+    assert [path.name for path in home.inbox.iterdir()] == ["x.jsonl"]
+
+
+def test_what_nobody_confirmed_for_a_day_is_thrown_away_when_it_starts(web, home):
+    old, new = (home.uploads / name / "x.jsonl" for name in ("a" * 16, "b" * 16))
+    for file in (old, new):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    for path in (old, old.parent):
+        os.utime(path, (1, 1))
+    web()
+    assert left(home) == ["b" * 16, f"{'b' * 16}/x.jsonl"]
 
 
 # -- config.json

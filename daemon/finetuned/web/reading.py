@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from finetuned import __version__
 from finetuned.errors import HomeError
 from finetuned.found import ledger_if_any
 from finetuned.guard import daemon_pid, gpus_aside, why_paused, why_waiting
-from finetuned.home import Home
+from finetuned.home import Home, printable
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
 from finetuned.live import sentence
@@ -33,7 +34,7 @@ def situation(home: Home, ledger: Ledger | None) -> dict[str, Any]:
     pid = daemon_pid(home)
     facts: dict[str, Any] = {
         "version": __version__,
-        "base_dir": str(home.root),
+        "base_dir": printable(os.fsencode(home.root)),
         "daemon_pid": pid,
         "paused": why_paused(home),
         "waits": why_waiting(home) if pid else None,
