@@ -142,7 +142,7 @@ def test_what_the_trainer_said_comes_back_in_order(ledger):
     ledger.record("x-1", said[:3], offset=30)
     after = ledger.record("x-1", said[3:], offset=60, progress={"step": 4})
     assert ledger.events("x-1") == said
-    assert ledger.events("x-1", kind=EventType.RESULT) == said[5:]
+    assert ledger.events("x-1", EventType.RESULT) == said[5:]
     assert (after.events_offset, after.progress) == (60, {"step": 4})
 
 

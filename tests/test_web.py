@@ -275,7 +275,11 @@ def test_orders_stand_in_the_ledger_for_the_daemon(web, ledger):
     server = web()
     for path in ("/api/jobs/x/first", "/api/jobs/x/cancel", "/api/queue/pause"):
         assert server.json(path, method="POST", status=202)["said"]
-    assert [(verb, job_id) for _, verb, job_id in ledger.orders()] == [("first", "x"), ("cancel", "x"), ("pause", "")]
+    assert [(verb, job_id) for _, verb, job_id, _ in ledger.orders()] == [
+        ("first", "x"),
+        ("cancel", "x"),
+        ("pause", ""),
+    ]
 
 
 def test_an_order_that_cannot_be_carried_out_is_refused_with_its_remedy(web, ledger):

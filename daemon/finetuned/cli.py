@@ -178,18 +178,19 @@ def retry(base_dir: Path | None, job: str) -> None:
 @click.argument("job")
 @click.option("--first", "turn", flag_value="first", help="Before all others.")
 @click.option("--last", "turn", flag_value="last", help="Behind all others.")
-def move(base_dir: Path | None, job: str, turn: str | None) -> None:
+@click.option("--before", metavar="OTHER", help="Right before this other job.")
+def move(base_dir: Path | None, job: str, turn: str | None, before: str | None) -> None:
     """Change the turn of a waiting JOB."""
-    if turn is None:
-        raise click.UsageError("Say --first or --last.")
-    _order(base_dir, turn, job)
+    if (turn is None) is (before is None):
+        raise click.UsageError("Say --first or --last, or --before another one.")
+    _order(base_dir, turn or "before", job, before=before or "")
 
 
-def _order(base_dir: Path | None, verb: str, job: str = "") -> None:
+def _order(base_dir: Path | None, verb: str, job: str = "", *, before: str = "") -> None:
     from finetuned.control import order
     from finetuned.spool.orders import Verb
 
-    click.echo(order(_home(base_dir), Verb(verb), job))
+    click.echo(order(_home(base_dir), Verb(verb), job, before=before))
 
 
 @cli.command()

@@ -115,7 +115,17 @@ CREATE UNIQUE INDEX predictions_by_job ON training_predictions (job_id, step, sa
 _HISTORY = """
 CREATE INDEX jobs_in_history ON jobs (created_at, state, outcome, name, profile, id, started_at, finished_at);
 """
-MIGRATIONS = [_TABLES, _ORDERS, _HELD_OUT, _PREDICTIONS, _HISTORY]  # each brings the file from one version to the next
+_BEFORE = """
+ALTER TABLE orders ADD COLUMN before TEXT NOT NULL DEFAULT '';
+"""
+MIGRATIONS = [
+    _TABLES,
+    _ORDERS,
+    _HELD_OUT,
+    _PREDICTIONS,
+    _HISTORY,
+    _BEFORE,
+]  # each brings the file from one version to the next
 
 _LAST_CHARACTER = "\U0010ffff"
 _IN_TURN = "ORDER BY priority DESC, place, created_at, rowid"
@@ -364,13 +374,16 @@ class Ledger:
         ).fetchall()
         return [_job(row) for row in rows if row["id"] == name] or [_job(row) for row in rows]
 
-    def order(self, verb: str, job_id: str, at: float) -> None:
-        """Commit what a user wants done."""
-        self._database.execute("INSERT INTO orders (created_at, verb, job_id) VALUES (?, ?, ?)", (at, verb, job_id))
+    def order(self, verb: str, job_id: str, at: float, *, before: str = "") -> None:
+        """Commit what a user wants done, and before which other job, where that is it."""
+        row = (at, verb, job_id, before)
+        self._database.execute("INSERT INTO orders (created_at, verb, job_id, before) VALUES (?, ?, ?, ?)", row)
 
-    def orders(self) -> list[tuple[int, str, str]]:
-        """Give what users want done and is not done yet: (number, verb, job's id or nothing), oldest first."""
-        return [tuple(row) for row in self._database.execute("SELECT id, verb, job_id FROM orders ORDER BY id")]
+    def orders(self) -> list[tuple[int, str, str, str]]:
+        """Give what users want done and is not done yet, oldest first: (number, verb, job's id or nothing, id of that
+        before which it is to come or nothing).
+        """
+        return [tuple(row) for row in self._database.execute("SELECT id, verb, job_id, before FROM orders ORDER BY id")]
 
     def drop_order(self, number: int) -> None:
         """Forget what is done."""
@@ -403,11 +416,10 @@ class Ledger:
         jobs = (_job(row) for row in rows)
         return next((job for job in jobs if {**(defaults or {}), **job.settings} == settings), None)
 
-    def events(self, job_id: str, *, kind: EventType | None = None) -> list[Event]:
-        """Give what a job's trainers said, in order."""
-        rows = self._database.execute(
-            "SELECT * FROM events WHERE job_id = ? AND (? IS NULL OR type = ?) ORDER BY id", (job_id, kind, kind)
-        )
+    def events(self, job_id: str, *kinds: EventType) -> list[Event]:
+        """Give what was said of a job, or of these kinds only, in order."""
+        some = f"AND type IN ({', '.join('?' * len(kinds))})" if kinds else ""
+        rows = self._database.execute(f"SELECT * FROM events WHERE job_id = ? {some} ORDER BY id", (job_id, *kinds))
         return [_event(row) for row in rows]
 
     def newest_metrics(self, job_id: str, count: int) -> list[Event]:

@@ -57,7 +57,7 @@ def gather(home: Home) -> dict[str, Any]:
             for job in ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)
         ]
         facts["queue"] = [_facts(job) for job in ledger.queue()]
-        facts["orders"] = [{"verb": verb, "job": job_id or None} for _, verb, job_id in ledger.orders()]
+        facts["orders"] = [{"verb": verb, "job": job_id or None} for _, verb, job_id, _ in ledger.orders()]
         facts["finished"] = [_facts(job) for job in ledger.last_finished(_LAST)]
     return facts
 

@@ -106,7 +106,7 @@ def test_buttons_give_orders(visit, ledger):
     page.get_by_role("button", name="Pause the queue").click()
     page.get_by_text("Asked for: pause").wait_for()
     page.locator('[data-job="bad-1"]').get_by_text("<b>no row</b> is whole").wait_for()
-    assert [(verb, job_id) for _, verb, job_id in ledger.orders()] == [
+    assert [(verb, job_id) for _, verb, job_id, _ in ledger.orders()] == [
         ("first", "second-1"),
         ("cancel", "first-1"),
         ("pause", ""),

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from finetuned.attempts import TOLD, timeline
 from finetuned.control import order
 from finetuned.events import EventType
 from finetuned.found import ledger_if_any
@@ -28,7 +29,7 @@ from finetuned.web.stream import job_events, now_events
 from finetuned.web.zipped import zipped
 
 _MOST = 200  # jobs a page
-_JOB_VERBS = (Verb.CANCEL, Verb.RETRY, Verb.FIRST, Verb.LAST)
+_JOB_VERBS = (Verb.CANCEL, Verb.RETRY, Verb.FIRST, Verb.LAST, Verb.BEFORE)
 _OF_A_GPU = ("utilization", "memory_used", "power", "temperature", "sm_clock")
 
 
@@ -89,22 +90,22 @@ def jobs(request: Request) -> Response:
 def job(request: Request) -> Response:
     """Give one job, with its data report, plan and result."""
     with job_in(request) as (ledger, found):
-        record = {**job_record(found, now=time.time()), **_story(ledger, found.id)}
+        record = {**job_record(found, now=time.time()), **_story(ledger, found)}
         plan, epochs = record["plan"] or {}, found.progress.get("epoch")
         if "tokens" in plan and epochs is not None:
             record["trained_tokens"] = round(plan["tokens"] * epochs)
         return Json(record)
 
 
-def _story(ledger: Ledger, job_id: str) -> dict[str, Any]:
-    kinds = (EventType.DATA_REPORT, EventType.PLAN, EventType.RESULT)
-    told = {str(kind): ledger.events(job_id, kind=kind)[-1:] for kind in kinds}
-    story: dict[str, Any] = {kind: dict(events[0].data) if events else None for kind, events in told.items()}
-    story["rungs"] = [
-        {"at": event.created_at, "message": event.message, **event.data}
-        for event in ledger.events(job_id, kind=EventType.RUNG)
-    ]
-    return story
+def _story(ledger: Ledger, job: Job) -> dict[str, Any]:
+    """Give what was said of a job but for its steps: the last of each kind, and all of its time line."""
+    once = (EventType.DATA_REPORT, EventType.PLAN, EventType.RESULT)
+    events = ledger.events(job.id, *once, *TOLD)
+    told = {event.type: dict(event.data) for event in events}
+    return {
+        **{str(kind): told.get(kind) for kind in once},
+        "timeline": timeline((e for e in events if e.type in TOLD), job),
+    }
 
 
 def job_curves(request: Request) -> Response:
@@ -150,8 +151,11 @@ def job_order(request: Request) -> Response:
     verb = request.path_params["verb"]
     if verb not in _JOB_VERBS:
         raise Refused(404, f"an order is one of {', '.join(_JOB_VERBS)}", code="not_found")
-    with job_in(request) as (_, found):
-        return Json({"said": order(home_of(request), Verb(verb), found.id)}, 202)
+    with job_in(request) as (ledger, found):
+        before = request.query_params.get("job", "")
+        if verb == Verb.BEFORE:
+            before = job_of(request, ledger, before).id
+        return Json({"said": order(home_of(request), Verb(verb), found.id, before=before)}, 202)
 
 
 def queue_order(request: Request) -> Response:

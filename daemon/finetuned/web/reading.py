@@ -54,7 +54,9 @@ def situation(home: Home, ledger: Ledger | None) -> dict[str, Any]:
     facts["running"] = [{**_brief(job), "sentence": sentence(job.progress)} for job in running]
     facts["queue"] = [_brief(job) for job in ledger.queue(_FIRST)]
     _, facts["queued"] = ledger.page(states=(State.CLAIMING, State.QUEUED), limit=0)
-    facts["orders"] = [{"verb": verb, "job": job_id or None} for _, verb, job_id in ledger.orders()]
+    facts["orders"] = [
+        {"verb": verb, "job": job_id or None, "before": before or None} for _, verb, job_id, before in ledger.orders()
+    ]
     facts["finished"] = [_brief(job) for job in ledger.last_finished(_LAST)]
     facts["gpus"] = newest_gpus(ledger)
     return facts
