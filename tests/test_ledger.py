@@ -115,7 +115,7 @@ def test_a_dropped_job_is_forgotten_with_its_events(ledger):
     assert ledger.jobs(*State) == []
     ledger.add(job())
     assert ledger.events("x-1") == []
-    assert ledger.gpu_samples("x-1") == []
+    assert list(ledger.gpu_samples("x-1")) == []
 
 
 @pytest.mark.parametrize("name", [b"\xff.jsonl", b"caf\xe9.jsonl", "漢字.jsonl".encode(), b"a\nb'\"\\.jsonl"])
@@ -172,7 +172,7 @@ def test_events_of_a_job_that_is_not_there_are_refused(ledger):
 def test_gpu_samples_come_back_in_order(ledger):
     ledger.add(job())
     ledger.record_gpu("x-1", [(2.0, "GPU-1", {"power": 2}), (1.0, "GPU-1", {"power": 1})])
-    assert ledger.gpu_samples("x-1") == [{"power": 1}, {"power": 2}]
+    assert list(ledger.gpu_samples("x-1")) == [{"power": 1}, {"power": 2}]
 
 
 # -- questions

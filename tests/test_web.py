@@ -12,14 +12,16 @@ import stat
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from finetuned.curves import Series
 from finetuned.events import Event, EventType
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import Ledger
-from finetuned.web.curves import curves, thin
+from finetuned.web.curves import thin
 
 IDENTITY = FileIdentity(1, 2, 3, 4)
 SETTINGS = {"model": "smollm2-135m", "epochs": 2.0, "seed": 42}
@@ -445,22 +447,48 @@ def test_a_file_that_cannot_be_read_is_said_without_its_path(web, home):
 # -- thinning
 
 
+def series(values: list[float]) -> Series:
+    made = Series()
+    for step, value in enumerate(values):
+        made.note(step, value)
+    return made
+
+
 def test_thinning_keeps_the_ends_and_every_spike():
-    pairs = [(float(n), 0.0) for n in range(100_000)]
-    pairs[31_416] = (31_416.0, 50.0)
-    pairs[77_777] = (77_777.0, -50.0)
-    thinned = thin(pairs, points=1000)
+    values = [0.0] * 100_000
+    values[31_416], values[77_777] = 50.0, -50.0
+    thinned = thin(series(values), points=1000)
     assert len(thinned["step"]) <= 1000
     assert {max(thinned["value"]), min(thinned["value"])} == {50.0, -50.0}
     assert thinned["step"] == sorted(set(thinned["step"]))
     assert (thinned["step"][0], thinned["step"][-1]) == (0, 99_999)
 
 
-def test_a_short_curve_is_given_as_it_is():
-    assert curves([{"step": 1, "train_loss": 2.0}, {"step": 1, "valid_loss": 3.0}, {"train_loss": 1.0}]) == {
-        "train_loss": {"step": [1], "value": [2.0]},
-        "valid_loss": {"step": [1], "value": [3.0]},
-    }
+def test_a_short_curve_is_given_as_it_is_and_grows_with_its_job(web, ledger):
+    ledger.add(job("x", State.RUNNING))
+    figures = ({"step": 1, "train_loss": 2.0}, {"step": 1, "valid_loss": 3.0}, {"train_loss": 1.0})
+    ledger.record("x", [Event(1.0, EventType.METRICS, "", "info", data) for data in figures], offset=1)
+    server = web()
+    drawn = {"train_loss": {"step": [1], "value": [2.0]}, "valid_loss": {"step": [1], "value": [3.0]}}
+    assert server.json("/api/jobs/x/curves")["curves"] == drawn
+    ledger.record("x", [*steps(2, 4), *steps(1, 3)], offset=2)
+    drawn["train_loss"] = {"step": [1, 2, 3, 4], "value": [1.0, 1 / 2, 1 / 3, 1 / 4]}
+    assert server.json("/api/jobs/x/curves")["curves"] == drawn
+
+
+def test_fifty_pages_of_a_long_job_that_open_together_cost_little(web, ledger):
+    ledger.add(job("x", State.RUNNING))
+    ledger.record("x", steps(*range(1, 100_001), learning_rate=1e-4, grad_norm=1.0, tokens_per_second=5.0), offset=1)
+    sample = {"index": 0, "utilization": 50, "memory_used": 2**30, "power": 99.0, "temperature": 50}
+    given = [(float(n), "G", {**sample, "uuid": f"G{n % 8}", "created_at": float(n)}) for n in range(20_000)]
+    ledger.record_gpu("x", given)
+    server = web()
+    for path in ("/api/jobs/x/curves", "/api/gpus?job=x"):
+        with ThreadPoolExecutor(50) as pages:
+            answers = list(pages.map(lambda _, path=path: server.ask(path)[0], range(50)))
+        assert set(answers) == {200}
+    facts = Path(f"/proc/{server.process.pid}/status").read_text()
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", facts)[1]) < 100 * 1024
 
 
 def test_a_curve_of_a_hundred_thousand_steps_comes_thinned(web, ledger):

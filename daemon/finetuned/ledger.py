@@ -444,27 +444,24 @@ class Ledger:
         ).fetchone()
         return row["id"] if row else 0
 
-    def metrics(self, job_id: str) -> Iterator[dict[str, Any]]:
-        """Give the figures of a job's steps and evaluations, in order."""
+    def metrics(self, job_id: str, *, after: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Give the figures of a job's steps and evaluations behind the event of a number, in order, with theirs."""
         for row in self._database.execute(
-            "SELECT data FROM events WHERE job_id = ? AND type = 'metrics' ORDER BY id", (job_id,)
+            "SELECT id, data FROM events WHERE job_id = ? AND id > ? AND type = 'metrics' ORDER BY id", (job_id, after)
         ):
-            try:
-                yield orjson.loads(row["data"])
-            except ValueError:  # it holds NaN, which only Python's own reader takes
-                yield json.loads(row["data"])
+            yield row["id"], _figures(row["data"])
 
     def last_sampled(self) -> str | None:
         """Give the job during which the GPUs were sampled last."""
         row = self._database.execute("SELECT job_id FROM gpu_samples ORDER BY id DESC LIMIT 1").fetchone()
         return row["job_id"] if row else None
 
-    def gpu_samples(self, job_id: str) -> list[dict[str, Any]]:
-        """Give a job's GPU samples, oldest first."""
-        rows = self._database.execute(
-            "SELECT data FROM gpu_samples WHERE job_id = ? ORDER BY created_at, id", (job_id,)
-        )
-        return [json.loads(row["data"]) for row in rows]
+    def gpu_samples(self, job_id: str, *, after: float = 0.0) -> Iterator[dict[str, Any]]:
+        """Give a job's GPU samples that were taken after a time, oldest first."""
+        for row in self._database.execute(
+            "SELECT data FROM gpu_samples WHERE job_id = ? AND created_at > ? ORDER BY created_at, id", (job_id, after)
+        ):
+            yield _figures(row["data"])
 
     def newest_gpu_samples(self, job_id: str) -> list[dict[str, Any]]:
         """Give the newest sample of each GPU that a job has one of, by their numbers."""
@@ -495,6 +492,14 @@ class Ledger:
 
 def _event(row: sqlite3.Row) -> Event:
     return Event(row["created_at"], EventType(row["type"]), row["message"], row["level"], json.loads(row["data"]))
+
+
+def _figures(data: str) -> dict[str, Any]:
+    try:
+        figures = orjson.loads(data)
+    except ValueError:  # it holds NaN, which only Python's own reader takes
+        figures = json.loads(data)
+    return dict(figures)
 
 
 def _stored(name: str, value: Any) -> Any:

@@ -20,7 +20,7 @@ from finetuned.home import Home
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import SORTS, Ledger
 from finetuned.spool.orders import Verb
-from finetuned.web.curves import POINTS, curves, thin
+from finetuned.web.curves import POINTS, Curves
 from finetuned.web.figures import figures
 from finetuned.web.reading import look, newest_gpus
 from finetuned.web.records import STATUSES, job_record
@@ -30,7 +30,6 @@ from finetuned.web.zipped import zipped
 
 _MOST = 200  # jobs a page
 _JOB_VERBS = (Verb.CANCEL, Verb.RETRY, Verb.FIRST, Verb.LAST, Verb.BEFORE)
-_OF_A_GPU = ("utilization", "memory_used", "power", "temperature", "sm_clock")
 
 
 def home_of(request: Request) -> Home:
@@ -112,7 +111,9 @@ def job_curves(request: Request) -> Response:
     """Give a job's figures over the steps, thinned to `points`."""
     points = number(request, "points", POINTS, low=10, high=20_000)
     with job_in(request) as (ledger, found):
-        return Json({"job": found.id, "curves": curves(ledger.metrics(found.id), points=points)})
+        drawn: Curves = request.app.state.curves
+        inode = home_of(request).ledger.stat().st_ino
+        return Json({"job": found.id, "curves": drawn.of_job(ledger, found.id, inode=inode, points=points)})
 
 
 def gpus(request: Request) -> Response:
@@ -121,18 +122,10 @@ def gpus(request: Request) -> Response:
         if ledger is None:
             return Json({"object": "list", "data": [], "curves": {}})
         job_id = request.query_params.get("job")
-        samples = ledger.gpu_samples(job_of(request, ledger, job_id).id) if job_id else []
-        drawn: dict[str, Any] = {}
-        for uuid in {sample["uuid"] for sample in samples}:
-            own = [sample for sample in samples if sample["uuid"] == uuid]
-            drawn[uuid] = {
-                name: thin([(one["created_at"], one[name]) for one in own if one.get(name) is not None])
-                for name in _OF_A_GPU
-            }
-            drawn[uuid]["throttled"] = [
-                {"at": one["created_at"], "why": one["throttle_reasons"]} for one in own if one.get("throttle_reasons")
-            ][-200:]
-        return Json({"object": "list", "data": newest_gpus(ledger), "curves": drawn})
+        drawn: Curves = request.app.state.curves
+        inode = home_of(request).ledger.stat().st_ino
+        curves = drawn.of_gpus(ledger, job_of(request, ledger, job_id).id, inode=inode) if job_id else {}
+        return Json({"object": "list", "data": newest_gpus(ledger), "curves": curves})
 
 
 def predictions(request: Request) -> Response:

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp
 from finetuned.errors import FinetunedError
 from finetuned.home import Home
 from finetuned.web import api, pages, settings, uploads
+from finetuned.web.curves import Curves
 from finetuned.web.pages import tell
 from finetuned.web.replies import Refused
 from finetuned.web.safety import Guarded
@@ -27,5 +28,6 @@ def make_app(home: Home, *, host: str, token: str | None) -> ASGIApp:
     )
     app.state.home = home
     app.state.token = token
+    app.state.curves = Curves()
     app.state.streams = Streams(home)
     return Guarded(app, host=host, token=token)
