@@ -185,3 +185,32 @@ def test_config_is_saved_if_it_can_be_used_and_was_not_changed_meanwhile(web, ho
     assert server.json("/api/config")["version"] == version
     assert server.ask("/api/config", method="POST", body=b"x" * 2_000_000)[0] == 413
     assert server.json("/api/config/schema")["properties"]["web"]
+
+
+COMMAND = {"on_finish": {"command": "touch /tmp/x"}}
+TRUSTING = {"model": "some/model", "trust_remote_code": True}
+
+
+def test_programs_that_it_runs_are_not_chosen_by_everybody_who_can_log_in(web, home):
+    server = web()
+
+    def save(status: int, **settings) -> None:
+        version = server.json("/api/config")["version"]
+        post(server, "/api/config", text=json.dumps(settings), version=version, status=status)
+
+    for settings in (COMMAND, TRUSTING, {"profiles": {"fast": TRUSTING}}):
+        save(403, **settings)
+    home.config_file.write_text(json.dumps(COMMAND | TRUSTING))
+    save(200, **COMMAND, **TRUSTING, epochs=7)  # the file's user has chosen them
+    save(403, **COMMAND, **TRUSTING | {"model": "other/model"})
+    save(403, **COMMAND, **TRUSTING, profiles={"fast": {"model": "other/model"}})
+    save(403, on_finish={"command": "other"}, **TRUSTING)
+    save(200, epochs=7)  # without them
+
+
+def test_who_has_the_token_may_choose_what_programs_it_runs(web, home):
+    server = web("--host", "0.0.0.0")
+    key = {"Authorization": f"Bearer {home.web_token.read_text().strip()}"}
+    given = {"text": json.dumps(COMMAND), "version": server.json("/api/config", **key)["version"]}
+    server.json("/api/config", method="POST", body=json.dumps(given).encode(), **key)
+    assert json.loads(home.config_file.read_text()) == COMMAND
