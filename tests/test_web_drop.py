@@ -187,6 +187,16 @@ def test_config_is_saved_if_it_can_be_used_and_was_not_changed_meanwhile(web, ho
     assert server.json("/api/config/schema")["properties"]["web"]
 
 
+def test_a_broken_config_is_mended_on_its_page(web, home):
+    home.config_file.write_text('{"epochs": ')
+    server = web("--host", "127.0.0.1")
+    assert b"config.json" in server.ask("/drop")[2]
+    seen = server.json("/api/config")
+    assert seen["text"] == '{"epochs": '
+    post(server, "/api/config", text='{"epochs": 2}', version=seen["version"])
+    assert json.loads(home.config_file.read_text()) == {"epochs": 2}
+
+
 COMMAND = {"on_finish": {"command": "touch /tmp/x"}}
 TRUSTING = {"model": "some/model", "trust_remote_code": True}
 

@@ -248,7 +248,9 @@ def web(base_dir: Path | None, host: str | None, port: int | None, with_daemon: 
 
     os.umask(OTHERS_NOTHING)
     home = _home(base_dir)
-    settings = load_config(home.config_file).web
+    if host is None or port is None:  # told both, it starts where config.json is broken, too, and there it is mended
+        settings = load_config(home.config_file).web
+        host, port = settings.host if host is None else host, settings.port if port is None else port
     try:
         from finetuned.web.serve import serve
     except ModuleNotFoundError as error:
@@ -257,12 +259,7 @@ def web(base_dir: Path | None, host: str | None, port: int | None, with_daemon: 
             remedy="Install it with `pip install 'finetuned[web]'`.",
             code="no_web",
         ) from error
-    serve(
-        home,
-        host=settings.host if host is None else host,
-        port=settings.port if port is None else port,
-        with_daemon=with_daemon,
-    )
+    serve(home, host=host, port=port, with_daemon=with_daemon)
 
 
 @cli.command()

@@ -112,8 +112,8 @@ class Guarded:
 def _same_origin(headers: Headers, host: str) -> bool:
     """Whether a request that changes something comes from our own pages, or from no browser at all."""
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-    if site is not None and site != "same-origin":
-        return False
+    if site is not None:  # no page can forge it, and it holds behind a proxy that has another name than we
+        return site == "same-origin"
     return origin is None or (origin != "null" and urlsplit(origin).netloc == host)
 
 
