@@ -178,18 +178,19 @@ def retry(base_dir: Path | None, job: str) -> None:
 @click.argument("job")
 @click.option("--first", "turn", flag_value="first", help="Before all others.")
 @click.option("--last", "turn", flag_value="last", help="Behind all others.")
-def move(base_dir: Path | None, job: str, turn: str | None) -> None:
+@click.option("--before", metavar="OTHER", help="Right before this other job.")
+def move(base_dir: Path | None, job: str, turn: str | None, before: str | None) -> None:
     """Change the turn of a waiting JOB."""
-    if turn is None:
-        raise click.UsageError("Say --first or --last.")
-    _order(base_dir, turn, job)
+    if (turn is None) is (before is None):
+        raise click.UsageError("Say --first or --last, or --before another one.")
+    _order(base_dir, turn or "before", job, before=before or "")
 
 
-def _order(base_dir: Path | None, verb: str, job: str = "") -> None:
+def _order(base_dir: Path | None, verb: str, job: str = "", *, before: str = "") -> None:
     from finetuned.control import order
     from finetuned.spool.orders import Verb
 
-    click.echo(order(_home(base_dir), Verb(verb), job))
+    click.echo(order(_home(base_dir), Verb(verb), job, before=before))
 
 
 @cli.command()
@@ -247,7 +248,9 @@ def web(base_dir: Path | None, host: str | None, port: int | None, with_daemon: 
 
     os.umask(OTHERS_NOTHING)
     home = _home(base_dir)
-    settings = load_config(home.config_file).web
+    if host is None or port is None:  # told both, it starts where config.json is broken, too, and there it is mended
+        settings = load_config(home.config_file).web
+        host, port = settings.host if host is None else host, settings.port if port is None else port
     try:
         from finetuned.web.serve import serve
     except ModuleNotFoundError as error:
@@ -256,12 +259,7 @@ def web(base_dir: Path | None, host: str | None, port: int | None, with_daemon: 
             remedy="Install it with `pip install 'finetuned[web]'`.",
             code="no_web",
         ) from error
-    serve(
-        home,
-        host=settings.host if host is None else host,
-        port=settings.port if port is None else port,
-        with_daemon=with_daemon,
-    )
+    serve(home, host=host, port=port, with_daemon=with_daemon)
 
 
 @cli.command()

@@ -17,6 +17,7 @@ from typing import Any
 class EventType(StrEnum):
     """The kinds of events, in the order in which a job meets them."""
 
+    ATTEMPT = "attempt"  # the daemon's own: one begins (rung, settings), or is over (ending, how, then, step)
     PHASE = "phase"  # data: phase (validating_files, loading_model, training, evaluating, saving)
     DATA_REPORT = "data_report"  # data: the data report
     PLAN = "plan"  # data: steps, tokens, parameters, and every automatic choice with its reason

@@ -19,7 +19,7 @@ def plot_job(home: Home, name: str, output: Path) -> str:
     """Draw to a file whose ending says how; the sentence to tell the user. Raises HomeError or FinetunedError."""
     with ledger_to_read(home) as ledger:
         job = job_named(ledger, name)
-        curves = curves_of(ledger.events(job.id, kind=EventType.METRICS))
+        curves = curves_of(ledger.events(job.id, EventType.METRICS))
     if not curves:
         raise HomeError(f"job {job.id} has done no step yet", remedy="`finetuned status` says where it is.")
     figure = _draw(curves, job.id)

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 import structlog
 
 from finetuned import gpu
+from finetuned.attempts import began, ended
 from finetuned.centre import ControlCentre
 from finetuned.checked import file_state, remember_checked
 from finetuned.config import Config, load_config
@@ -264,9 +265,9 @@ class Service:
 
     def _obey(self) -> None:
         """Carry out what users want. An order stays until it is carried out or cannot be."""
-        for number, verb, job_id in self._ledger.orders():
+        for number, verb, job_id, before in self._ledger.orders():
             try:
-                carried_out = self._carry_out(Verb(verb), job_id)
+                carried_out = self._carry_out(Verb(verb), job_id, before)
             except (KeyError, ValueError):  # or a verb of a later version
                 _log.warning("no such job or order", order=verb, job=job_id)
                 carried_out = True
@@ -278,7 +279,7 @@ class Service:
         if self._attempt and not self._attempt.stopping and self._paused():
             self._attempt.stop(self._config.pause_grace)
 
-    def _carry_out(self, verb: Verb, job_id: str) -> bool:
+    def _carry_out(self, verb: Verb, job_id: str, before: str) -> bool:
         """Do what one order says; say whether that is all."""
         if verb is Verb.PAUSE:
             orders.pause(self._home, "a user asked for it")
@@ -293,6 +294,8 @@ class Service:
             return self._cancel(job)
         if verb is Verb.RETRY:
             orders.retry(self._ledger, self._home, self._config, job)
+        elif verb is Verb.BEFORE:
+            orders.put_before(self._ledger, self._home, job, self._ledger.job(before))
         else:
             orders.change_turn(self._ledger, self._home, job, verb)
         _log.info("order carried out", order=verb, job=job.id)
@@ -400,11 +403,14 @@ class Service:
         environment, why = self._trainer_environment()
         try:
             check_place(self._home.adapters)
-            write_spec(self._home, replace(job, attempt=job.attempt + 1))
-            job = self._ledger.update(
+            following = replace(job, attempt=job.attempt + 1)
+            write_spec(self._home, following)
+            job = self._ledger.record(
                 job.id,
+                [began(following, at=time.time(), on=why)],
+                offset=job.events_offset,
                 state=State.RUNNING,
-                attempt=job.attempt + 1,
+                attempt=following.attempt,
                 boot_id=boot_id(),
                 started_at=job.started_at or time.time(),
                 progress={**job.progress, "gpu": {**os.environ, **environment}.get("CUDA_VISIBLE_DEVICES", "")},
@@ -416,7 +422,8 @@ class Service:
         except OSError as error:
             self._hold(error, doing=f"starting {job.id}")
             if job.state is State.RUNNING:
-                self._ledger.update(job.id, state=State.QUEUED)
+                over = ended(job, Ending.TRANSIENT, at=time.time(), how=f"it could not be started: {error}")
+                self._ledger.record(job.id, [over], offset=job.events_offset, state=State.QUEUED)
         else:
             _log.info("training starts", job=job.id, attempt=job.attempt, pid=self._attempt.trainer.pid, on=why)
             self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0

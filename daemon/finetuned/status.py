@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import textwrap
 import time
 from collections.abc import Collection
@@ -14,10 +13,10 @@ from typing import Any
 
 from finetuned.checked import is_checked
 from finetuned.errors import ConfigError, harmless
+from finetuned.found import ledger_if_any
 from finetuned.guard import daemon_pid, gpus_aside, why_paused, why_waiting
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
-from finetuned.ledger import Ledger
 from finetuned.lifesigns import locked
 from finetuned.live import duration, sentence
 from finetuned.spool.inbox import Complaint, Found, list_inbox
@@ -50,20 +49,16 @@ def gather(home: Home) -> dict[str, Any]:
     except ConfigError as error:
         facts["config_error"] = error.sentence()
     facts["inbox"] = [_lying(entry) for entry in list_inbox(home.inbox, profiles)]
-    try:
-        ledger = Ledger.open_to_read(home.ledger)
-    except sqlite3.OperationalError:  # no daemon has run here yet, or one makes its tables at this moment
-        return facts
-    try:
+    with ledger_if_any(home) as ledger:
+        if ledger is None:
+            return facts
         facts["running"] = [
             {**_facts(job), "trainer_alive": locked(home.job(job.id))}
             for job in ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)
         ]
         facts["queue"] = [_facts(job) for job in ledger.queue()]
-        facts["orders"] = [{"verb": verb, "job": job_id or None} for _, verb, job_id in ledger.orders()]
+        facts["orders"] = [{"verb": verb, "job": job_id or None} for _, verb, job_id, _ in ledger.orders()]
         facts["finished"] = [_facts(job) for job in ledger.last_finished(_LAST)]
-    finally:
-        ledger.close()
     return facts
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from finetuned.attempts import ended
 from finetuned.events import Ending, Event, EventType, describe_end, judge, parse_event
 from finetuned.fallback import Rung, next_rung
 from finetuned.home import Home, JobFolder, printable
@@ -243,11 +244,17 @@ class Attempt:
         error = self.job.progress.get("error")
         if ending is Ending.TRANSIENT and error is None:  # nor room to say so
             error = {"code": "no_space", "what": "no room on the disk"}
-        decision = decide(self.job, ending, error=error, end=describe_end(status))
+        how = describe_end(status)
+        decision = decide(self.job, ending, error=error, end=how)
+        then = decision.why or (decision.reason or {}).get("what", "")
+        over = ended(self.job, ending, at=time.time(), how=how, then="" if then == how else then)
         if decision.publish or decision.reason:
+            self.job = self._ledger.record(self.job.id, [over], offset=self.job.events_offset)
             return decision, ending
-        self.job = self._ledger.update(
+        self.job = self._ledger.record(
             self.job.id,
+            [over],
+            offset=self.job.events_offset,
             state=State.QUEUED,
             rung=decision.rung or self.job.rung,
             retries=self.job.retries + decision.counted,

@@ -10,7 +10,6 @@ import re
 import select
 import shutil
 import signal
-import sqlite3
 import sys
 import termios
 import tty
@@ -23,9 +22,9 @@ import click
 from finetuned.control import order
 from finetuned.curves import curves_of
 from finetuned.errors import FinetunedError
+from finetuned.found import ledger_if_any
 from finetuned.frame import Size, choices, frame
 from finetuned.home import Home
-from finetuned.ledger import Ledger
 from finetuned.spool.orders import Verb
 from finetuned.status import gather as gather_status
 
@@ -43,14 +42,11 @@ def gather(home: Home) -> dict[str, Any]:
     shown = [job["id"] for job in facts["running"]] or [job["id"] for job in facts["finished"][:1]]
     if not shown:
         return facts
-    with suppress(sqlite3.OperationalError):  # it is made anew at this moment
-        ledger = Ledger.open_to_read(home.ledger)
-        try:
+    with ledger_if_any(home) as ledger:
+        if ledger is not None:
             facts["curves"] = {job: curves_of(ledger.newest_metrics(job, _POINTS)) for job in shown}
             facts["gpus"] = ledger.newest_gpu_samples(shown[0]) if facts["running"] else []
             facts["predictions"] = ledger.newest_predictions(shown[0])
-        finally:
-            ledger.close()
     return facts
 
 

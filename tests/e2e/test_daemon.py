@@ -351,7 +351,7 @@ def test_gpu_figures_of_a_job_are_in_the_ledger_and_in_the_log(home, daemon, dro
     drop("x.jsonl")
     job = one.job("x.jsonl")
     ledger = Ledger.open_to_read(home.ledger)
-    samples = ledger.gpu_samples(job.id)
+    samples = list(ledger.gpu_samples(job.id))
     ledger.close()
     assert samples
     assert samples[0]["utilization"] == 93
