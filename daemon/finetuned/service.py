@@ -75,6 +75,7 @@ class Service:
         self._teller = Teller()
         self._centre = ControlCentre(home)
         self._attempt: Attempt | None = None
+        self._never_began = ""  # the job whose trainer could not be started, until the ledger says so too
         self._stop = self._hurry = self._reload = False
         self._config_state: tuple[int, ...] = ()
         self._waiting: bool | None = None  # whether the last look left files that it will be worth looking at again
@@ -252,6 +253,7 @@ class Service:
         self._held, self._next_look = False, 0.0
         if not self._recovered:
             self._recover()
+        self._queue_again()
         for job in self._ledger.jobs(State.CLAIMING, State.RUNNING, State.TRAINED, State.FAILING):
             at_work = self._hasher.busy(job.id) or (self._attempt is not None and job.id == self._attempt.job.id)
             if at_work:
@@ -413,13 +415,19 @@ class Service:
             self._attempt = Attempt.launch(self._ledger, self._home, job, start=how, environment=environment)
         except FinetunedError as error:
             self._fail(job, error.as_dict())
-        except OSError as error:
+        except (sqlite3.OperationalError, OSError) as error:
             self._hold(error, doing=f"starting {job.id}")
-            if job.state is State.RUNNING:
-                self._ledger.update(job.id, state=State.QUEUED)
+            self._never_began = job.id
+            self._queue_again()
         else:
             _log.info("training starts", job=job.id, attempt=job.attempt, pid=self._attempt.trainer.pid, on=why)
             self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
+
+    def _queue_again(self) -> None:
+        """Put a job back whose trainer never began, so that nothing was interrupted. Once there is room for that."""
+        if self._never_began:
+            self._ledger.update(self._never_began, state=State.QUEUED)
+            self._never_began = ""
 
     def _tend_attempt(self) -> None:
         """Record what the trainer says; when it has ended, do what follows."""

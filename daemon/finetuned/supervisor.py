@@ -175,9 +175,10 @@ class Attempt:
 
     @classmethod
     def launch(cls, ledger: Ledger, home: Home, job: Job, *, start: Start, environment: dict[str, str]) -> Attempt:
-        """Start the trainer of a job that is in state running (D7). Raises OSError."""
+        """Start the trainer of a job that is in state running (D7). Raises OSError, and then none is at work."""
         trainer = start(home.job(job.id), log=home.job_log(job.id), environment=environment)
-        job = ledger.update(job.id, trainer_pid=trainer.pid)
+        with suppress(sqlite3.OperationalError):  # a full disk: it is noted with what the trainer says first
+            job = ledger.update(job.id, trainer_pid=trainer.pid)
         return cls(ledger, home, job, trainer)
 
     @classmethod
@@ -225,7 +226,7 @@ class Attempt:
         events = self._tail.read()
         if events:
             rungs = [event.data["rung"] for event in events if event.type in SETTLE_RUNG]
-            changes: dict[str, Any] = {"progress": progress_after(self.job.progress, events)}
+            changes = {"progress": progress_after(self.job.progress, events), "trainer_pid": self.trainer.pid}
             if rungs:
                 changes["rung"] = rungs[-1]
             try:
