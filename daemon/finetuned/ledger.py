@@ -115,7 +115,22 @@ CREATE UNIQUE INDEX predictions_by_job ON training_predictions (job_id, step, sa
 _HISTORY = """
 CREATE INDEX jobs_in_history ON jobs (created_at, state, outcome, name, profile, id, started_at, finished_at);
 """
-MIGRATIONS = [_TABLES, _ORDERS, _HELD_OUT, _PREDICTIONS, _HISTORY]  # each brings the file from one version to the next
+# Jobs that ended and whose end `on_finish` is still to tell. A number is never given twice: a job may end again.
+_NEWS = """
+CREATE TABLE news (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    job_id TEXT NOT NULL UNIQUE REFERENCES jobs (id) ON DELETE CASCADE,
+    tries INTEGER NOT NULL DEFAULT 0
+) STRICT;
+"""
+MIGRATIONS = [
+    _TABLES,
+    _ORDERS,
+    _HELD_OUT,
+    _PREDICTIONS,
+    _HISTORY,
+    _NEWS,
+]  # each brings the file from one version to the next
 
 _LAST_CHARACTER = "\U0010ffff"
 _IN_TURN = "ORDER BY priority DESC, place, created_at, rowid"
@@ -217,10 +232,33 @@ class Ledger:
         if not changes:
             return
         if "state" in changes:
-            check_transition(self.job(job_id).state, changes["state"])
+            before = self.job(job_id).state
+            check_transition(before, changes["state"])
+            if before is not changes["state"]:
+                self._note_end(job_id, ended=changes["state"] is State.FINISHED)
         settings = ", ".join(f"{name} = ?" for name in changes)
         values = [_stored(name, value) for name, value in changes.items()]
         self._database.execute(f"UPDATE jobs SET {settings} WHERE id = ?", [*values, job_id])
+
+    def _note_end(self, job_id: str, *, ended: bool) -> None:
+        self._database.execute("DELETE FROM news WHERE job_id = ?", (job_id,))
+        if ended:
+            self._database.execute("INSERT INTO news (job_id) VALUES (?)", (job_id,))
+
+    def next_news(self) -> tuple[int, int, Job] | None:
+        """Give the job that ended first among those whose end is not told: the news' number, how often telling it was
+        begun, and the job.
+        """
+        row = self._database.execute("SELECT * FROM news ORDER BY id LIMIT 1").fetchone()
+        return (row["id"], row["tries"], self.job(row["job_id"])) if row else None
+
+    def begin_to_tell(self, number: int) -> None:
+        """Commit that telling a piece of news begins."""
+        self._database.execute("UPDATE news SET tries = tries + 1 WHERE id = ?", (number,))
+
+    def drop_news(self, number: int | None = None) -> None:
+        """Forget a piece of news that is told, or all of them."""
+        self._database.execute("DELETE FROM news WHERE ? IS NULL OR id = ?", (number, number))
 
     def record(self, job_id: str, events: Sequence[Event], *, offset: int, **changes: Any) -> Job:
         """Commit what the trainer said, how far it was read, and what changed by it, all or nothing."""
