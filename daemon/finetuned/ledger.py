@@ -274,7 +274,10 @@ class Ledger:
         return self.job(job_id)
 
     def _record_predictions(self, job_id: str, event: Event) -> None:
-        """Note each answer; one of a step that was done again takes the place of the earlier one."""
+        """Note each answer. Those of later steps go: a trainer that went back to a checkpoint has left them behind."""
+        self._database.execute(
+            "DELETE FROM training_predictions WHERE job_id = ? AND step >= ?", (job_id, event.data["step"])
+        )
         for number, sample in enumerate(event.data["samples"]):
             row = {
                 "job_id": job_id,
@@ -288,7 +291,7 @@ class Ledger:
             }
             marks = ", ".join("?" * len(row))
             self._database.execute(
-                f"INSERT OR REPLACE INTO training_predictions ({', '.join(row)}) VALUES ({marks})", list(row.values())
+                f"INSERT INTO training_predictions ({', '.join(row)}) VALUES ({marks})", list(row.values())
             )
 
     def predictions(self, job_id: str) -> list[dict[str, Any]]:

@@ -86,8 +86,12 @@ def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) 
 
 
 def _climb_down(job: Job, rung: dict[str, Any], reason: dict[str, str]) -> Decision:
+    try:
+        now = Rung(**rung)
+    except TypeError:  # what the trainer said is none
+        now = Rung(**job.rung)
     step = next_rung(
-        Rung(**rung),
+        now,
         allow_4bit=bool(job.settings.get("fallback_4bit")),
         allow_shorter=bool(job.settings.get("fallback_max_length")),
     )
