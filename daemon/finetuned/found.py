@@ -14,17 +14,28 @@ from finetuned.ledger import Ledger
 
 @contextmanager
 def ledger_to_read(home: Home) -> Iterator[Ledger]:
-    """Open the ledger for a while. Raises HomeError if there is none yet."""
+    """Open the ledger for a while. Raises HomeError if there is none yet, or it is damaged."""
     try:
         ledger = Ledger.open_to_read(home.ledger)
     except sqlite3.OperationalError as error:
         raise HomeError(
             "there are no jobs here yet", where=str(home.root), remedy="`finetuned run` makes the ledger."
         ) from error
+    except sqlite3.DatabaseError as error:
+        raise damaged(home, error) from error
     try:
         yield ledger
     finally:
         ledger.close()
+
+
+def damaged(home: Home, error: sqlite3.DatabaseError) -> HomeError:
+    """Give what to tell a user whose ledger cannot be read."""
+    return HomeError(
+        f"the ledger is damaged: {error}",
+        where=str(home.ledger),
+        remedy="The daemon puts it aside when it starts, and makes a new one from the folders: `finetuned run`.",
+    )
 
 
 def job_named(ledger: Ledger, name: str) -> Job:

@@ -14,6 +14,7 @@ from typing import Any
 
 from finetuned.checked import is_checked
 from finetuned.errors import ConfigError, harmless
+from finetuned.found import damaged
 from finetuned.guard import daemon_pid, gpus_aside, why_paused, why_waiting
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
@@ -28,7 +29,7 @@ _LONGEST_REASON = 300  # characters
 
 
 def gather(home: Home) -> dict[str, Any]:
-    """Collect everything, as `--json` prints it."""
+    """Collect everything, as `--json` prints it. Raises HomeError if the ledger is damaged."""
     facts: dict[str, Any] = {
         "base_dir": str(home.root),
         "daemon_pid": daemon_pid(home),
@@ -54,6 +55,8 @@ def gather(home: Home) -> dict[str, Any]:
         ledger = Ledger.open_to_read(home.ledger)
     except sqlite3.OperationalError:  # no daemon has run here yet, or one makes its tables at this moment
         return facts
+    except sqlite3.DatabaseError as error:
+        raise damaged(home, error) from error
     try:
         facts["running"] = [
             {**_facts(job), "trainer_alive": locked(home.job(job.id))}
@@ -181,6 +184,7 @@ def _result(job: dict[str, Any]) -> str:
     if job["duplicate_of"]:
         return f"duplicate {at}  {job['id']}: trained before as {job['duplicate_of']}, adapters/{job['adapter']}"
     took = duration(job["finished_at"] - job["started_at"]) if job["started_at"] else ""
-    loss = job["progress"].get("valid_loss", job["progress"].get("train_loss"))
-    figures = ", ".join(filter(None, (f"loss {loss:.4f}" if loss is not None else "", took)))
+    named = (("held-out loss", "valid_loss"), ("training loss", "train_loss"))
+    losses = [f"{name} {job['progress'][key]:.4f}" for name, key in named if job["progress"].get(key) is not None]
+    figures = ", ".join(filter(None, (*losses[:1], took)))
     return f"{job['outcome']:9} {at}  {job['id']}: adapters/{job['adapter']} ({figures})"
