@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from finetuned.curves import Points
-from finetuned.errors import harmless
+from finetuned.errors import counted, harmless
 from finetuned.live import sentence
 
 KEYS = "p pause  r resume  c cancel  f first  l last  j/k choose  q quit"
@@ -119,11 +119,15 @@ def _running(job: dict[str, Any], facts: dict[str, Any], size: Size, *, chosen: 
         lines.append("  " + cut(line, size, room=size.columns - 2))
     if curves and curves.learning_rate:
         rung = job["rung"]
-        told = f"learning rate {curves.learning_rate[-1][1]:.2e}, {rung.get('batch_size', '?')} rows at once"
+        told = f"learning rate {curves.learning_rate[-1][1]:.2e}, {_rows(rung)} at once"
         norm = progress.get("grad_norm")
         told += f", gradient norm {norm:.3g}" if norm is not None else ""
         lines.append("  " + cut(told, size, room=size.columns - 2))
     return lines
+
+
+def _rows(rung: dict[str, Any]) -> str:
+    return counted(rung["batch_size"], "row") if "batch_size" in rung else "? rows"
 
 
 def _gpu(sample: dict[str, Any], size: Size) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.curves import Curves, curves_of, smoothed
-from finetuned.errors import FinetunedError, HomeError
+from finetuned.errors import FinetunedError, HomeError, counted
 from finetuned.events import EventType
 from finetuned.found import job_named, ledger_to_read
 from finetuned.home import Home
@@ -40,7 +40,10 @@ def plot_job(home: Home, name: str, output: Path) -> str:
         raise HomeError(
             f"cannot be written: {error.strerror}", where=str(output), remedy="Name another --output."
         ) from error
-    return f"{output}: {len(curves.train_loss):,} steps and {len(curves.valid_loss):,} evaluations of {job.id}"
+    return (
+        f"{output}: {counted(len(curves.train_loss), 'step')} and {counted(len(curves.valid_loss), 'evaluation')} "
+        f"of {job.id}"
+    )
 
 
 def _draw(curves: Curves, title: str) -> Any:
