@@ -109,7 +109,7 @@ def test_a_training_whose_trackers_are_not_there_goes_on_and_says_so(tmp_path, t
 AIM = """
 import threading, time
 
-threading.Thread(target=time.sleep, args=(1000,)).start()  # and it is no daemon: Python waits for it at its end
+threading.Thread(target=time.sleep, args=(1000,), daemon=False).start()  # Python waits for it at its end
 
 
 class Run:
