@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import sqlite3
 import subprocess
 import sys
@@ -369,6 +371,25 @@ def test_a_ledger_from_before_there_were_predictions_is_upgraded(tmp_path, ledge
     upgraded.record("x-1", [told(0, "b")], offset=1)
     assert [row["answer"] for row in upgraded.predictions("x-1")] == ["b"]
     upgraded.close()
+
+
+def test_answers_are_shown_in_what_letters_and_colours_there_are(home):
+    ledger = Ledger.open(home.ledger)
+    ledger.add(Job("x-1", b"x.jsonl", "", FileIdentity(1, 2, 3, 4), State.RUNNING, 1.0))
+    ledger.record("x-1", [told(0, "\u6f22 \x1b[2J\ud83d\n\u202eb"), told(2, "b", similarity=None)], offset=1)
+    ledger.close()
+    words = [sys.executable, "-m", "finetuned", "predictions", "--base-dir", str(home.root), "x"]
+    few = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    said = subprocess.run(words, env=few, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "before  \\u6f22 \\x1b[2J\\ud83d \\u202eb" in said
+    for no_colour in (True, False):
+        environment = {**os.environ, **({"NO_COLOR": "1"} if no_colour else {})}
+        master, slave = pty.openpty()
+        subprocess.run(words, env=environment, stdout=slave, check=True, timeout=60)
+        os.close(slave)
+        shown = os.read(master, 2**16)
+        os.close(master)
+        assert (b"\x1b[" not in shown) is no_colour
 
 
 def test_a_job_that_was_not_asked_and_one_that_is_not_there_are_told(home):

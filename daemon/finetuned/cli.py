@@ -7,6 +7,7 @@ be used.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -49,8 +50,10 @@ def main() -> None:
     """Run the command line; an error that a user can mend is a sentence, not a traceback."""
     from finetuned.errors import FinetunedError
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's letters may be fewer than an answer's
     try:
-        cli(standalone_mode=True)
+        cli(standalone_mode=True, color=False if "NO_COLOR" in os.environ else None)
     except FinetunedError as error:
         click.echo(f"finetuned: {error}", err=True)
         sys.exit(_UNUSABLE)
