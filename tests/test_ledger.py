@@ -280,6 +280,7 @@ def test_a_ledger_from_before_there_were_held_out_files_is_brought_up_to_date(pa
     older = Ledger.open(path)
     older.add(job())
     older._database.execute("DROP TABLE training_predictions")
+    older._database.execute("DROP TABLE news")
     older._database.execute("DROP INDEX jobs_in_history")
     older._database.execute("ALTER TABLE orders DROP COLUMN before")
     for statement in ("DROP COLUMN held_out", "DROP COLUMN held_out_sha256"):

@@ -7,6 +7,7 @@ be used.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -49,8 +50,10 @@ def main() -> None:
     """Run the command line; an error that a user can mend is a sentence, not a traceback."""
     from finetuned.errors import FinetunedError
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's letters may be fewer than an answer's
     try:
-        cli(standalone_mode=True)
+        cli(standalone_mode=True, color=False if "NO_COLOR" in os.environ else None)
     except FinetunedError as error:
         click.echo(f"finetuned: {error}", err=True)
         sys.exit(_UNUSABLE)
@@ -307,14 +310,19 @@ def install(
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
 @click.option("--model", help="A hub id, a folder, or smollm2-135m, in place of the configured one.")
+@click.option(
+    "--eval-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Its held-out rows; else x.eval.jsonl beside x.jsonl.",
+)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def check(base_dir: Path | None, file: Path, profile: str, model: str | None, as_json: bool) -> None:  # noqa: FBT001
+def check(file: Path, *, as_json: bool, eval_file: Path | None, **options: Any) -> None:
     """Say what is wrong or odd in FILE, where, and what the model would learn from it; exit 1 if it is refused."""
     from finetuned.check import check_file, render
     from finetuned.errors import DataError
 
     try:
-        facts = check_file(file, base_dir=base_dir, profile=profile, model=model)
+        facts = check_file(file, held_out=eval_file, **options)
     except DataError as error:
         facts = {"file": str(file), "verdict": "refused", "reason": error.as_dict(), "unchecked": ""}
     if as_json:

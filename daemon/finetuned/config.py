@@ -81,7 +81,9 @@ class TrainingSettings(_Strict):
     priority: int = Field(
         0, ge=-100, le=100, description="Jobs of a higher priority start first; set it in a profile, inbox/high/ say."
     )
-    recipe: Literal["sft"] = Field("sft", description="How is learned from the rows: sft, from their answers as they are.")
+    recipe: Literal["sft"] = Field(
+        "sft", description="How is learned from the rows: sft, from their answers as they are."
+    )
     model: str = Field(
         "smollm2-135m",
         min_length=1,

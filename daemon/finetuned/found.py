@@ -20,11 +20,7 @@ def ledger_if_any(home: Home) -> Iterator[Ledger | None]:
         with suppress(sqlite3.OperationalError):  # there is none, or its tables are being made at this moment
             ledger = Ledger.open_to_read(home.ledger)
     except sqlite3.DatabaseError as error:
-        raise HomeError(
-            f"the ledger is damaged: {error}",
-            where=str(home.ledger),
-            remedy="Start the daemon: it puts the ledger aside and builds a new one from the folders.",
-        ) from error
+        raise damaged(home, error) from error
     try:
         yield ledger
     finally:
@@ -41,6 +37,15 @@ def ledger_to_read(home: Home) -> Iterator[Ledger]:
                 "there are no jobs here yet", where=str(home.root), remedy="`finetuned run` makes the ledger."
             )
         yield ledger
+
+
+def damaged(home: Home, error: sqlite3.DatabaseError) -> HomeError:
+    """Give what to tell a user whose ledger cannot be read."""
+    return HomeError(
+        f"the ledger is damaged: {error}",
+        where=str(home.ledger),
+        remedy="The daemon puts it aside when it starts, and makes a new one from the folders: `finetuned run`.",
+    )
 
 
 def job_named(ledger: Ledger, name: str) -> Job:

@@ -118,6 +118,14 @@ CREATE INDEX jobs_in_history ON jobs (created_at, state, outcome, name, profile,
 _BEFORE = """
 ALTER TABLE orders ADD COLUMN before TEXT NOT NULL DEFAULT '';
 """
+# Jobs that ended and whose end `on_finish` is still to tell. A number is never given twice: a job may end again.
+_NEWS = """
+CREATE TABLE news (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    job_id TEXT NOT NULL UNIQUE REFERENCES jobs (id) ON DELETE CASCADE,
+    tries INTEGER NOT NULL DEFAULT 0
+) STRICT;
+"""
 MIGRATIONS = [
     _TABLES,
     _ORDERS,
@@ -125,6 +133,7 @@ MIGRATIONS = [
     _PREDICTIONS,
     _HISTORY,
     _BEFORE,
+    _NEWS,
 ]  # each brings the file from one version to the next
 
 _LAST_CHARACTER = "\U0010ffff"
@@ -227,10 +236,33 @@ class Ledger:
         if not changes:
             return
         if "state" in changes:
-            check_transition(self.job(job_id).state, changes["state"])
+            before = self.job(job_id).state
+            check_transition(before, changes["state"])
+            if before is not changes["state"]:
+                self._note_end(job_id, ended=changes["state"] is State.FINISHED)
         settings = ", ".join(f"{name} = ?" for name in changes)
         values = [_stored(name, value) for name, value in changes.items()]
         self._database.execute(f"UPDATE jobs SET {settings} WHERE id = ?", [*values, job_id])
+
+    def _note_end(self, job_id: str, *, ended: bool) -> None:
+        self._database.execute("DELETE FROM news WHERE job_id = ?", (job_id,))
+        if ended:
+            self._database.execute("INSERT INTO news (job_id) VALUES (?)", (job_id,))
+
+    def next_news(self) -> tuple[int, int, Job] | None:
+        """Give the job that ended first among those whose end is not told: the news' number, how often telling it was
+        begun, and the job.
+        """
+        row = self._database.execute("SELECT * FROM news ORDER BY id LIMIT 1").fetchone()
+        return (row["id"], row["tries"], self.job(row["job_id"])) if row else None
+
+    def begin_to_tell(self, number: int) -> None:
+        """Commit that telling a piece of news begins."""
+        self._database.execute("UPDATE news SET tries = tries + 1 WHERE id = ?", (number,))
+
+    def drop_news(self, number: int | None = None) -> None:
+        """Forget a piece of news that is told, or all of them."""
+        self._database.execute("DELETE FROM news WHERE ? IS NULL OR id = ?", (number, number))
 
     def record(self, job_id: str, events: Sequence[Event], *, offset: int, **changes: Any) -> Job:
         """Commit what the trainer said, how far it was read, and what changed by it, all or nothing."""
@@ -246,7 +278,10 @@ class Ledger:
         return self.job(job_id)
 
     def _record_predictions(self, job_id: str, event: Event) -> None:
-        """Note each answer; one of a step that was done again takes the place of the earlier one."""
+        """Note each answer. Those of later steps go: a trainer that went back to a checkpoint has left them behind."""
+        self._database.execute(
+            "DELETE FROM training_predictions WHERE job_id = ? AND step >= ?", (job_id, event.data["step"])
+        )
         for number, sample in enumerate(event.data["samples"]):
             row = {
                 "job_id": job_id,
@@ -260,7 +295,7 @@ class Ledger:
             }
             marks = ", ".join("?" * len(row))
             self._database.execute(
-                f"INSERT OR REPLACE INTO training_predictions ({', '.join(row)}) VALUES ({marks})", list(row.values())
+                f"INSERT INTO training_predictions ({', '.join(row)}) VALUES ({marks})", list(row.values())
             )
 
     def predictions(self, job_id: str) -> list[dict[str, Any]]:

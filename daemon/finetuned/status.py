@@ -27,7 +27,7 @@ _LONGEST_REASON = 300  # characters
 
 
 def gather(home: Home) -> dict[str, Any]:
-    """Collect everything, as `--json` prints it."""
+    """Collect everything, as `--json` prints it. Raises HomeError if the ledger is damaged."""
     facts: dict[str, Any] = {
         "base_dir": str(home.root),
         "daemon_pid": daemon_pid(home),
@@ -176,6 +176,7 @@ def _result(job: dict[str, Any]) -> str:
     if job["duplicate_of"]:
         return f"duplicate {at}  {job['id']}: trained before as {job['duplicate_of']}, adapters/{job['adapter']}"
     took = duration(job["finished_at"] - job["started_at"]) if job["started_at"] else ""
-    loss = job["progress"].get("valid_loss", job["progress"].get("train_loss"))
-    figures = ", ".join(filter(None, (f"loss {loss:.4f}" if loss is not None else "", took)))
+    named = (("held-out loss", "valid_loss"), ("training loss", "train_loss"))
+    losses = [f"{name} {job['progress'][key]:.4f}" for name, key in named if job["progress"].get(key) is not None]
+    figures = ", ".join(filter(None, (*losses[:1], took)))
     return f"{job['outcome']:9} {at}  {job['id']}: adapters/{job['adapter']} ({figures})"

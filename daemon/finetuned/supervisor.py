@@ -87,8 +87,12 @@ def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) 
 
 
 def _climb_down(job: Job, rung: dict[str, Any], reason: dict[str, str]) -> Decision:
+    try:
+        now = Rung(**rung)
+    except TypeError:  # what the trainer said is none
+        now = Rung(**job.rung)
     step = next_rung(
-        Rung(**rung),
+        now,
         allow_4bit=bool(job.settings.get("fallback_4bit")),
         allow_shorter=bool(job.settings.get("fallback_max_length")),
     )
@@ -176,9 +180,10 @@ class Attempt:
 
     @classmethod
     def launch(cls, ledger: Ledger, home: Home, job: Job, *, start: Start, environment: dict[str, str]) -> Attempt:
-        """Start the trainer of a job that is in state running (D7). Raises OSError."""
+        """Start the trainer of a job that is in state running (D7). Raises OSError, and then none is at work."""
         trainer = start(home.job(job.id), log=home.job_log(job.id), environment=environment)
-        job = ledger.update(job.id, trainer_pid=trainer.pid)
+        with suppress(sqlite3.OperationalError):  # a full disk: it is noted with what the trainer says first
+            job = ledger.update(job.id, trainer_pid=trainer.pid)
         return cls(ledger, home, job, trainer)
 
     @classmethod
@@ -226,7 +231,7 @@ class Attempt:
         events = self._tail.read()
         if events:
             rungs = [event.data["rung"] for event in events if event.type in SETTLE_RUNG]
-            changes: dict[str, Any] = {"progress": progress_after(self.job.progress, events)}
+            changes = {"progress": progress_after(self.job.progress, events), "trainer_pid": self.trainer.pid}
             if rungs:
                 changes["rung"] = rungs[-1]
             try:

@@ -288,6 +288,17 @@ def test_add_takes_training_files_only(home, tmp_path, name):
     assert "is not a training file" in finetuned(home, "add", str(other), code=78)
 
 
+def test_add_says_what_is_wrong_with_an_empty_file_and_with_a_table(home, tmp_path):
+    empty, table, rows = tmp_path / "x.jsonl", tmp_path / "x.csv", tmp_path / "y.jsonl"
+    empty.touch()
+    table.write_text("prompt,completion\n1,2\n")
+    rows.write_text("{}\n")
+    assert "x.jsonl: the file is empty. Fill it" in finetuned(home, "add", str(empty), code=78)
+    assert "the file is empty" in finetuned(home, "add", str(rows), "--eval-file", str(empty), code=78)
+    assert "csv.DictReader" in finetuned(home, "add", str(table), code=78)
+    assert not list(home.inbox.iterdir())
+
+
 def test_once_ends_with_an_error_where_the_queue_is_paused(home, daemon, drop, standin):
     finetuned(home, "pause")
     drop("x.jsonl", 3)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from finetuned.config import TrainingSettings, settings_from
 from finetuned.dataset.reading import RowFile
@@ -31,7 +32,20 @@ if TYPE_CHECKING:
     from finetuned.trainer.loop import Task, Trained
 
 _WORTH_KEEPING = 60.0  # seconds of steps; the count behind a record takes a few itself
+_LAST_WAIT = 10.0  # seconds for what libraries do at the end of a process
 _stop_asked = False
+
+
+def end(folder: JobFolder) -> NoReturn:
+    """Run one attempt and end, also where a library has left a thread that does not: the next job waits for that."""
+    code = 1
+    try:
+        code = main(folder)
+    finally:
+        late = threading.Timer(_LAST_WAIT, os._exit, [code])
+        late.daemon = True
+        late.start()
+    sys.exit(code)
 
 
 def main(folder: JobFolder) -> int:
@@ -206,4 +220,4 @@ def _ask_to_stop(_: int, __: object) -> None:
 
 if __name__ == "__main__":
     os.umask(OTHERS_NOTHING)
-    sys.exit(main(JobFolder(Path(sys.argv[1]).resolve())))
+    end(JobFolder(Path(sys.argv[1]).resolve()))

@@ -6,13 +6,14 @@ Asking changes nothing: modes, caches, attention, padding and random states are 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import StoppingCriteriaList
 
 from finetuned.config import Predictions
 from finetuned.dataset.rows import Row
@@ -52,12 +53,22 @@ class _Question:
     expected: str
 
 
+def _never() -> bool:
+    return False
+
+
 def predict(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], settings: Predictions, *, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    settings: Predictions,
+    *,
+    seed: int,
+    asked_to_stop: Callable[[], bool] = _never,
 ) -> list[Prediction]:
     """Answer the last assistant turn of each row. What fails, memory too, is told in its own row.
 
-    `seed` decides what is drawn where `settings.temperature` is not 0.
+    `seed` decides what is drawn where `settings.temperature` is not 0. Answers end early once `asked_to_stop`.
     """
     renderer = Renderer(tokenizer)
     answers = []
@@ -78,7 +89,7 @@ def predict(
             questions.append(_Question(text, asked, expected))
     with _as_it_was(model, tokenizer):
         torch.manual_seed(seed)
-        asker = _Asker(model, tokenizer, settings)
+        asker = _Asker(model, tokenizer, settings, asked_to_stop)
         told = iter(asker.answer([one for one in questions if isinstance(one, _Question)]))
         return [next(told) if isinstance(one, _Question) else one for one in questions]
 
@@ -109,7 +120,13 @@ def _as_it_was(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> It
 
 
 class _Asker:
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Predictions) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Predictions,
+        asked_to_stop: Callable[[], bool],
+    ) -> None:
         self._model, self._tokenizer = model, tokenizer
         drawn = settings.temperature > 0
         self._options: dict[str, Any] = {
@@ -120,7 +137,13 @@ class _Asker:
             "top_k": None,
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": sorted(turn_ends(model, tokenizer)),
+            "stopping_criteria": StoppingCriteriaList([self._stop]),
         }
+        self._asked_to_stop = asked_to_stop
+
+    def _stop(self, input_ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        """Say for each row whether its answer ends here, as transformers asks after each token."""
+        return torch.full((len(input_ids),), self._asked_to_stop(), dtype=torch.bool, device=input_ids.device)
 
     def answer(self, questions: list[_Question]) -> list[Prediction]:
         """Answer in one batch; where that fails in two halves, and so on down to the one that fails alone."""
@@ -129,12 +152,11 @@ class _Asker:
         began = time.monotonic()
         try:
             texts = self._generate([question.text for question in questions])
+            seconds = round(time.monotonic() - began, 3)
+            return [self._told(question, text, seconds) for question, text in zip(questions, texts, strict=True)]
         except Exception as error:  # noqa: BLE001, no sample is worth the training
             full = memory.out_of_memory(error) if isinstance(error, RuntimeError | MemoryError) else None
             failed = full or str(error) or type(error).__name__
-        else:
-            seconds = round(time.monotonic() - began, 3)
-            return [self._told(question, text, seconds) for question, text in zip(questions, texts, strict=True)]
         memory.give_back()  # out of the except block: the traceback there holds the failed batch's tensors
         if len(questions) == 1:
             return [Prediction(questions[0].asked, questions[0].expected, error=failed[:_ERROR_SHOWN])]
