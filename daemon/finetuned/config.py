@@ -21,6 +21,7 @@ from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 from finetuned.findings import Warned
 from finetuned.judges import LETTERS, TOLERANCE, Judge, Kind, judge, suits
+from finetuned.recipe_settings import Rft
 
 NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter", "priority", "report_to"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
@@ -120,7 +121,11 @@ class TrainingSettings(_Strict):
     priority: int = Field(
         0, ge=-100, le=100, description="Jobs of a higher priority start first; set it in a profile, inbox/high/ say."
     )
-    recipe: Literal["sft"] = Field("sft", description="How is learned from the rows: sft, from their answers as they are.")
+    recipe: Literal["sft", "rft"] = Field(
+        "sft",
+        description="What is learned: sft, the rows' answers as they are; rft, the model's own answers that are right.",
+    )
+    rft: Rft = Field(default_factory=Rft, description="Rejection-sampling fine-tuning: docs/recipes/rft.md.")
     model: str = Field(
         "smollm2-135m",
         min_length=1,
@@ -269,7 +274,13 @@ class TrainingSettings(_Strict):
     def _best_of_what_is_measured(self) -> Self:
         if self.publish == "best" and not self.eval_steps:
             raise ValueError("publish best needs held-out rows and eval_steps, which tell what is best")
+        if self.publish == "best" and self.recipe == "rft":
+            raise ValueError("publish best goes by a held-out loss, and recipe rft has answers of its own, not those")
         return self
+
+    def settled(self) -> Self:
+        """Give them with what the recipe decides: rft trains under the prompt that its answers were made with."""
+        return self.model_copy(update={"system_prompt": self.rft.prompt}) if self.recipe == "rft" else self
 
     def first_rung(self) -> Rung:
         """Give the top of the memory ladder, where the first attempt starts.
