@@ -146,8 +146,10 @@ def _line(row: Row, answer: str, rft: Rft, *, system: bool) -> bytes:
 
 def chosen(good: Sequence[str], rft: Rft) -> list[str]:
     """Choose at most `rft.keep` of a question's right answers, no two with the same words."""
-    different = list({" ".join(text.split()): text for text in reversed(good)}.values())
-    rest = sorted(different, key=lambda text: (len(text), text))
+    different: dict[str, str] = {}
+    for text in sorted(good, key=lambda text: (len(text), text)):
+        different.setdefault(" ".join(text.split()), text)
+    rest = list(different.values())
     if rft.pick == "shortest":
         return rest[: rft.keep]
     taken = rest[:1]
