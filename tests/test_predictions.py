@@ -21,8 +21,8 @@ from finetuned.dataset.formats import check_row
 from finetuned.events import Event, EventType, parse_event
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import MIGRATIONS, Ledger
+from finetuned.trainer import generate as room
 from finetuned.trainer import loop
-from finetuned.trainer import predictions as room
 from finetuned.trainer.base import Base
 from finetuned.trainer.ends import StopAskedError
 from finetuned.trainer.predictions import predict

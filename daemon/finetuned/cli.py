@@ -354,6 +354,25 @@ def plan(base_dir: Path | None, file: Path, profile: str, model: str | None, as_
 
 
 @cli.command()
+@_base_dir
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write.")
+@click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
+@click.option("--model", help="A hub id, a folder, or smollm2-135m, in place of the configured one.")
+def datagen(base_dir: Path | None, file: Path, out: Path, profile: str, model: str | None) -> None:
+    """Let the model answer FILE's questions, and write the answers that are right as chats to train on."""
+    from finetuned.datagen import make_file
+    from finetuned.errors import DataError, ModelError
+
+    try:
+        made = make_file(file, out, base_dir=base_dir, profile=profile, model=model)
+    except (DataError, ModelError) as error:
+        click.echo(f"finetuned: {error}", err=True)
+        sys.exit(1)
+    click.echo(f"{out}: {made['sentence']}")
+
+
+@cli.command()
 @click.option(
     "--dataset", required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A JSONL file."
 )

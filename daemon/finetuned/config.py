@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
@@ -19,6 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 from finetuned.findings import Warned
+from finetuned.judges import LETTERS, TOLERANCE, Judge, Kind, judge, suits
+from finetuned.recipe_settings import Rft
 
 NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter", "priority", "report_to"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
@@ -51,6 +54,43 @@ class Predictions(_Strict):
     temperature: float = Field(0.0, ge=0, description="0 takes the most probable answer; above, answers are drawn.")
 
 
+class JudgeSettings(_Strict):
+    """How an answer is told to be right (`judges.py`)."""
+
+    kind: Kind | Literal["auto"] = Field(
+        "auto",
+        description="exact (the same text), number (the last one), contains, regex, json (equal as JSON), choice; "
+        "auto: what suits the expected answers.",
+    )
+    tolerance: float = Field(
+        TOLERANCE, ge=0, description="number: how far it may be from the expected one, as a share of that."
+    )
+    pattern: str | None = Field(None, description="regex: its first group, or all of it, is the answer.")
+    choices: list[Annotated[str, Field(min_length=1)]] = Field(
+        list(LETTERS), min_length=2, description="choice: the answers that there are."
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_a_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from error
+        return pattern
+
+    @model_validator(mode="after")
+    def _regex_has_one(self) -> Self:
+        if self.kind == "regex" and not self.pattern:
+            raise ValueError("kind regex needs a pattern")
+        return self
+
+    def settle(self, expected: Iterable[str]) -> tuple[Judge, str]:
+        """Give the judge and why it is that one."""
+        kind, why = suits(expected) if self.kind == "auto" else (self.kind, "as set")
+        return judge(kind, tolerance=self.tolerance, pattern=self.pattern, choices=self.choices), why
+
+
 class OnFinish(_Strict):
     """How others hear of the end of a job."""
 
@@ -81,9 +121,11 @@ class TrainingSettings(_Strict):
     priority: int = Field(
         0, ge=-100, le=100, description="Jobs of a higher priority start first; set it in a profile, inbox/high/ say."
     )
-    recipe: Literal["sft"] = Field(
-        "sft", description="How is learned from the rows: sft, from their answers as they are."
+    recipe: Literal["sft", "rft"] = Field(
+        "sft",
+        description="What is learned: sft, the rows' answers as they are; rft, the model's own answers that are right.",
     )
+    rft: Rft = Field(default_factory=Rft, description="Rejection-sampling fine-tuning: docs/recipes/rft.md.")
     model: str = Field(
         "smollm2-135m",
         min_length=1,
@@ -169,6 +211,9 @@ class TrainingSettings(_Strict):
         None, description="Evaluate every so many steps; null: before the first step and after the last."
     )
     predictions: Predictions = Field(default_factory=Predictions, description="Answers read while it learns.")
+    judge: JudgeSettings = Field(
+        default_factory=JudgeSettings, description="How an answer is told to be right: docs/evaluation.md."
+    )
     report_to: list[Tracker] = Field(
         default_factory=list,
         description="Trackers that get the figures too, each where it is installed; files go to logs/tracking/.",
@@ -229,7 +274,13 @@ class TrainingSettings(_Strict):
     def _best_of_what_is_measured(self) -> Self:
         if self.publish == "best" and not self.eval_steps:
             raise ValueError("publish best needs held-out rows and eval_steps, which tell what is best")
+        if self.publish == "best" and self.recipe == "rft":
+            raise ValueError("publish best goes by a held-out loss, and recipe rft has answers of its own, not those")
         return self
+
+    def settled(self) -> Self:
+        """Give them with what the recipe decides: rft trains under the prompt that its answers were made with."""
+        return self.model_copy(update={"system_prompt": self.rft.prompt}) if self.recipe == "rft" else self
 
     def first_rung(self) -> Rung:
         """Give the top of the memory ladder, where the first attempt starts.

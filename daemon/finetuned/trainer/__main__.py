@@ -94,9 +94,11 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer.chain import settle
     from finetuned.trainer.data import cut, read_data
     from finetuned.trainer.loop import Task, train
+    from finetuned.trainer.rounds import Questions, train_in_rounds
     from finetuned.trainer.trackers import reporting
 
     quiet_libraries()
+    settings = settings.settled()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tuning, why = choose_tuning(spec.rung["tuning"], gpu=device.type == "cuda")
     rung = replace(Rung(**spec.rung), tuning=tuning)
@@ -134,9 +136,14 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         folder=Path(spec.base_dir) / "logs" / "tracking",
         cpu=device.type == "cpu",
     ):
-        trained = train(task)
+        learned = None
+        if settings.recipe == "rft":
+            questions = Questions(folder.path / spec.input, spec.name)
+            task, trained, learned = train_in_rounds(task, questions, cache=Path(spec.models).parent / "tokens")
+        else:
+            trained = train(task)
     say.phase("saving", "writing the adapter")
-    write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, data.report)
+    write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, data.report, learned=learned)
     figures = ", ".join(
         f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(("loss", "before"))
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuned import __version__
-from finetuned.adapters import MANIFEST
+from finetuned.adapters import LEARNED, MANIFEST
 from finetuned.durable import sync_tree, write_file
 from finetuned.errors import counted
 from finetuned.jobs import JobSpec
@@ -29,8 +29,12 @@ if TYPE_CHECKING:
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors")
 
 
-def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, report: dict[str, Any]) -> None:
-    """Write all of it into `folder`, which is made anew."""
+def write_adapter(
+    folder: Path, spec: JobSpec, task: Task, trained: Trained, report: dict[str, Any], *, learned: Path | None = None
+) -> None:
+    """Write all of it into `folder`, which is made anew. `learned` is the file that was learned from, where that is not
+    the user's own.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model = trained.model
@@ -42,6 +46,8 @@ def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, rep
             _plain(model).save_pretrained(folder)
             copy_processor(task.base.source, task.settings.revision, folder)
         task.tokenizer.save_pretrained(folder)
+        if learned is not None:
+            shutil.copyfile(learned, folder / LEARNED)
     story = {
         "job_id": spec.id,
         "file": spec.name.encode("utf-8", "backslashreplace").decode(),

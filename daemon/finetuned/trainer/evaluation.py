@@ -13,6 +13,7 @@ import torch
 
 from finetuned.events import EventType
 from finetuned.trainer import memory, steps
+from finetuned.trainer.ends import StopAskedError
 from finetuned.trainer.model import evaluating
 from finetuned.trainer.predictions import predict
 from finetuned.trainer.store import lengths_of, targets_of
@@ -92,6 +93,8 @@ def _ask(training: Training) -> None:
             seed=task.settings.seed,
             asked_to_stop=task.asked_to_stop,
         )
+    except StopAskedError:
+        answers = []
     except Exception as error:  # no answer is worth the training
         if isinstance(error, RuntimeError | MemoryError) and memory.out_of_memory(error):
             raise

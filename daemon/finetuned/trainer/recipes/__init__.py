@@ -3,4 +3,7 @@
 Plain strings, so that a recipe's name can be checked without torch.
 """
 
-RECIPES = {"sft": "finetuned.trainer.recipes.sft"}
+RECIPES = {
+    "sft": "finetuned.trainer.recipes.sft",
+    "rft": "finetuned.trainer.recipes.sft",  # on answers that `rounds.py` has made first
+}
