@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 _Z = 1.959963984540054  # the normal distribution holds 95% within so many standard deviations
 
+_LARGEST = 700.0  # whose exponential is still a number
+
 
 class Interval(NamedTuple):
     """A figure, and where with 95% confidence the true one lies. The ends are None where one row tells nothing."""
@@ -53,7 +55,8 @@ def mean_loss(rows: Sequence[tuple[float, int]]) -> Interval:
 
 def perplexity(loss: Interval) -> Interval:
     """Give e to the power of a loss in nats, ends included."""
-    return Interval(*(part if part is None else math.exp(min(part, 700.0)) for part in loss))
+    low, high = (None if end is None else math.exp(min(end, _LARGEST)) for end in (loss.low, loss.high))
+    return Interval(math.exp(min(loss.value, _LARGEST)), low, high)
 
 
 def sign_test(wins: int, losses: int) -> float:
