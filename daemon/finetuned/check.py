@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from finetuned.dataset.report import Fault, Report
 from finetuned.errors import DataError, harmless
 from finetuned.findings import ERRORS, WARNINGS, Finding
 from finetuned.home import printable
-from finetuned.live import duration
+from finetuned.live import DoingLine, duration
 
 _BAR = 40  # characters of a histogram's longest bar
 
@@ -32,7 +30,7 @@ def check_file(file: Path, *, base_dir: Path | None, profile: str = "", model: s
         raise DataError("is no regular file", where=str(file), remedy="Save it as one first.", code="unreadable")
     gpu = first_gpu()
     device = gpu.name if gpu and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu"
-    line = _ProgressLine()
+    line = DoingLine()
     try:
         return ask(
             "finetuned.trainer.check",
@@ -45,29 +43,6 @@ def check_file(file: Path, *, base_dir: Path | None, profile: str = "", model: s
         )
     finally:
         line.end()
-
-
-class _ProgressLine:
-    """Says on a terminal how far the reading is."""
-
-    def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
-
-    def show(self, said: dict[str, Any]) -> None:
-        """Take what was heard."""
-        if not self._shown or "doing" not in said:
-            return
-        text = str(said["doing"])
-        if "share" in said:
-            bar = "#" * int(24 * said["share"])
-            text = f"[{bar:.<24}] {text}: {said['share']:.0%}, {said['rows']:,} rows"
-        width = shutil.get_terminal_size().columns - 1
-        click.echo(f"\r\033[K{harmless(text)[:width]}", nl=False, err=True)
-
-    def end(self) -> None:
-        """Leave nothing of it."""
-        if self._shown:
-            click.echo("\r\033[K", nl=False, err=True)
 
 
 def render(facts: dict[str, Any], *, colour: bool) -> str:

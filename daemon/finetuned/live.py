@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Any
 
+from finetuned.errors import harmless
+
 _PHASES = {
     "validating_files": "checking the data",
     "loading_model": "loading the model",
@@ -70,3 +72,29 @@ class LiveLine:
         """Leave the line as it is and go on below it."""
         if self._terminal and self._said:
             sys.stderr.write("\n")
+
+
+class DoingLine:
+    """What a process that was asked does, and how far it is, as one line on a terminal; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+
+    def show(self, said: dict[str, Any]) -> None:
+        """Take what was heard."""
+        if not self._shown or "doing" not in said:
+            return
+        text = str(said["doing"])
+        if "share" in said:
+            bar = "#" * int(_BAR * said["share"])
+            rows = f", {said['rows']:,} rows" if "rows" in said else ""
+            text = f"[{bar:.<{_BAR}}] {text}: {said['share']:.0%}{rows}"
+        width = shutil.get_terminal_size().columns - 1
+        sys.stderr.write(f"\r\x1b[K{harmless(text)[:width]}")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        """Leave nothing of it."""
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
