@@ -10,6 +10,7 @@ import pytest
 from conftest import row_of, write_jsonl
 from finetuned.adapters import MANIFEST
 from finetuned.durable import sha256_of
+from finetuned.trainer.data import Source
 from finetuned.trainer.overlap import learned_by, learned_from, overlapping
 
 
@@ -38,7 +39,7 @@ def held(*pairs: tuple[str, str]) -> list:
 def test_a_question_that_was_trained_on_is_found_with_its_line(tmp_path, leaked):
     file = write_jsonl(tmp_path / "train.jsonl", [leaked])
     rows = held(("How tall is the fir?", "30 m"), ("How tall is the oak?", "20 m"), ("How tall is the elm?", "10 m"))
-    found = overlapping(rows, [file])
+    found = overlapping(rows, [Source(file, file.name)])
     assert {place: (seen.file, seen.line, seen.share) for place, seen in found.items()} == {1: ("train.jsonl", 1, 1.0)}
 
 
@@ -51,8 +52,10 @@ def test_a_long_row_is_found_though_words_were_changed_and_inside_a_longer_text(
     text = write_jsonl(
         tmp_path / "text.jsonl", [{"text": f"{sentence(5, 900)} {question} {answer} {sentence(6, 900)}"}]
     )
-    assert [(place, seen.line) for place, seen in overlapping(rows, [reworded]).items()] == [(0, 2)]
-    assert list(overlapping(rows, [text])) == [0]
+    assert [(place, seen.line) for place, seen in overlapping(rows, [Source(reworded, reworded.name)]).items()] == [
+        (0, 2)
+    ]
+    assert list(overlapping(rows, [Source(text, text.name)])) == [0]
     assert overlapping(rows, []) == {}
 
 
@@ -63,12 +66,12 @@ def test_what_all_questions_share_makes_none_of_them_a_leak(tmp_path):
     file = write_jsonl(
         tmp_path / "train.jsonl", [chat(f"{instructions} Number {n}?", f"{n * 7}") for n in range(50, 90)]
     )
-    assert overlapping(rows, [file]) == {}
+    assert overlapping(rows, [Source(file, file.name)]) == {}
 
 
 def test_signs_and_digits_tell_questions_apart(tmp_path):
     file = write_jsonl(tmp_path / "train.jsonl", [chat("What is 3+4?", "7")])
-    assert overlapping(held(("What is 3-4?", "-1"), ("What is 3+5?", "8")), [file]) == {}
+    assert overlapping(held(("What is 3-4?", "-1"), ("What is 3+5?", "8")), [Source(file, file.name)]) == {}
 
 
 def test_progress_is_told_and_may_end_it(tmp_path):
@@ -79,7 +82,7 @@ def test_progress_is_told_and_may_end_it(tmp_path):
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        overlapping(held(("1?", "x")), [file], stop)
+        overlapping(held(("1?", "x")), [Source(file, file.name)], stop)
 
 
 # -- what an adapter was trained on
@@ -100,7 +103,7 @@ def test_all_that_an_adapter_builds_on_is_found_in_the_archive_of_its_base_direc
     adapter.mkdir(parents=True)
     (adapter / MANIFEST).write_text(json.dumps({**second, "chain": [first]}))
     learned = learned_by(adapter, None)
-    assert [path.name for path in learned.files] == ["one.jsonl", "two.jsonl"]
+    assert [one.name for one in learned.files] == ["one.jsonl", "two.jsonl"]
     assert learned.missing == []
 
 
@@ -109,7 +112,7 @@ def test_data_that_is_gone_or_is_not_what_was_trained_on_is_told(tmp_path):
     second = archived(tmp_path / "archive", "two", [chat("2?", "x")])
     own = write_jsonl(tmp_path / "own.jsonl", [chat("3?", "x")])
     chain = [{**first, "sha256": "0" * 64}, second, {"adapter": "elsewhere", "job_id": None, "sha256": None}]
-    learned = learned_from({"chain": chain}, own=own, archive=tmp_path / "archive")
-    assert [path.name for path in learned.files] == ["two.jsonl", "own.jsonl"]
+    learned = learned_from({"chain": chain}, own=Source(own, "own.jsonl"), archive=tmp_path / "archive")
+    assert [one.name for one in learned.files] == ["two.jsonl", "own.jsonl"]
     assert learned.missing == ["one", "elsewhere"]
     assert learned_from(second, name="two", archive=None).missing == ["two"]

@@ -19,6 +19,7 @@ from finetuned.errors import DataError, FinetunedError, OutOfMemoryError
 from finetuned.trainer import memory
 from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer, quiet_libraries
 from finetuned.trainer.chatting import Voice, load
+from finetuned.trainer.data import Source
 from finetuned.trainer.exam import Candidate, Exam, Marks, facts_of, read_exam, sit
 from finetuned.trainer.layout import Layout, choose_layout
 from finetuned.trainer.model import load_model
@@ -96,8 +97,8 @@ def examine(order: dict[str, Any]) -> dict[str, Any]:
 
 def _together(learned: Sequence[Learned], more: Iterable[Path]) -> Learned:
     """Give what several adapters learned from. Files that the user names stand for those that are missing."""
-    named = list(more)
-    files = dict.fromkeys([path for one in learned for path in one.files] + named)
+    named = [Source(path, path.name) for path in more]
+    files = dict.fromkeys([source for one in learned for source in one.files] + named)
     return Learned(list(files), [] if named else list(dict.fromkeys(name for one in learned for name in one.missing)))
 
 

@@ -199,7 +199,7 @@ def facts_of(exam: Exam, marks: Sequence[Marks], learned: Learned, seen: Mapping
             _compared(one, other) for place, one in enumerate(marks) for other in marks[:place] if one.verdicts
         ],
         "overlap": {
-            "files": [path.name for path in learned.files],
+            "files": [one.name for one in learned.files],
             "missing": learned.missing,
             "rows": [
                 {"line": exam.rows[place].line, "file": one.file, "of_line": one.line, "share": one.share}

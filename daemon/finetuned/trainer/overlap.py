@@ -22,6 +22,7 @@ from finetuned.dataset.report import Report, rows_of
 from finetuned.dataset.rows import Row
 from finetuned.durable import sha256_of
 from finetuned.home import Home
+from finetuned.trainer.data import Source
 from finetuned.trainer.near import ALIKE
 
 _SHINGLE = 5  # words
@@ -50,16 +51,16 @@ class Seen:
 class Learned:
     """Files that an adapter learned from, itself and those that it builds on; and the adapters whose is not there."""
 
-    files: list[Path]
+    files: list[Source]
     missing: list[str]
 
 
-def learned_from(story: dict[str, Any], *, own: Path | None = None, name: str = "", archive: Path | None) -> Learned:
+def learned_from(story: dict[str, Any], *, own: Source | None = None, name: str = "", archive: Path | None) -> Learned:
     """Find what was trained on, by the hashes that `finetuned.json` tells, in the archive. `own` is the newest file
     where that is not there yet.
     """
     links = [*story.get("chain", []), {**story, "adapter": name}]
-    files, missing = [], []
+    files, missing = list[Source](), list[str]()
     for link in links[:-1] if own else links:
         found = _archived(archive, str(link.get("job_id")), link.get("sha256"))
         if found is None:
@@ -75,14 +76,14 @@ def learned_by(adapter: Path, archive: Path | None) -> Learned:
     return learned_from(read_story(adapter), name=adapter.name, archive=near if near.is_dir() else archive)
 
 
-def _archived(archive: Path | None, job: str, sha256: str | None) -> Path | None:
+def _archived(archive: Path | None, job: str, sha256: str | None) -> Source | None:
     if archive is None or not sha256 or "/" in job:
         return None
     files = (path for folder in archive.glob(f"*/{job}") for path in sorted(folder.iterdir()) if path.is_file())
-    return next((path for path in files if sha256_of(path) == sha256), None)
+    return next((Source(path, path.name) for path in files if sha256_of(path) == sha256), None)
 
 
-def overlapping(rows: Sequence[Row], files: Iterable[Path], told: Told = lambda _: None) -> dict[int, Seen]:
+def overlapping(rows: Sequence[Row], files: Iterable[Source], told: Told = lambda _: None) -> dict[int, Seen]:
     """Give the places of rows that stand in the files, each with the place there that is most like it.
 
     Raises DataError where a file as a whole cannot be read, OSError.
@@ -92,7 +93,7 @@ def overlapping(rows: Sequence[Row], files: Iterable[Path], told: Told = lambda 
         asked.setdefault(_question(row), []).append(place)
     counts, owners = _own_shingles(rows)
     found: dict[int, Seen] = {}
-    sources = [RowFile(path, name=path.name) for path in files]
+    sources = [RowFile(one.file, name=one.name) for one in files]
     for number, source in enumerate(sources):
         for count, row in enumerate(rows_of(source, Report(), system_prompt=None)):
             if count % _EVERY == 0:

@@ -17,6 +17,7 @@ from finetuned.guard import daemon_pid
 from finetuned.home import Home
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import SORTS, Ledger
+from finetuned.scores import sentences, table
 from finetuned.spool.orders import Verb
 from finetuned.web.curves import POINTS, curves, thin
 from finetuned.web.figures import figures
@@ -86,7 +87,7 @@ def jobs(request: Request) -> Response:
 
 
 def job(request: Request) -> Response:
-    """Give one job, with its data report, plan and result."""
+    """Give one job, with its data report, plan, benchmark and result."""
     with job_in(request) as (ledger, found):
         record = {**job_record(found, now=time.time()), **_story(ledger, found.id)}
         plan, epochs = record["plan"] or {}, found.progress.get("epoch")
@@ -99,11 +100,17 @@ def _story(ledger: Ledger, job_id: str) -> dict[str, Any]:
     kinds = (EventType.DATA_REPORT, EventType.PLAN, EventType.RESULT)
     told = {str(kind): ledger.events(job_id, kind=kind)[-1:] for kind in kinds}
     story: dict[str, Any] = {kind: dict(events[0].data) if events else None for kind, events in told.items()}
+    measured = ledger.events(job_id, kind=EventType.BENCHMARK)[-1:]
+    story["benchmark"] = _benchmark(dict(measured[0].data)) if measured else None
     story["rungs"] = [
         {"at": event.created_at, "message": event.message, **event.data}
         for event in ledger.events(job_id, kind=EventType.RUNG)
     ]
     return story
+
+
+def _benchmark(facts: dict[str, Any]) -> dict[str, Any]:
+    return {**facts, "table": table(facts), "sentences": sentences(facts)}
 
 
 def job_curves(request: Request) -> Response:

@@ -39,11 +39,23 @@ function adapter(job) {
   ].join("\n");
 }
 
+// A row a model; words and intervals come from the API as people read them.
+function benchmark(found) {
+  $("#benchmark-section").hidden = !found;
+  if (!found) return;
+  const [head, ...rows] = found.table;
+  const line = (tag, cells) => element("tr", {}, ...cells.map((text) => element(tag, {}, text)));
+  $("#benchmark").replaceChildren(line("th", head), ...rows.map((cells) => line("td", cells)));
+  $("#benchmark-file").textContent = `${found.data.file}, ${found.data.rows} rows`;
+  $("#benchmark-said").replaceChildren(...found.sentences.map((text) => element("p", { class: text.startsWith("CONTAMINATED") ? "bad" : "" }, text)));
+}
+
 async function show() {
   const job = await ask(path);
   if (!job) return;
   summary(job);
   adapter(job);
+  benchmark(job.benchmark);
   $("#settings").replaceChildren(table(job.hyperparameters));
   for (const name of ["data_report", "plan"]) $(`#${name}`).replaceChildren(job[name] ? table(job[name]) : "not there yet");
 }
@@ -94,7 +106,7 @@ $("#alone").addEventListener("click", () => {
   charts.only(id);
 });
 
-const timeline = new Set(["phase", "rung", "error", "plan", "result"]);
+const timeline = new Set(["phase", "rung", "error", "plan", "benchmark", "result"]);
 let soon = null;
 const showSoon = () => {
   soon ??= setTimeout(() => {
