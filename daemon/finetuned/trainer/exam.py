@@ -274,6 +274,7 @@ def _answers(exam: Exam, candidate: Candidate, kept: Path, told: Told) -> list[A
     kept.mkdir(parents=True, exist_ok=True)
     _prune(kept)
     file = kept / f"{key_of(candidate.fingerprint(), str(exam.max_new_tokens))}.jsonl"
+    file.touch()  # it was used
     found: dict[str, Answered] = {}
     with generating(candidate.model, candidate.tokenizer):
         asker = Asker(candidate.model, candidate.tokenizer, max_new_tokens=exam.max_new_tokens)
