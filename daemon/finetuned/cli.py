@@ -444,7 +444,7 @@ def chat(base_dir: Path | None, adapter: Path | None, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="For machines, with every answer.")
 def evaluate(adapter: Path | None, as_json: bool, choices: str | None, **options: Any) -> None:  # noqa: FBT001
     """Measure ADAPTER beside its base model: loss, accuracy, how sure both are, and what it had seen before."""
-    from finetuned.errors import DataError, ModelError, OutOfMemoryError
+    from finetuned.errors import DataError, ModelError
     from finetuned.measure import measure, render
 
     given = {name: options.pop(name) for name in ("kind", "tolerance", "pattern")}
@@ -452,7 +452,7 @@ def evaluate(adapter: Path | None, as_json: bool, choices: str | None, **options
     judge = {name: value for name, value in given.items() if value is not None}
     try:
         facts = measure(adapter, judge=judge, **options)
-    except (DataError, ModelError, OutOfMemoryError) as error:
+    except (DataError, ModelError) as error:
         click.echo(f"finetuned: {error}", err=True)
         sys.exit(1)
     text = json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(facts)

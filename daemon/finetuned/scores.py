@@ -40,8 +40,8 @@ def headline(facts: dict[str, Any]) -> str:
 
 def _compared(facts: dict[str, Any]) -> list[str]:
     return [
-        f"{one['name']} against {one['other']}: {one['wins']} wins, {one['losses']} losses, {one['ties']} ties; two "
-        f"equally good ones would differ so much {_chance(one['p'])} (sign test)"
+        f"{one['name']} against {one['other']}: {one['wins']} wins, {one['losses']} losses, {one['ties']} ties, "
+        f"{_chance(one['p'])} (two-sided sign test)"
         for one in facts["compared"]
     ]
 
@@ -95,4 +95,4 @@ def _four(figure: dict[str, Any]) -> str:
 
 
 def _chance(p: float) -> str:
-    return f"with p = {p:.2g}" if p >= 1e-4 else "with p < 0.0001"
+    return f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"

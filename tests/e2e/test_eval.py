@@ -167,6 +167,9 @@ def test_two_adapters_are_held_against_each_other_and_a_model_stands_alone(home,
     assert [model["name"] for model in alone["models"]] == [str(loud_model)]
     assert alone["models"][0]["loss"] == facts["models"][0]["loss"]
     assert alone["compared"] == []
+    assert (
+        len(list(home.machinery.glob("evaluations/*"))) == 2
+    )  # the base is asked once, and weights are told by themselves
 
 
 def test_texts_have_a_loss_and_no_accuracy(home, seven, tmp_path):

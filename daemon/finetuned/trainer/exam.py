@@ -145,9 +145,17 @@ class Candidate:
                 continue
             plain = name.replace("base_model.model.", "", 1).replace(".base_layer", "")
             found.update(f"{plain} {tuple(weights.shape)} {weights.dtype}".encode())
-            for part in torch.split(weights.detach().flatten(), _HASHED):
-                found.update(torch.hash_tensor(part).cpu().numpy().tobytes())
+            for part in torch.split(weights.data.flatten(), _HASHED):
+                found.update(_hashed(part))
         return found.hexdigest()
+
+
+def _hashed(part: torch.Tensor) -> bytes:
+    """Hash numbers where they are, or where the device cannot, here."""
+    try:
+        return bytes(torch.hash_tensor(part).cpu().numpy().tobytes())
+    except RuntimeError:
+        return bytes(torch.hash_tensor(part.cpu()).numpy().tobytes())
 
 
 @dataclass(frozen=True)
