@@ -74,6 +74,7 @@ class Trained:
     metrics: dict[str, Any]
     choices: dict[str, dict[str, str]]  # every automatic decision with its reason
     seen: Seen
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def train(task: Task) -> Trained:
             raise
         training.save_what_is_done()
         raise OutOfMeansError(training.rung, detail, training.means()) from None
-    return Trained(training.model, training.rung, training.metrics, training.choices, training.seen())
+    return Trained(training.model, training.rung, training.metrics, training.choices, training.seen(), training.layout)
 
 
 def begin(task: Task, precision: Precision) -> Training:
