@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 from finetuned.findings import Warned
+from finetuned.judges import LETTERS, TOLERANCE, Judge, Kind, judge, suits
 
 NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter", "priority", "report_to"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
@@ -49,6 +51,43 @@ class Predictions(_Strict):
     )
     max_new_tokens: PositiveInt = Field(64, description="Longest answer, in tokens.")
     temperature: float = Field(0.0, ge=0, description="0 takes the most probable answer; above, answers are drawn.")
+
+
+class JudgeSettings(_Strict):
+    """How an answer is told to be right (`judges.py`)."""
+
+    kind: Kind | Literal["auto"] = Field(
+        "auto",
+        description="exact (the same text), number (the last one), contains, regex, json (equal as JSON), choice; "
+        "auto: what suits the expected answers.",
+    )
+    tolerance: float = Field(
+        TOLERANCE, ge=0, description="number: how far it may be from the expected one, as a share of that."
+    )
+    pattern: str | None = Field(None, description="regex: its first group, or all of it, is the answer.")
+    choices: list[Annotated[str, Field(min_length=1)]] = Field(
+        list(LETTERS), min_length=2, description="choice: the answers that there are."
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_a_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from error
+        return pattern
+
+    @model_validator(mode="after")
+    def _regex_has_one(self) -> Self:
+        if self.kind == "regex" and not self.pattern:
+            raise ValueError("kind regex needs a pattern")
+        return self
+
+    def settle(self, expected: Iterable[str]) -> tuple[Judge, str]:
+        """Give the judge and why it is that one."""
+        kind, why = suits(expected) if self.kind == "auto" else (self.kind, "as set")
+        return judge(kind, tolerance=self.tolerance, pattern=self.pattern, choices=self.choices), why
 
 
 class OnFinish(_Strict):
@@ -167,6 +206,9 @@ class TrainingSettings(_Strict):
         None, description="Evaluate every so many steps; null: before the first step and after the last."
     )
     predictions: Predictions = Field(default_factory=Predictions, description="Answers read while it learns.")
+    judge: JudgeSettings = Field(
+        default_factory=JudgeSettings, description="How an answer is told to be right: docs/evaluation.md."
+    )
     report_to: list[Tracker] = Field(
         default_factory=list,
         description="Trackers that get the figures too, each where it is installed; files go to logs/tracking/.",
