@@ -25,10 +25,10 @@ from finetuned.events import ExitCode
 from finetuned.trainer import memory
 from finetuned.trainer.base import find_base, quiet_libraries
 from finetuned.trainer.chat import Renderer
+from finetuned.trainer.generate import turn_ends
 from finetuned.trainer.merge import base_settings
 from finetuned.trainer.model import load_model
 from finetuned.trainer.precision import choose
-from finetuned.trainer.predictions import turn_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

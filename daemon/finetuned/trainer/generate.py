@@ -1,0 +1,182 @@
+"""A model's answers to many questions: in batches of like length, halved where memory runs out, kept as they come.
+
+Nothing here knows what the right answer would be: texts go in, texts come out.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetuned.trainer import memory
+from finetuned.trainer.attention import without_flat
+from finetuned.trainer.base import without_padding
+from finetuned.trainer.model import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_ERROR_SHOWN = 300  # characters
+_ROWS, _TOKENS = 32, 2**14  # of a batch, answers included
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answer that came, or the error that came in its place."""
+
+    text: str = ""
+    ended: bool = False  # by the model itself, and not because it had reached the longest answer
+    seconds: float = 0.0  # of the batch that it was answered in
+    error: str | None = None
+
+
+@contextmanager
+def generating(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Make the model one that generates, and put everything back.
+
+    Autocast is off: generation runs in the model's own number formats. Attention is transformers' own, as flat rows
+    know no cache. Random states are kept, as dropout in the next step draws from them.
+    """
+    device = next(model.parameters()).device
+    padding = {name: getattr(tokenizer, name) for name in ("padding_side", "pad_token")}
+    attention, cache = model.config._attn_implementation, model.config.use_cache  # noqa: SLF001
+    gpus = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(gpus), evaluating(model), torch.autocast(device.type, enabled=False):
+        try:
+            tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+            model.set_attn_implementation(without_flat(model))
+            model.config.use_cache = True
+            yield
+        finally:
+            for name, value in padding.items():
+                setattr(tokenizer, name, value)
+            without_padding(tokenizer)  # which the call has switched on, and which would be saved with it
+            model.set_attn_implementation(attention)
+            model.config.use_cache = cache
+
+
+class Asker:
+    """Puts questions to a model, within `generating`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        rows: int = _ROWS,
+    ) -> None:
+        """Begin. `seed` decides what is drawn where `temperature` is not 0; a batch has at most so many `rows`."""
+        self._model, self._tokenizer, self._seed = model, tokenizer, seed
+        self._rows = rows
+        drawn = temperature > 0
+        self._options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "do_sample": drawn,
+            "temperature": temperature if drawn else None,
+            "top_p": None,
+            "top_k": None,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": sorted(turn_ends(model, tokenizer)),
+        }
+
+    def answers(self, texts: Sequence[str]) -> Iterator[dict[int, Answered]]:
+        """Answer rendered chats, the longest first: of each batch the answers by their places in `texts`.
+
+        A batch that fails is halved, down to the question that fails alone and is told with its error. Where memory
+        was short the batches that follow are no larger than the halves.
+        """
+        if not texts:
+            return
+        lengths = [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        left = deque(sorted(range(len(texts)), key=lambda place: -lengths[place]))
+        while left:
+            size = min(self._rows, len(left), max(1, _TOKENS // (lengths[left[0]] + self._options["max_new_tokens"])))
+            yield from self._batch([left.popleft() for _ in range(size)], texts)
+
+    def _batch(self, places: list[int], texts: Sequence[str]) -> Iterator[dict[int, Answered]]:
+        began = time.monotonic()
+        try:
+            found = self._generate([texts[place] for place in places], seed=self._seed + places[0])
+        except Exception as error:  # noqa: BLE001, one question is not worth the others
+            full = memory.out_of_memory(error) if isinstance(error, RuntimeError | MemoryError) else None
+            failed = full or str(error) or type(error).__name__
+        else:
+            seconds = round(time.monotonic() - began, 3)
+            yield {place: Answered(*one, seconds) for place, one in zip(places, found, strict=True)}
+            return
+        memory.give_back()  # out of the except block: the traceback there holds the failed batch's tensors
+        if len(places) == 1:
+            yield {places[0]: Answered(error=failed[:_ERROR_SHOWN])}
+            return
+        half = len(places) // 2
+        if full:
+            self._rows = half
+        yield from self._batch(places[:half], texts)
+        yield from self._batch(places[half:], texts)
+
+    def _generate(self, texts: list[str], *, seed: int) -> list[tuple[str, bool]]:
+        """Give each answer, and whether the model itself ended it."""
+        device = next(self._model.parameters()).device
+        encoded = self._tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
+        asked = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        torch.manual_seed(seed)
+        generated = self._model.generate(**asked, **self._options)[:, asked["input_ids"].shape[1] :]
+        ended = torch.isin(generated, torch.tensor(self._options["eos_token_id"], device=device)).any(dim=1)
+        found = self._tokenizer.batch_decode(generated, skip_special_tokens=True)
+        return [(text.strip(), end) for text, end in zip(found, ended.tolist(), strict=True)]
+
+
+def ask(asker: Asker, texts: Mapping[str, str], file: Path) -> Iterator[dict[str, Answered]]:
+    """Answer rendered chats by their keys, a batch at a time, and keep the answers in a file as they come: what a
+    process that was killed has asked is read there and not asked again. Errors are not kept.
+
+    Keys must say all that an answer depends on, or the file's name. Raises OSError.
+    """
+    kept = _kept(file)
+    yield {key: kept[key] for key in texts if key in kept}
+    keys = [key for key in texts if key not in kept]
+    with file.open("ab") as lines:
+        if lines.tell() and not file.read_bytes().endswith(b"\n"):
+            lines.write(b"\n")  # the last line was torn
+        for batch in asker.answers([texts[key] for key in keys]):
+            found = {keys[place]: answered for place, answered in batch.items()}
+            told = [{"key": key, **asdict(one)} for key, one in found.items() if one.error is None]
+            lines.write(b"".join(json.dumps(one).encode() + b"\n" for one in told))
+            lines.flush()
+            yield found
+
+
+def _kept(file: Path) -> dict[str, Answered]:
+    """Read what is there; of a line that is torn the question is asked again."""
+    found: dict[str, Answered] = {}
+    for line in file.read_bytes().splitlines() if file.exists() else ():
+        try:
+            fields = json.loads(line)
+            key = fields.pop("key")
+            found[key] = Answered(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return found
+
+
+def key_of(*parts: str) -> str:
+    """Make a key of all that an answer depends on."""
+    return blake2b("\0".join(parts).encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
+
+
+def turn_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Give the tokens that end an answer: some models end a turn with another token than a text."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    return {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}

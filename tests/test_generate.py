@@ -1,0 +1,110 @@
+"""Answers to many questions: the same ones in any batch, and none asked twice."""
+
+from __future__ import annotations
+
+import json
+from collections import ChainMap
+from itertools import chain, islice
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetuned.trainer.generate import Answered, Asker, ask, generating, key_of
+
+TEXTS = {key_of(f"Say {n}"): f"Say {n}" + " please" * (n % 4) for n in range(10)}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+
+
+@pytest.fixture
+def posed(model, tokenizer, monkeypatch):
+    """A way to ask `TEXTS`; the texts of every batch are in `posed.batches`."""
+    generate = model.generate
+
+    def watched(*, input_ids, **options):
+        one.batches.append(tokenizer.batch_decode(input_ids, skip_special_tokens=True))
+        return generate(input_ids=input_ids, **options)
+
+    def one(file, texts=TEXTS, *, batches=None, **options) -> dict[str, Answered]:
+        with generating(model, tokenizer):
+            asker = Asker(model, tokenizer, max_new_tokens=8, **options)
+            return dict(ChainMap(*islice(ask(asker, texts, file), batches)))
+
+    one.batches = []
+    monkeypatch.setattr(model, "generate", watched)
+    return one
+
+
+def texts_of(found: dict[str, Answered]) -> dict[str, str]:
+    return {key: one.text for key, one in found.items()}
+
+
+def test_a_batch_is_of_like_length_and_changes_no_answer(posed, tmp_path):
+    alone = posed(tmp_path / "alone", rows=1)
+    posed.batches.clear()
+    together = posed(tmp_path / "together", rows=4)
+    assert texts_of(together) == texts_of(alone)
+    assert sorted(together) == sorted(TEXTS)
+    assert any(one.text for one in together.values())
+    assert [len(batch) for batch in posed.batches] == [4, 4, 2]
+    lengths = [len(text) for text in chain(*posed.batches)]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_what_was_answered_before_a_kill_is_not_asked_again(posed, tmp_path):
+    whole = posed(tmp_path / "whole", rows=2)
+    posed.batches.clear()
+    file = tmp_path / "kept"
+    posed(file, rows=2, batches=3)  # the first is what was kept, which is nothing
+    file.write_bytes(file.read_bytes() + b'{"key": "torn')
+    assert len(posed.batches) == 2
+    again = posed(file, rows=2)
+    assert texts_of(again) == texts_of(whole)
+    assert sorted(chain(*posed.batches)) == sorted(TEXTS.values())
+    posed.batches.clear()
+    assert posed(file) == again
+    assert posed.batches == []
+
+
+def test_an_answer_says_whether_the_model_ended_it(posed, tokenizer, model, tmp_path, monkeypatch):
+    def ends_at_once(*, input_ids, **_):
+        answers = torch.tensor([[5, tokenizer.eos_token_id], [5, 6]])[: len(input_ids)]
+        return torch.cat([input_ids, answers], dim=1)
+
+    monkeypatch.setattr(model, "generate", ends_at_once)
+    two = dict(list(TEXTS.items())[:2])
+    assert sorted(one.ended for one in posed(tmp_path / "kept", two).values()) == [False, True]
+
+
+def test_a_batch_that_memory_did_not_hold_makes_the_ones_after_it_smaller(posed, model, tmp_path, monkeypatch):
+    undisturbed = posed(tmp_path / "undisturbed")
+    generate, sizes = model.generate, []
+
+    def short_of_memory(*, input_ids, **options):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", short_of_memory)
+    assert texts_of(posed(tmp_path / "kept", rows=4)) == texts_of(undisturbed)
+    assert sizes == [4, 2, 2, 2, 2, 2]
+
+
+def test_an_error_is_told_and_not_kept(posed, model, tmp_path, monkeypatch):
+    file = tmp_path / "kept"
+    one = dict(list(TEXTS.items())[:1])
+    with monkeypatch.context() as broken:
+        broken.setattr(model, "generate", lambda **_: 1 / 0)
+        assert [answer.error for answer in posed(file, one).values()] == ["division by zero"]
+    assert [answer.error for answer in posed(file, one).values()] == [None]
+    assert [json.loads(line)["error"] for line in file.read_text().splitlines()] == [None]
