@@ -21,6 +21,7 @@ from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 from finetuned.findings import Warned
 from finetuned.judges import LETTERS, TOLERANCE, Judge, Kind, judge, suits
+from finetuned.recipe_settings import Hybrid
 
 NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter", "priority", "report_to"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
@@ -120,7 +121,13 @@ class TrainingSettings(_Strict):
     priority: int = Field(
         0, ge=-100, le=100, description="Jobs of a higher priority start first; set it in a profile, inbox/high/ say."
     )
-    recipe: Literal["sft"] = Field("sft", description="How is learned from the rows: sft, from their answers as they are.")
+    recipe: Literal["sft", "hybrid"] = Field(
+        "sft",
+        description="What is learned: sft, the rows' answers as they are; hybrid, these and what a judge rewards.",
+    )
+    hybrid: Hybrid = Field(
+        default_factory=Hybrid, description="Labels and rewards in one step: docs/recipes/hybrid.md."
+    )
     model: str = Field(
         "smollm2-135m",
         min_length=1,
@@ -270,6 +277,19 @@ class TrainingSettings(_Strict):
         if self.publish == "best" and not self.eval_steps:
             raise ValueError("publish best needs held-out rows and eval_steps, which tell what is best")
         return self
+
+    @model_validator(mode="after")
+    def _a_soft_prompt_is_the_adapter(self) -> Self:
+        named = [name for name in ("use_rslora", "use_dora", "resume_adapter") if getattr(self, name)]
+        named += ["tuning full"] if self.tuning == "full" else []
+        if self.soft_prompt and named:
+            raise ValueError(f"hybrid.prompt_tokens trains a prompt alone, which {' and '.join(named)} cannot go with")
+        return self
+
+    @property
+    def soft_prompt(self) -> int:
+        """How many tokens of a soft prompt are trained in an adapter's place."""
+        return self.hybrid.prompt_tokens if self.recipe == "hybrid" else 0
 
     def first_rung(self) -> Rung:
         """Give the top of the memory ladder, where the first attempt starts.

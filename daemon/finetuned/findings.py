@@ -63,6 +63,10 @@ ERRORS: dict[str, Finding] = {
         "no token of an answer lies within max_length",
         "Raise max_length, shorten the question, or give an answer a weight of 1.",
     ),
+    "answer_not_checkable": Finding(
+        "a row's answer cannot be held against another, which the recipe lives on",
+        "End each row with the right answer in a form that the judge reads: docs/evaluation.md.",
+    ),
 }
 
 # With one of these the file is refused, however many rows max_bad_rows would leave out.

@@ -41,6 +41,7 @@ def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, rep
             _plain(model).save_pretrained(folder)
             copy_processor(task.base.source, task.settings.revision, folder)
         task.tokenizer.save_pretrained(folder)
+        trained.save(folder)
     story = {
         "job_id": spec.id,
         "file": spec.name.encode("utf-8", "backslashreplace").decode(),

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetuned.config import TrainingSettings
+from finetuned.dataset import needs
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Fault, Report, rows_of
 from finetuned.dataset.rows import Problem, Row
@@ -98,6 +99,7 @@ class Door:
             special=repr(sorted(tokenizer.special_tokens_map.items())),
             system_prompt=self.system_prompt,
             max_length=self._settings.max_length,
+            needs=needs.of(self._settings),
             versions=[importlib.metadata.version(package) for package in ("transformers", "tokenizers", "jinja2")],
         )
 
@@ -105,7 +107,7 @@ class Door:
         report, quality = Report(), Quality(self._encoder.special_tokens)
         collected = _Collected(report, quality, writer)
         file = RowFile(path, name=name)
-        rows = rows_of(file, report, system_prompt=self.system_prompt)
+        rows = needs.suited(rows_of(file, report, system_prompt=self.system_prompt), self._settings, report)
         with ThreadPoolExecutor(1, "tokenizer") as beside, _few_collections():
             under_way: deque[_UnderWay] = deque()
             for part in _parts(rows):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from finetuned.config import TrainingSettings, settings_from
+from finetuned.dataset import needs
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Report, rows_of
 from finetuned.errors import DataError, ModelError
@@ -87,14 +88,15 @@ class _WithoutModel:
         """Give its rows and the report."""
         report, quality, index = Report(), Quality(()), array("q")
         file = RowFile(path, name=name)
-        for row in rows_of(file, report, system_prompt=self._settings.system_prompt):
+        rows = rows_of(file, report, system_prompt=self._settings.system_prompt)
+        for row in needs.suited(rows, self._settings, report):
             quality.see(row, report)
             index.extend((row.line, 0, 0, 0, *row.hashes()))
             if report.rows % _ROWS == 0:
                 progress(file.fraction, report.rows)
-        rows = np.array(index, np.int64).reshape(-1, 6)
-        quality.conclude(report, lines=rows[:, store.LINE], identities=rows[:, store.IDENTITY])
-        return Examples(np.empty(0, np.int32), rows, max_length=self._settings.max_length), report
+        found = np.array(index, np.int64).reshape(-1, 6)
+        quality.conclude(report, lines=found[:, store.LINE], identities=found[:, store.IDENTITY])
+        return Examples(np.empty(0, np.int32), found, max_length=self._settings.max_length), report
 
 
 def _teller(name: str, say: Say) -> Progress:

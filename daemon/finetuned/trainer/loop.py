@@ -73,6 +73,7 @@ class Trained:
     metrics: dict[str, Any]
     choices: dict[str, dict[str, str]]  # every automatic decision with its reason
     seen: Seen
+    save: Callable[[Path], None]  # writes what the recipe has beside the model into a folder
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def train(task: Task) -> Trained:
             raise
         training.save_what_is_done()
         raise OutOfMeansError(training.rung, detail, training.means()) from None
-    return Trained(training.model, training.rung, training.metrics, training.choices, training.seen())
+    recipe, seen = training.recipe, training.seen()
+    return Trained(training.model, training.rung, training.metrics, training.choices, seen, recipe.save)
 
 
 def begin(task: Task, precision: Precision) -> Training:

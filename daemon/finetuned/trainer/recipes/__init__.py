@@ -3,4 +3,4 @@
 Plain strings, so that a recipe's name can be checked without torch.
 """
 
-RECIPES = {"sft": "finetuned.trainer.recipes.sft"}
+RECIPES = {"sft": "finetuned.trainer.recipes.sft", "hybrid": "finetuned.trainer.recipes.hybrid"}
