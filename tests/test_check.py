@@ -151,6 +151,7 @@ PROVOKED = {  # each in a row of its own; a good one stands before them
     "template_drops_text": lines(chat("Drop me.", "a")),
     "no_end_of_turn": lines(chat("b", "Go on.")),
     "no_supervised_tokens": lines(chat("long " * MAX_LENGTH, "a")),
+    "answer_not_checkable": lines(chat("Which one?", "7")),
     "row_too_large": b"\0" * (64 * 2**20 + 1) + b"\n",
     "truncated_last_line": b'{"messages": [{"role": "us',
 }
@@ -162,7 +163,8 @@ def spoiled(tmp_path_factory, tiny_model) -> tuple[Said, Said]:
     folder = tmp_path_factory.mktemp("spoiled")
     shutil.copytree(tiny_model, folder / "picky")
     (folder / "picky" / "chat_template.jinja").write_text(PICKY)
-    home = settled(make_home(folder / "base"), folder / "picky", max_bad_rows=1)
+    choices = {"kind": "choice", "choices": ["Good day.", "Go on.", "a"]}
+    home = settled(make_home(folder / "base"), folder / "picky", max_bad_rows=1, recipe="hybrid", judge=choices)
     with (folder / "x.jsonl").open("wb") as file:
         for line in (lines(chat("Hello.", "Good day.")), *PROVOKED.values()):
             file.write(line)
