@@ -94,7 +94,8 @@ def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
     figures = [f"| {name} | {metrics[key]:.4f} |" for name, key in _FIGURES if key in metrics]
     whole = task.rung.tuning == "full"
     name = Path(os.fsencode(spec.name).decode("utf-8", "replace")).stem
-    weights = "A full fine-tune" if whole else "A LoRA adapter"
+    soft = task.settings.soft_prompt
+    weights = "A full fine-tune" if whole else f"A soft prompt of {soft} tokens" if soft else "A LoRA adapter"
     prompt = json.dumps(task.settings.system_prompt, ensure_ascii=False)
     lines = [
         "---",
@@ -103,7 +104,7 @@ def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
         "pipeline_tag: text-generation",
         "tags:",
         "- finetuned",
-        *([] if whole else ["- lora"]),
+        *([] if whole else ["- prompt-tuning" if soft else "- lora"]),
         "---",
         "",
         f"# {name}",

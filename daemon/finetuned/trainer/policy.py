@@ -28,7 +28,7 @@ class Policy(nn.Module):
 
     def __init__(self, width: int, tokens: int, size: float) -> None:
         super().__init__()
-        self._shape = (tokens, width)
+        self.tokens, self.width = tokens, width
         self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, _HIDDEN), nn.Tanh())
         self.aim = nn.Linear(_HIDDEN, CONTROL)
         self.expect = nn.Linear(_HIDDEN, 1)
@@ -54,7 +54,9 @@ class Policy(nn.Module):
         control: [CONTROL]; features: [width].
         """
         with torch.autocast(features.device.type, enabled=False):
-            change = self.change(torch.cat([self.read(features.float()), control.float()])).view(self._shape)
+            change = self.change(torch.cat([self.read(features.float()), control.float()])).view(
+                self.tokens, self.width
+            )
             refined: torch.Tensor = prompt_embedding.float() + self.reach * change[: len(prompt_embedding)]
             return refined
 
@@ -72,9 +74,9 @@ def log_probability(control: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
     return -0.5 * (control - aim).square().sum(-1)
 
 
-def load_policy(folder: Path) -> Policy:
+def load_policy(folder: str | Path) -> Policy:
     """Read one that was saved. Raises OSError."""
-    weights = load_file(folder / FILE)
+    weights = load_file(Path(folder) / FILE)
     width = len(weights["read.0.weight"])
     policy = Policy(width, len(weights["change.2.bias"]) // width, 1.0)
     policy.load_state_dict(weights)
