@@ -296,7 +296,7 @@ def test_what_is_saved_works_in_the_libraries_alone(tmp_path, tiny_model, prompt
     page = (Path(__file__).parents[1] / "docs" / "recipes" / "hybrid.md").read_text()
     lines = page.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(run.adapter)
-    exec(lines, told := {"BASE": str(tiny_model), "QUESTION": "Say the number 3"})  # noqa: S102, as a reader would
+    exec(lines, told := {"BASE": str(tiny_model), "QUESTION": "Say the number 3"})
     assert told["refined"].shape == told["plain"].shape
     assert (told["refined"] != told["plain"])[: policy.tokens].any(dim=1).all()
     assert told["answer"].shape[1] > 0
