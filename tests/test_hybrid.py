@@ -1,6 +1,7 @@
 """Recipe hybrid: what it learns from, that its parts learn, and what it leaves behind."""
 
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import chat_rows, write_jsonl
+from finetuned.adapters import read_adapter
 from finetuned.config import settings_from
 from finetuned.errors import ConfigError, UnhealthyError
 from finetuned.events import EventType, ExitCode
-from finetuned.trainer import contest
+from finetuned.trainer import chatting, contest
 from finetuned.trainer.batches import collate_flat, collate_padded
 from finetuned.trainer.generate import generating
 from finetuned.trainer.layout import choose_layout
@@ -318,3 +320,27 @@ def test_rows_that_cannot_be_judged_are_bad(tmp_path, tiny_model):
         assert run.error()["code"] == "answer_not_checkable"
         assert run.error()["where"] == f"data.jsonl:{line}"
         Run(tmp_path / f"{line}" / "sft", data, model=str(tiny_model), max_steps=1).done()
+
+
+def test_one_can_chat_with_a_soft_prompt_and_without_it(tmp_path, tiny_model, capsys):
+    data = write_jsonl(tmp_path / "data.jsonl", chat_rows(8))
+    table = {"prompt_tokens": 3, "max_new_tokens": 4, "prompt_rate": 500.0}
+    settings = {"model": str(tiny_model), "judge": LUCK, "hybrid": table, "max_steps": 2}
+    run = Run(tmp_path / "job", data, recipe="hybrid", **settings).done()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        heard = chatting.Interrupts()
+        for voice in chatting.load(run.adapter, compare=True, model=None, models=tmp_path):
+            voice.longest = 6
+            voice.answer("Say the number 3", heard)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().out.count("\n") >= 2
+
+
+def test_a_soft_prompt_is_no_adapter_to_be_merged_or_continued(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ConfigError, match="holds no LoRA adapter"):
+        read_adapter(tmp_path, where="finetuned merge")
+    assert read_adapter(tmp_path, where="finetuned chat", soft_prompts=True)
