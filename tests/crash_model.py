@@ -19,7 +19,6 @@ from finetuned.config import Config
 from finetuned.durable import make_folder, sync_tree, write_file
 from finetuned.jobs import Job
 from finetuned.jobs import State as Step
-from finetuned.on_finish import Teller
 from finetuned.service import Service
 from finetuned.spool.claim import claim, files_to_hash, fingerprint, input_path, write_spec
 from finetuned.spool.inbox import Found, list_inbox
@@ -95,7 +94,6 @@ class Daemon:
             "_config": scenario.config,
             "_attempt": None,
             "_failures": 0,
-            "_teller": Teller(),
         }
 
     def live(self) -> None:

@@ -36,7 +36,7 @@ def after(begin: Callable[[Bench], State], do: Callable[[Daemon], None], *orders
             do(Daemon(bench, Scenario("before", begin)))
         here = bench.here("")
         last = str(here.rows[-1][0])
-        given = tuple((n, NOW, verb, last) for n, verb in enumerate(orders, start=1))
+        given = tuple((n, NOW, verb, last, "") for n, verb in enumerate(orders, start=1))
         return replace(here, disk=here.disk.settle(), orders=given, story=())
 
     return state

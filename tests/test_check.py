@@ -164,7 +164,7 @@ def spoiled(tmp_path_factory, tiny_model) -> tuple[Said, Said]:
     shutil.copytree(tiny_model, folder / "picky")
     (folder / "picky" / "chat_template.jinja").write_text(PICKY)
     choices = {"kind": "choice", "choices": ["Good day.", "Go on.", "a"]}
-    home = settled(make_home(folder / "base"), folder / "picky", max_bad_rows=1, recipe="hybrid", judge=choices)
+    home = settled(make_home(folder / "base"), folder / "picky", max_bad_rows=1, recipe="rft", judge=choices)
     with (folder / "x.jsonl").open("wb") as file:
         for line in (lines(chat("Hello.", "Good day.")), *PROVOKED.values()):
             file.write(line)
@@ -439,3 +439,40 @@ def test_two_held_out_files_are_one_too_many(base, tmp_path):
     said = check(tmp_path / "x.jsonl", "--base-dir", base.root)
     assert said.code == 1
     assert "several held-out files: x.eval.json, x.eval.jsonl" in said.err
+
+
+# ---------------------------------------------------------------- what a new user stumbled over
+
+
+def test_it_says_where_its_settings_are_from(tmp_path, tiny_model):
+    file = write_jsonl(tmp_path / "x.jsonl", chat_rows(1))
+    text = check(file, "--model", tiny_model, cwd=tmp_path).out
+    assert "settings: finetuned's defaults, as this folder is no base directory" in text
+    assert text.startswith("x.jsonl: 1 row of ")
+    home = make_home(tmp_path / "base")
+    write_config(home, model=str(tiny_model), profiles={"careful": {"epochs": 1}})
+    text = check(file, "--base-dir", home.root, "--profile", "careful").out
+    assert f"settings: {home.config_file}, then profile careful\n" in text
+
+
+def test_a_held_out_file_may_be_named(tmp_path, tiny_model):
+    file = write_jsonl(tmp_path / "x.jsonl", chat_rows(3))
+    write_jsonl(tmp_path / "x.eval.jsonl", chat_rows(1, start=50))
+    other = write_jsonl(tmp_path / "other.jsonl", chat_rows(2, start=20))
+    assert "held out: 1 row of x.eval.jsonl" in check(file, "--model", tiny_model).out
+    assert "held out: 2 rows of other.jsonl" in check(file, "--model", tiny_model, "--eval-file", other).out
+
+
+@pytest.mark.parametrize("ending", [".csv", ".TSV"])
+def test_a_table_is_told_how_to_become_rows(tmp_path, tiny_model, ending):
+    comma = "," if ending == ".csv" else "\t"
+    table = tmp_path / f"it's a {ending}"
+    table.write_text(f"prompt{comma}completion\nWho?{comma}me\n")
+    said = check(table.name, cwd=tmp_path)
+    assert said.code == 1
+    assert "is a table" in said.err
+    program = said.err[said.err.index("python3 -c") :].strip()
+    subprocess.run(program, shell=True, cwd=tmp_path, check=True)
+    rows = (tmp_path / f"{table.stem}.jsonl").read_text().splitlines()
+    assert [json.loads(row) for row in rows] == [{"prompt": "Who?", "completion": "me"}]
+    assert check(tmp_path / f"{table.stem}.jsonl", "--model", tiny_model).code == 0

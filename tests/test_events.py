@@ -19,7 +19,8 @@ EVENT = Event(
 @pytest.mark.parametrize("kind", EventType)
 @pytest.mark.parametrize("level", ["info", "warning", "error"])
 def test_an_event_read_back_is_the_one_that_was_written(kind, level):
-    event = Event(1.5, kind, "a message", level, {"step": 3, "rung": {"batch_size": 4}, "list": [1, None]})
+    data = {"step": 3, "rung": {"batch_size": 4}, "samples": [], "list": [1, None]}
+    event = Event(1.5, kind, "a message", level, data)
     assert parse_event(event.line()) == event
 
 
@@ -71,6 +72,51 @@ def test_a_line_torn_anywhere_is_no_event():
 )
 def test_what_is_no_event_is_none(line):
     assert parse_event(line) is None
+
+
+SAMPLE = {"prompt": "a", "expected": "b", "answer": "c", "exact": False, "similarity": 0.5, "seconds": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        ("metrics", {"train_loss": 1.0}),
+        ("metrics", {"step": "3", "train_loss": 1.0}),
+        ("metrics", {"step": 2**63}),
+        ("metrics", {"step": True}),
+        ("metrics", {"step": 3, "train_loss": "low"}),
+        ("metrics", {"step": 3, "train_loss": None}),
+        ("metrics", {"step": 3, "seconds_left": float("inf")}),
+        ("checkpoint", {"step": -1}),
+        ("phase", {"phase": ["training"]}),
+        ("plan", {}),
+        ("rung", {"rung": 4}),
+        ("predictions", {"step": 3}),
+        ("predictions", {"samples": [SAMPLE]}),
+        ("predictions", {"step": 3, "samples": {"0": SAMPLE}}),
+        ("predictions", {"step": 3, "samples": ["x"]}),
+        ("predictions", {"step": 3, "epoch": "one", "samples": [SAMPLE]}),
+        ("predictions", {"step": 3, "samples": [{**SAMPLE, "answer": None}]}),
+        ("predictions", {"step": 3, "samples": [{**SAMPLE, "similarity": "much"}]}),
+        ("predictions", {"step": 3, "samples": [{**SAMPLE, "exact": 2}]}),
+        ("predictions", {"step": 3, "samples": [{**SAMPLE, "error": {}}]}),
+    ],
+    ids=str,
+)
+def test_what_does_not_hold_what_its_readers_rely_on_is_none(kind, data):
+    assert parse_event(Event(1.0, EventType(kind), "m", data=data).line()) is None
+
+
+def test_a_time_or_a_level_that_is_none_is_no_event():
+    assert parse_event(Event(float("nan"), EventType.MESSAGE, "m").line()) is None
+    assert parse_event(Event(1.0, EventType.MESSAGE, "m", "\ud800").line()) is None
+
+
+def test_a_loss_that_is_no_number_is_told_all_the_same():
+    told = parse_event(Event(1.0, EventType.METRICS, "m", data={"step": 3, "train_loss": float("nan")}).line())
+    assert told is not None
+    answers = parse_event(Event(1.0, EventType.PREDICTIONS, "m", data={"step": 3, "samples": [SAMPLE]}).line())
+    assert answers is not None
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,9 @@ def test_it_tells_the_running_job_its_curve_the_gpu_the_queue_and_the_answers():
 
 
 @pytest.mark.parametrize(
-    "size", [Size(80, 24), Size(40, 10), Size(20, 4), Size(200, 60), Size(80, 24, plain=True)], ids=str
+    "size",
+    [Size(80, 24), Size(40, 10), Size(20, 4), Size(10, 1), Size(12, 30), Size(200, 60), Size(80, 24, plain=True)],
+    ids=str,
 )
 def test_it_fits_the_terminal_whatever_it_tells(size):
     wide = "漢字" * 60 + "\x1b[2J\x07\n"
@@ -89,6 +91,12 @@ def test_it_fits_the_terminal_whatever_it_tells(size):
         assert not any("\x1b" in line for line in lines)
         if size.plain and given is not crowded:
             assert "".join(lines).isascii()
+
+
+@pytest.mark.parametrize("left", [0, 10**12, 1e300])
+def test_a_time_left_that_is_none_has_no_end(left):
+    progress = {**RUNNING["progress"], "seconds_left": left}
+    assert "done at" not in "\n".join(shown(facts(running=[{**RUNNING, "progress": progress}]), Size(80, 24)))
 
 
 def test_the_chosen_job_is_in_sight_however_long_the_queue():

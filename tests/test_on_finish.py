@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import threading
 import time
@@ -12,8 +13,10 @@ import pytest
 
 from conftest import chat_rows, eventually, write_config, write_jsonl
 from finetuned.config import OnFinish, load_config
-from finetuned.jobs import Outcome, State
+from finetuned.jobs import FileIdentity, Job, Outcome, State
+from finetuned.ledger import Ledger
 from finetuned.on_finish import News, Teller
+from finetuned.spool.publish import publish
 
 POST = (
     f'{sys.executable} -c "import os, json, urllib.request as r; '
@@ -112,10 +115,6 @@ def test_what_is_not_told_when_the_daemon_ends_is_given_up(capsys):
     assert "not told any more" in capsys.readouterr().out
 
 
-def test_with_nobody_to_tell_nothing_is_started(told):
-    assert told(OnFinish()) == ""
-
-
 def test_a_daemon_tells_how_each_job_ended(home, daemon, standin, server, monkeypatch):
     write_config(home, on_finish={"command": POST.replace("URL", server.url)})
     one = daemon()
@@ -133,6 +132,76 @@ def test_a_daemon_tells_how_each_job_ended(home, daemon, standin, server, monkey
     assert good["FINETUNED_LINE"].startswith(f"{job.id}: good.jsonl succeeded: adapters/good")
     assert bad["FINETUNED_RESULT"] == "failed"
     assert "told to end so. mend it" in bad["FINETUNED_LINE"]
+    assert two.stop() == 0
+    three = daemon()
+    eventually(lambda: three.log().count("finetuned starts") == 3)
+    assert three.stop() == 0
+    assert len(server.got) == 2  # each end is told once
+
+
+def test_what_a_killed_daemon_did_not_tell_is_told_by_the_next_and_nothing_for_ever(home, daemon, standin, server):
+    write_config(home, on_finish={"command": "echo > $(mktemp begun.XXXXXX); sleep 1000", "seconds": 1000})
+    one = daemon(cwd=home.root)
+    for number, name in enumerate(("a", "b")):
+        write_jsonl(home.root / "staged", chat_rows(3, start=10 * number)).rename(home.inbox / f"{name}.jsonl")
+        one.job(f"{name}.jsonl")
+    for times in (1, 2):  # the end of `a` is being told, that of `b` waits for its turn
+        eventually(lambda n=times: len(list(home.root.glob("begun.*"))) == n, why=f"telling begins, {times}")
+        one.stop(signal.SIGKILL)
+        if times == 1:
+            one = daemon(cwd=home.root)
+    write_config(home, on_finish={"command": POST.replace("URL", server.url)})
+    last = daemon()
+    eventually(lambda: server.got, why="the other end is told")
+    last.says("given up")
+    assert [got["FINETUNED_FILE"] for got in server.got] == ["b.jsonl"]
+    assert "b.jsonl succeeded: adapters/b" in server.got[0]["FINETUNED_LINE"]
+
+
+def test_an_end_that_recovery_brought_about_is_told_too(home, daemon, standin, server):
+    """The daemon died between publishing and putting the input away."""
+    write_config(home)
+    standin(seconds=0.05)
+    one = daemon()
+    write_jsonl(home.root / "staged", chat_rows(20)).rename(home.inbox / "x.jsonl")
+    trainer = one.job("x.jsonl", state=State.RUNNING)
+    one.stop(signal.SIGKILL)
+    eventually((home.job(trainer.id).path / "exit.1").exists, why="the trainer's end")
+    write_config(home, on_finish={"command": POST.replace("URL", server.url)})
+    ledger = Ledger.open(home.ledger)
+    job = publish(ledger, home, ledger.job(trainer.id))
+    assert job.state is State.TRAINED
+    ledger.close()
+    daemon()
+    eventually(lambda: server.got, why="it is told")
+    assert server.got[0]["FINETUNED_LINE"].startswith(f"{job.id}: x.jsonl succeeded: adapters/x")
+
+
+def test_with_once_all_is_told_before_the_daemon_ends(home, daemon, standin, server):
+    write_config(home, on_finish={"command": "sleep 0.3; " + POST.replace("URL", server.url)})
+    for number in range(3):
+        write_jsonl(home.inbox / f"{number}.jsonl", chat_rows(3, start=10 * number))
+    assert daemon("--once").process.wait(60) == 0
+    assert sorted(got["FINETUNED_FILE"] for got in server.got) == ["0.jsonl", "1.jsonl", "2.jsonl"]
+
+
+def test_a_job_that_is_tried_again_is_told_once_more(tmp_path):
+    ledger = Ledger.open(tmp_path / "state.db")
+    ledger.add(Job("x-1", b"x.jsonl", "", FileIdentity(1, 2, 3, 4), State.QUEUED, 1.0))
+
+    def ends() -> int:
+        for state in (State.FAILING, State.FINISHED):
+            ledger.update("x-1", state=state)
+        return ledger.next_news()[0]
+
+    first = ends()
+    for state in (State.CLAIMING, State.QUEUED):
+        ledger.update("x-1", state=state)
+    assert ledger.next_news() is None
+    second = ends()
+    ledger.drop_news(first)  # of the end before, told late
+    assert ledger.next_news()[0] == second
+    ledger.close()
 
 
 def test_a_job_is_not_held_up_by_a_command_that_hangs(home, daemon, standin):

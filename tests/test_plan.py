@@ -13,6 +13,7 @@ from conftest import chat_rows, write_config, write_jsonl
 from finetuned.cli import cli
 from finetuned.config import settings_from
 from finetuned.fallback import Rung
+from finetuned.plan import render
 from finetuned.trainer import attention, footprint, history, plan
 from finetuned.trainer.base import Base
 from finetuned.trainer.layout import Layout
@@ -110,3 +111,18 @@ def test_the_verb_answers_for_machines_and_names_what_is_wrong(home, tmp_path, t
     assert ask(tmp_path / "none.jsonl").exit_code == 2
     write_config(home, epochs=-1)
     assert "epochs" in str(ask(data, "--base-dir", home.root).exception)
+
+
+@pytest.mark.parametrize(("minutes", "time"), [(0.0001, "about 1 s"), (0.7, "about 42 s"), (90, "about 1 h 30 min")])
+def test_a_short_time_is_told_in_seconds_and_one_row_is_one(minutes, time):
+    text = render(
+        {
+            "parts_bytes": {}, "correction": 1.0, "corrected_by": "nothing", "counted": "by hand", "peak_bytes": 1,
+            "predicted_bytes": 1, "memory_bytes": 1, "file": "x", "data_summary": "", "data_sentences": [],
+            "rung": {"batch_size": 1, "micro_batch_tokens": 0}, "rung_name": "", "reason": "", "model": "",
+            "device": "", "trained_parameters": 1, "steps": 1, "tokens": 1, "supervised_tokens": 1,
+            "tokens_per_second": 1.0, "speed_from": "earlier jobs", "minutes": minutes,
+        }
+    )  # fmt: skip
+    assert f"time: {time} at" in text
+    assert "at most 1 row\n" in text

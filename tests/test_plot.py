@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 
@@ -51,7 +52,7 @@ def test_a_running_mean_begins_with_what_there_is():
 @pytest.fixture
 def trained(home):
     with_steps = Ledger.open(home.ledger)
-    for job_id, steps in (("many-1", 200), ("few-1", 3), ("none-1", 0)):
+    for job_id, steps in (("many-1", 200), ("few-1", 3), ("one-1", 1), ("none-1", 0)):
         with_steps.add(Job(job_id, b"x.jsonl", "", FileIdentity(1, 2, 3, 4), State.RUNNING, 1.0))
         if steps:
             with_steps.record(job_id, a_training(steps), offset=1)
@@ -77,11 +78,18 @@ def test_the_ending_says_of_which_kind_the_picture_is(trained, tmp_path, job, en
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [picture.name]
 
 
+def test_a_single_step_is_seen(trained, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert plot(trained, "one", "-o", tmp_path / "loss.svg").returncode == 0
+    assert re.search(r"<use [^>]*#3b6fb6", (tmp_path / "loss.svg").read_text())
+
+
 def test_what_cannot_be_drawn_is_told(trained, tmp_path):
     pytest.importorskip("matplotlib")
     for words, reason in (
         (["many", "-o", tmp_path / "loss.docx"], "End its name with one of"),
         (["many", "-o", tmp_path / "nowhere" / "loss.png"], "cannot be written"),
+        (["many", "-o", "/dev/null/loss.png"], "cannot be written"),
         (["none", "-o", tmp_path / "loss.png"], "has done no step yet"),
         (["other", "-o", tmp_path / "loss.png"], "there is no job other"),
     ):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import sqlite3
 import subprocess
 import sys
@@ -19,8 +21,10 @@ from finetuned.dataset.formats import check_row
 from finetuned.events import Event, EventType, parse_event
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import MIGRATIONS, Ledger
+from finetuned.trainer import generate as room
 from finetuned.trainer import loop
 from finetuned.trainer.base import Base
+from finetuned.trainer.ends import StopAskedError
 from finetuned.trainer.predictions import predict
 from finetuned.trainer.reporter import Reporter
 from finetuned.trainer.tokens import tokenise
@@ -33,7 +37,7 @@ def training(tmp_path, tiny_model, monkeypatch):
     """Train eight steps in this process; the weights and what was said: `training(predictions=...)`."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # which the trainer hides as well, but for good
 
-    def start(*, rows=None, **settings):
+    def start(*, rows=None, asked_to_stop=lambda: False, **settings):
         told = tmp_path / f"events-{len(list(tmp_path.iterdir()))}.jsonl"
         values = {"dtype": "float32", "tuning": "lora", "epochs": 4, "learning_rate": 2e-3, **settings}
         settings = settings_from(values, where="the test")
@@ -53,7 +57,7 @@ def training(tmp_path, tiny_model, monkeypatch):
                 checkpoints=tmp_path / told.stem,
                 bounds=tmp_path / "micro-batches.json",
                 say=Reporter(told),
-                asked_to_stop=lambda: False,
+                asked_to_stop=asked_to_stop,
             )
         )
         events = [parse_event(line) for line in told.read_bytes().splitlines()]
@@ -239,6 +243,42 @@ def test_a_training_goes_on_where_no_question_can_be_answered(training, monkeypa
     assert {sample["error"] for sample in last.data["samples"]} == {"no generation today"}
 
 
+def test_an_expected_answer_that_cannot_be_compared_is_told_and_the_others_are(model, tokenizer):
+    rows = [*ROWS[:2], row_of(("user", "Say 2!!"), ("assistant", "half of a letter: \ud83d")), *ROWS[3:]]
+    answers = predict(model, tokenizer, rows, Predictions(max_new_tokens=4), seed=1)
+    assert [bool(one.error) for one in answers] == [False, False, True, False, False]
+
+
+def test_a_training_goes_on_where_the_model_cannot_be_asked_at_all(training, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("no such attention here")
+
+    monkeypatch.setattr(room, "without_flat", fails)
+    _, events = training(predictions={"samples": 3})
+    assert asked_at(events) == []
+    warned = [event.message for event in events if event.level == "warning" and "predictions" in event.message]
+    assert warned == [f"predictions after step {step} are left out: no such attention here" for step in (0, STEPS)]
+
+
+def test_a_stop_is_heard_in_the_middle_of_an_answer(training, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    forward, tokens, heard = LlamaForCausalLM.forward, [], []
+
+    def counts(model, *words, **options):
+        tokens.extend([1] if options.get("past_key_values") is not None else [])
+        return forward(model, *words, **options)
+
+    def stop() -> bool:
+        heard.extend([len(tokens)] if len(tokens) > 20 and not heard else [])
+        return bool(heard)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counts)
+    with pytest.raises(StopAskedError):
+        training(predictions={"samples": 2, "max_new_tokens": 800}, asked_to_stop=stop)
+    assert 20 < len(tokens) < 30
+
+
 # ---------------------------------------------------------------- in the ledger, and out of it
 
 
@@ -304,6 +344,15 @@ def test_answers_of_a_step_that_was_done_again_take_the_place_of_the_first(ledge
     assert ledger.predictions("x-1") == []
 
 
+def test_answers_after_a_checkpoint_that_was_gone_back_to_are_no_longer_shown(ledger):
+    """A trainer was killed after step 9 and goes on from its start, with fewer samples, as a retry may have it."""
+    ledger.record("x-1", [told(0, "x", "y"), told(4, "c", "d"), told(9, "e", "f")], offset=1)
+    ledger.record("x-1", [told(4, "b")], offset=2)
+    rows = ledger.predictions("x-1")
+    assert [(row["step"], row["answer"]) for row in rows] == [(0, "x"), (0, "y"), (4, "b")]
+    assert [row["answer"] for row in ledger.newest_predictions("x-1")] == ["b"]
+
+
 def test_a_ledger_from_before_there_were_predictions_is_upgraded(tmp_path, ledger):
     old = tmp_path / "old.db"
     database = sqlite3.connect(old)
@@ -322,6 +371,25 @@ def test_a_ledger_from_before_there_were_predictions_is_upgraded(tmp_path, ledge
     upgraded.record("x-1", [told(0, "b")], offset=1)
     assert [row["answer"] for row in upgraded.predictions("x-1")] == ["b"]
     upgraded.close()
+
+
+def test_answers_are_shown_in_what_letters_and_colours_there_are(home):
+    ledger = Ledger.open(home.ledger)
+    ledger.add(Job("x-1", b"x.jsonl", "", FileIdentity(1, 2, 3, 4), State.RUNNING, 1.0))
+    ledger.record("x-1", [told(0, "\u6f22 \x1b[2J\ud83d\n\u202eb"), told(2, "b", similarity=None)], offset=1)
+    ledger.close()
+    words = [sys.executable, "-m", "finetuned", "predictions", "--base-dir", str(home.root), "x"]
+    few = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    said = subprocess.run(words, env=few, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "before  \\u6f22 \\x1b[2J\\ud83d \\u202eb" in said
+    for no_colour in (True, False):
+        environment = {**os.environ, **({"NO_COLOR": "1"} if no_colour else {})}
+        master, slave = pty.openpty()
+        subprocess.run(words, env=environment, stdout=slave, check=True, timeout=60)
+        os.close(slave)
+        shown = os.read(master, 2**16)
+        os.close(master)
+        assert (b"\x1b[" not in shown) is no_colour
 
 
 def test_a_job_that_was_not_asked_and_one_that_is_not_there_are_told(home):

@@ -123,7 +123,7 @@ def test_system_prompts_in_two_languages_are_told(tmp_path, door):
     rows = [{"messages": [{"role": "system", "content": prompt}, *chat("a")["messages"]]} for prompt in prompts]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, report = door.read(path, name=path.name)
-    assert report.warnings["mixed_system_languages"].detail == "de: 1 rows, en: 1 rows"
+    assert report.warnings["mixed_system_languages"].detail == "de: 1 row, en: 1 row"
 
 
 def test_a_refused_file_is_read_anew_under_the_name_it_should_have(tmp_path, door):

@@ -266,8 +266,8 @@ def test_a_new_daemon_goes_on_where_the_old_one_stopped(said):
 
 
 def test_what_nobody_listened_to_for_long_is_given_piece_by_piece(said):
-    text = event(EventType.METRICS, text="x" * 1000)
-    append(said, text.line() * 10_000 + event(EventType.METRICS, text="x" * 10**7).line() + line(1))
+    text = event(EventType.MESSAGE, text="x" * 1000)
+    append(said, text.line() * 10_000 + event(EventType.MESSAGE, text="x" * 10**7).line() + line(1))
     tail, given = EventTail(said), []
     while not tail.drained:
         given.append(tail.read())

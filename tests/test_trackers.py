@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from conftest import chat_rows, write_jsonl
 from finetuned.config import check_overrides
 from finetuned.errors import ConfigError
-from finetuned.events import EventType
+from finetuned.events import EventType, ExitCode
 from finetuned.trainer import trackers
 from finetuned.trainer.reporter import Reporter
 from finetuned.trainer.trackers import figures_of, reporting
@@ -103,6 +104,29 @@ def test_a_training_whose_trackers_are_not_there_goes_on_and_says_so(tmp_path, t
     warned = [event.message for event in run.events(EventType.MESSAGE) if "report_to" in event.message]
     assert len(warned) == 2
     assert all("the training goes on without it" in message for message in warned)
+
+
+AIM = """
+import threading, time
+
+threading.Thread(target=time.sleep, args=(1000,), daemon=False).start()  # Python waits for it at its end
+
+
+class Run:
+    def __init__(self, **_): pass
+    def __setitem__(self, *_): pass
+    def track(self, *_, **__): pass
+    def close(self): pass
+"""
+
+
+def test_a_tracker_that_does_not_let_the_process_end_cannot_hold_up_the_next_job(tmp_path, tiny_model):
+    (tmp_path / "aim.py").write_text(AIM)
+    data = write_jsonl(tmp_path / "data.jsonl", chat_rows(8))
+    run = Run(tmp_path / "job", data, model=str(tiny_model), report_to=["aim"])
+    search = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    assert run.attempt(environment={"PYTHONPATH": search}) == ExitCode.DONE
+    assert "report_to" not in run.log
 
 
 def test_tensorboard_reads_what_was_reported(tmp_path, tiny_model):

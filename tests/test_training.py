@@ -14,7 +14,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -295,6 +297,11 @@ def test_finetuned_json_tells_the_whole_story(runs):
     card = (run.adapter / "README.md").read_text()
     assert f"base_model: {story['base_model']}" in card
     assert f"{story['metrics']['valid_loss']:.4f}" in card
+    program = card.partition("```python\n")[2].partition("```")[0].replace('"."', repr(str(run.adapter)))
+    assert '{"role": "system", "content": "You are a helpful assistant."}, {"role": "user"' in program
+    with redirect_stdout(StringIO()) as said:
+        exec(program, {})  # as a user would run it
+    assert "<|im_start|>system\nYou are a helpful assistant.<|im_end|>" in said.getvalue()
 
 
 # ---------------------------------------------------------------- the same weights, however a step is cut

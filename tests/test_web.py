@@ -12,14 +12,16 @@ import stat
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from finetuned.curves import Series
 from finetuned.events import Event, EventType
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import Ledger
-from finetuned.web.curves import curves, thin
+from finetuned.web.curves import thin
 
 IDENTITY = FileIdentity(1, 2, 3, 4)
 SETTINGS = {"model": "smollm2-135m", "epochs": 2.0, "seed": 42}
@@ -168,6 +170,28 @@ def test_an_adapter_is_downloaded_as_a_zip(web, ledger, home):
     assert server.ask("/api/jobs/other-1/adapter.zip")[0] == 404
 
 
+def test_what_no_text_can_hold_is_told_all_the_same(web, ledger):
+    """Half a character of a broken data file, a number beyond 64 bits, a loss that is no number."""
+    odd = {"where": "caf\udce9", "seed": 2**70, "grad_norm": float("nan"), "\ud800": [float("inf")]}
+    reason = {"code": "c", "what": "caf\udce9", "where": "x", "remedy": ""}
+    ledger.add(job("x", State.FINISHED, outcome=Outcome.FAILED, reason=reason))
+    ledger.record("x", [Event(1.0, EventType.ERROR, "odd", "error", odd)], offset=1)
+    server = web()
+    [(_, _, said), (_, kind, _)] = server.stream("/api/jobs/x/events")
+    assert (said["data"]["where"], said["data"]["seed"], said["data"]["grad_norm"]) == ("caf?", 2**70, None)
+    assert kind == "end"
+    assert server.json("/api/jobs/x")["error"]["code"] == "c"
+
+
+def test_a_damaged_ledger_is_said_and_so_is_its_remedy(web, home):
+    home.ledger.write_bytes(b"no database at all " * 100)
+    server = web()
+    for path in ("/api/jobs", "/api/gpus", "/metrics"):
+        assert "damaged" in server.json(path, status=400)["error"]["message"]
+    assert "damaged" in server.json("/api/now")["waits"]
+    assert "damaged" in next(server.stream("/api/now/events"))[2]["waits"]
+
+
 # -- streams
 
 
@@ -217,6 +241,15 @@ def test_a_stream_may_begin_with_the_last_events(web, ledger):
     assert server.ask("/api/jobs/none/events")[0] == 404
 
 
+def test_a_stream_does_not_say_that_it_ended_when_the_ledger_cannot_be_read(web, ledger, home):
+    ledger.add(job("x", State.RUNNING))
+    ledger.record("x", steps(1), offset=1)
+    stream = web().stream("/api/jobs/x/events")
+    assert next(stream)[2]["message"] == "step 1"
+    home.ledger.rename(home.root / "elsewhere")
+    assert next(stream, None) is None  # so a browser comes back; after "end" it would not
+
+
 def test_the_situation_is_told_when_it_changes(web, ledger):
     stream = web().stream("/api/now/events")
     assert next(stream)[2]["queue"] == []
@@ -244,7 +277,11 @@ def test_orders_stand_in_the_ledger_for_the_daemon(web, ledger):
     server = web()
     for path in ("/api/jobs/x/first", "/api/jobs/x/cancel", "/api/queue/pause"):
         assert server.json(path, method="POST", status=202)["said"]
-    assert [(verb, job_id) for _, verb, job_id in ledger.orders()] == [("first", "x"), ("cancel", "x"), ("pause", "")]
+    assert [(verb, job_id) for _, verb, job_id, _ in ledger.orders()] == [
+        ("first", "x"),
+        ("cancel", "x"),
+        ("pause", ""),
+    ]
 
 
 def test_an_order_that_cannot_be_carried_out_is_refused_with_its_remedy(web, ledger):
@@ -281,9 +318,10 @@ def test_only_our_own_pages_and_no_browsers_may_give_orders(web, ledger):
         assert server.ask("/api/queue/pause", method="POST", Host="localhost:7", **headers)[0] == 403, headers
     assert ledger.orders() == []
     own = [{"Sec_Fetch_Site": "same-origin"}, {"Sec_Fetch_Site": "same-origin", "Origin": "http://localhost:7"}, {}]
+    own.append({"Sec_Fetch_Site": "same-origin", "Origin": "https://proxy.example"})
     for headers in own:
         assert server.ask("/api/queue/pause", method="POST", Host="localhost:7", **headers)[0] == 202, headers
-    assert len(ledger.orders()) == 3
+    assert len(ledger.orders()) == len(own)
 
 
 def test_no_id_leads_out_of_the_ledger(web, ledger):
@@ -389,25 +427,69 @@ def test_pages_and_their_files_are_served_and_nothing_besides(web, ledger):
         assert server.ask(path)[0] == 404
 
 
+def test_an_error_is_json_for_programs_and_a_page_for_people(web):
+    server = web()
+    for path in ("/api/nowhere", "/nowhere", "/jobs/none", "/static/none.js"):
+        assert server.json(path, status=404)["error"]["code"] == "not_found"
+    assert server.json("/api/jobs", method="PUT", status=405)["error"]["message"] == "Method Not Allowed"
+    status, headers, content = server.ask("/jobs/none", Accept="text/html")
+    assert (status, headers["content-type"]) == (404, "text/html; charset=utf-8")
+    assert b"<h1>There is no such job</h1>" in content
+
+
+def test_a_file_that_cannot_be_read_is_said_without_its_path(web, home):
+    server = web()
+    home.config_file.unlink()
+    home.config_file.mkdir()
+    told = server.json("/api/config", status=503)["error"]
+    assert (told["code"], told["message"]) == ("unavailable", "this cannot be read or written now: Is a directory")
+
+
 # -- thinning
 
 
+def series(values: list[float]) -> Series:
+    made = Series()
+    for step, value in enumerate(values):
+        made.note(step, value)
+    return made
+
+
 def test_thinning_keeps_the_ends_and_every_spike():
-    pairs = [(float(n), 0.0) for n in range(100_000)]
-    pairs[31_416] = (31_416.0, 50.0)
-    pairs[77_777] = (77_777.0, -50.0)
-    thinned = thin(pairs, points=1000)
+    values = [0.0] * 100_000
+    values[31_416], values[77_777] = 50.0, -50.0
+    thinned = thin(series(values), points=1000)
     assert len(thinned["step"]) <= 1000
     assert {max(thinned["value"]), min(thinned["value"])} == {50.0, -50.0}
     assert thinned["step"] == sorted(set(thinned["step"]))
     assert (thinned["step"][0], thinned["step"][-1]) == (0, 99_999)
 
 
-def test_a_short_curve_is_given_as_it_is():
-    assert curves([{"step": 1, "train_loss": 2.0}, {"step": 1, "valid_loss": 3.0}, {"train_loss": 1.0}]) == {
-        "train_loss": {"step": [1], "value": [2.0]},
-        "valid_loss": {"step": [1], "value": [3.0]},
-    }
+def test_a_short_curve_is_given_as_it_is_and_grows_with_its_job(web, ledger):
+    ledger.add(job("x", State.RUNNING))
+    figures = ({"step": 1, "train_loss": 2.0}, {"step": 1, "valid_loss": 3.0}, {"train_loss": 1.0})
+    ledger.record("x", [Event(1.0, EventType.METRICS, "", "info", data) for data in figures], offset=1)
+    server = web()
+    drawn = {"train_loss": {"step": [1], "value": [2.0]}, "valid_loss": {"step": [1], "value": [3.0]}}
+    assert server.json("/api/jobs/x/curves")["curves"] == drawn
+    ledger.record("x", [*steps(2, 4), *steps(1, 3)], offset=2)
+    drawn["train_loss"] = {"step": [1, 2, 3, 4], "value": [1.0, 1 / 2, 1 / 3, 1 / 4]}
+    assert server.json("/api/jobs/x/curves")["curves"] == drawn
+
+
+def test_fifty_pages_of_a_long_job_that_open_together_cost_little(web, ledger):
+    ledger.add(job("x", State.RUNNING))
+    ledger.record("x", steps(*range(1, 100_001), learning_rate=1e-4, grad_norm=1.0, tokens_per_second=5.0), offset=1)
+    sample = {"index": 0, "utilization": 50, "memory_used": 2**30, "power": 99.0, "temperature": 50}
+    given = [(float(n), "G", {**sample, "uuid": f"G{n % 8}", "created_at": float(n)}) for n in range(20_000)]
+    ledger.record_gpu("x", given)
+    server = web()
+    for path in ("/api/jobs/x/curves", "/api/gpus?job=x"):
+        with ThreadPoolExecutor(50) as pages:
+            answers = list(pages.map(lambda _, path=path: server.ask(path)[0], range(50)))
+        assert set(answers) == {200}
+    facts = Path(f"/proc/{server.process.pid}/status").read_text()
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", facts)[1]) < 100 * 1024
 
 
 def test_a_curve_of_a_hundred_thousand_steps_comes_thinned(web, ledger):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -68,7 +70,12 @@ def test_settings_that_cannot_be_used_are_refused_and_the_file_waits_on(web, hom
         {"profile": "none"},
     ):
         assert post(server, f"/api/drops/{number}/confirm", status=400, **given)["error"]["message"]
-    for given in ({"model": "/etc"}, {"model": "--help"}, {"profile": "--help"}):
+    for given in (
+        {"settings": {"model": "/etc"}},
+        {"settings": {"model": "--help"}},
+        {"settings": {"eval_file": "/etc/passwd"}},
+        {"profile": "--help"},
+    ):
         assert post(server, f"/api/drops/{number}/check", status=400, **given)["error"]["message"]
     assert not any(home.inbox.iterdir())
     assert post(server, f"/api/drops/{number}/confirm")["file"] == "x.jsonl"
@@ -80,6 +87,9 @@ def test_the_check_s_report_is_given(web, home, tiny_model):
     number = upload(server)
     facts = post(server, f"/api/drops/{number}/check")
     assert (facts["verdict"], facts["file"], facts["training"]["rows"]) == ("usable", "x.jsonl", 40)
+    assert (facts["training"]["epochs"], facts["training"]["steps"]) == (1, 10)
+    more = post(server, f"/api/drops/{number}/check", settings={"epochs": 3})  # what is chosen for this file counts
+    assert (more["training"]["epochs"], more["training"]["steps"]) == (3, 30)
     bad = post(server, f"/api/drops/{upload(server, body=b'nonsense')}/check")
     assert bad["verdict"] == "refused"
     assert bad["reason"]["remedy"]
@@ -119,6 +129,42 @@ def test_an_upload_that_breaks_off_leaves_nothing(web, home):
     eventually(lambda: left(home) == [])
 
 
+def test_held_out_rows_that_are_still_coming_in_are_never_taken_for_whole(web, home):
+    server = web()
+    number = upload(server)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        head = (
+            f"POST /api/drops/{number}/eval?name=y.jsonl HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\n"
+        )
+        connection.sendall(head.encode() + bytes(3_000_000))
+        eventually(lambda: any("eval" in name for name in left(home)))
+        assert "not all here yet" in post(server, f"/api/drops/{number}/confirm", status=409)["error"]["message"]
+    eventually(lambda: not any("eval" in name for name in left(home)))
+    post(server, f"/api/drops/{number}/confirm")
+    assert [path.name for path in home.inbox.iterdir()] == ["x.jsonl"]
+
+
+def test_a_file_that_is_confirmed_twice_at_once_is_trained_once(web, home):
+    server = web()
+    number = upload(server, body=ROWS * 2000)
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda _: server.ask(f"/api/drops/{number}/confirm", method="POST")[0], range(8)))
+    assert min(answers) == 200
+    assert set(answers) - {200} <= {404, 409}
+    assert [path.name for path in home.inbox.iterdir()] == ["x.jsonl"]
+
+
+def test_what_nobody_confirmed_for_a_day_is_thrown_away_when_it_starts(web, home):
+    old, new = (home.uploads / name / "x.jsonl" for name in ("a" * 16, "b" * 16))
+    for file in (old, new):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    for path in (old, old.parent):
+        os.utime(path, (1, 1))
+    web()
+    assert left(home) == ["b" * 16, f"{'b' * 16}/x.jsonl"]
+
+
 # -- config.json
 
 
@@ -139,3 +185,42 @@ def test_config_is_saved_if_it_can_be_used_and_was_not_changed_meanwhile(web, ho
     assert server.json("/api/config")["version"] == version
     assert server.ask("/api/config", method="POST", body=b"x" * 2_000_000)[0] == 413
     assert server.json("/api/config/schema")["properties"]["web"]
+
+
+def test_a_broken_config_is_mended_on_its_page(web, home):
+    home.config_file.write_text('{"epochs": ')
+    server = web("--host", "127.0.0.1")
+    assert b"config.json" in server.ask("/drop")[2]
+    seen = server.json("/api/config")
+    assert seen["text"] == '{"epochs": '
+    post(server, "/api/config", text='{"epochs": 2}', version=seen["version"])
+    assert json.loads(home.config_file.read_text()) == {"epochs": 2}
+
+
+COMMAND = {"on_finish": {"command": "touch /tmp/x"}}
+TRUSTING = {"model": "some/model", "trust_remote_code": True}
+
+
+def test_programs_that_it_runs_are_not_chosen_by_everybody_who_can_log_in(web, home):
+    server = web()
+
+    def save(status: int, **settings) -> None:
+        version = server.json("/api/config")["version"]
+        post(server, "/api/config", text=json.dumps(settings), version=version, status=status)
+
+    for settings in (COMMAND, TRUSTING, {"profiles": {"fast": TRUSTING}}):
+        save(403, **settings)
+    home.config_file.write_text(json.dumps(COMMAND | TRUSTING))
+    save(200, **COMMAND, **TRUSTING, epochs=7)  # the file's user has chosen them
+    save(403, **COMMAND, **TRUSTING | {"model": "other/model"})
+    save(403, **COMMAND, **TRUSTING, profiles={"fast": {"model": "other/model"}})
+    save(403, on_finish={"command": "other"}, **TRUSTING)
+    save(200, epochs=7)  # without them
+
+
+def test_who_has_the_token_may_choose_what_programs_it_runs(web, home):
+    server = web("--host", "0.0.0.0")
+    key = {"Authorization": f"Bearer {home.web_token.read_text().strip()}"}
+    given = {"text": json.dumps(COMMAND), "version": server.json("/api/config", **key)["version"]}
+    server.json("/api/config", method="POST", body=json.dumps(given).encode(), **key)
+    assert json.loads(home.config_file.read_text()) == COMMAND

@@ -9,6 +9,7 @@ from typing import Any
 from finetuned.errors import ConfigError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LEARNED = "learned.jsonl"  # what was learned from, where a recipe made it itself
 MANIFEST = "finetuned.json"  # the last file that is written: its presence means whole, its `job_id` whose
 
 

@@ -48,7 +48,7 @@ def _score(predictions: list[dict[str, Any]]) -> str:
     steps = []
     for step, run in groupby(predictions, key=lambda one: one["step"]):
         answers = list(run)
-        exact, alike = sum(one["exact"] for one in answers), sum(one["similarity"] for one in answers)
+        exact, alike = sum(one["exact"] for one in answers), sum(one["similarity"] or 0.0 for one in answers)
         steps.append(f"step {step}: {exact} of {len(answers)} exact, {alike / len(answers):.0%} alike")
     return "; ".join([steps[0], steps[-1]] if len(steps) > 1 else steps)
 

@@ -32,6 +32,7 @@ class Terms:
     settings: TrainingSettings
     base_dir: Path
     models: Path
+    source: str = ""  # where the settings come from, in words
 
 
 def terms(file: Path, *, base_dir: Path | None, profile: str = "", model: str | None = None) -> Terms:
@@ -44,15 +45,18 @@ def terms(file: Path, *, base_dir: Path | None, profile: str = "", model: str | 
         if base_dir or os.environ.get("FINETUNED_HOME"):
             raise
         config, root, models = Config(), Path.cwd(), models_folder()
+        source = "finetuned's defaults, as this folder is no base directory; --base-dir names one"
     else:
         config, root, models = load_config(home.config_file), home.root, home.models
         models.mkdir(parents=True, exist_ok=True)
+        source = str(home.config_file)
     override = Found(file, profile).override
     overrides = read_overrides(override) if override.is_file() else {}
     settings = resolve(config, profile, overrides, where=str(override if overrides else root / "config.json"))
     if model:
         settings = settings_from({**settings.model_dump(), "model": model}, where="the command line")
-    return Terms(settings, root, models)
+    parts = [source, f"profile {profile}" if profile else "", str(override) if overrides else ""]
+    return Terms(settings, root, models, ", then ".join(filter(None, parts)))
 
 
 def held_out_beside(file: Path) -> str | None:

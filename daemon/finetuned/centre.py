@@ -50,6 +50,7 @@ class ControlCentre:
     def _start(self, wanted: Web) -> None:
         self._next_start = time.monotonic() + self._pause  # also where it cannot be started at all
         command = [sys.executable, "-P", "-m", "finetuned", "web", "--base-dir", str(self._home.root), "--with-daemon"]
+        command += ["--host", wanted.host, "--port", str(wanted.port)]
         with self._log_file.open("wb") as output:
             self._process = subprocess.Popen(
                 command,

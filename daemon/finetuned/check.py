@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,59 +13,50 @@ import click
 from finetuned.asking import ask, held_out_beside, terms
 from finetuned.by_hand import first_gpu
 from finetuned.dataset.report import Fault, Report
-from finetuned.errors import DataError, harmless
+from finetuned.errors import DataError, counted, harmless
 from finetuned.findings import ERRORS, WARNINGS, Finding
 from finetuned.home import printable
-from finetuned.live import duration
+from finetuned.live import ProgressLine, duration
+from finetuned.spool.inbox import TABLES, remedy_for
 
 _BAR = 40  # characters of a histogram's longest bar
 
 
-def check_file(file: Path, *, base_dir: Path | None, profile: str = "", model: str | None = None) -> dict[str, Any]:
-    """Examine a file with the settings of the base directory, or the defaults where there is none.
+def check_file(
+    file: Path,
+    *,
+    base_dir: Path | None,
+    profile: str = "",
+    model: str | None = None,
+    held_out: Path | None = None,
+) -> dict[str, Any]:
+    """Examine a file, and its held-out file, with the settings of the base directory, or the defaults where there is
+    none. Without `held_out` the one that lies beside the file is taken.
 
     Raises FinetunedError; what is wrong with the file is in the answer.
     """
     if not stat.S_ISREG(file.stat().st_mode):
         raise DataError("is no regular file", where=str(file), remedy="Save it as one first.", code="unreadable")
+    for one in filter(None, (file, held_out)):
+        if one.suffix.lower() in TABLES:
+            raise DataError("is a table", where=str(one), remedy=remedy_for(one.name), code="unknown_format")
+    found = terms(file, base_dir=base_dir, profile=profile, model=model)
     gpu = first_gpu()
     device = gpu.name if gpu and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu"
-    line = _ProgressLine()
+    line = ProgressLine()
     try:
-        return ask(
+        answer = ask(
             "finetuned.trainer.check",
             file,
-            terms(file, base_dir=base_dir, profile=profile, model=model),
+            found,
             gpu=gpu.uuid if gpu else None,
             heard=line.show,
-            beside=held_out_beside(file),
+            beside=str(held_out.absolute()) if held_out else held_out_beside(file),
             device=device,
         )
+        return {**answer, "settings_from": found.source}
     finally:
         line.end()
-
-
-class _ProgressLine:
-    """Says on a terminal how far the reading is."""
-
-    def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
-
-    def show(self, said: dict[str, Any]) -> None:
-        """Take what was heard."""
-        if not self._shown or "doing" not in said:
-            return
-        text = str(said["doing"])
-        if "share" in said:
-            bar = "#" * int(24 * said["share"])
-            text = f"[{bar:.<24}] {text}: {said['share']:.0%}, {said['rows']:,} rows"
-        width = shutil.get_terminal_size().columns - 1
-        click.echo(f"\r\033[K{harmless(text)[:width]}", nl=False, err=True)
-
-    def end(self) -> None:
-        """Leave nothing of it."""
-        if self._shown:
-            click.echo("\r\033[K", nl=False, err=True)
 
 
 def render(facts: dict[str, Any], *, colour: bool) -> str:
@@ -77,6 +66,7 @@ def render(facts: dict[str, Any], *, colour: bool) -> str:
     if "format" in facts:
         report = Report.from_dict(facts)
         lines += [f"{name}: {report.summary()}", f"model: {harmless(facts['model'])}"]
+        lines.append(f"settings: {harmless(facts['settings_from'])}")
         lines += _findings("errors", report.faults, ERRORS, rows=0)
         lines += _findings("warnings", report.warnings, WARNINGS, rows=report.good_rows)
         lines += _held_out_findings(facts.get("held_out"))
@@ -119,14 +109,14 @@ def _trained(facts: dict[str, Any]) -> list[str]:
             f"  tokens a row: {', '.join(f'{part} {value:,}' for part, value in tokens['lengths'].items())}",
             *_histogram(tokens["histogram"]),
         ]
-    epochs = training["epochs"]
+    epochs = f"{training['epochs']:g} epoch{'s' * (training['epochs'] != 1)}"
     lines += [
         "",
-        f"  {training['steps']:,} steps of {training['rows_a_step']:,} rows, {epochs:g} epoch{'s' * (epochs != 1)}",
+        f"  {counted(training['steps'], 'step')} of {counted(training['rows_a_step'], 'row')}, {epochs}",
         f"  {_estimate(facts)}",
     ]
     if held_out:
-        lines.append(f"  held out: {held_out['rows']:,} rows of {harmless(held_out['file'])}")
+        lines.append(f"  held out: {counted(held_out['rows'], 'row')} of {harmless(held_out['file'])}")
     return lines
 
 

@@ -7,6 +7,7 @@ be used.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -49,8 +50,10 @@ def main() -> None:
     """Run the command line; an error that a user can mend is a sentence, not a traceback."""
     from finetuned.errors import FinetunedError
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's letters may be fewer than an answer's
     try:
-        cli(standalone_mode=True)
+        cli(standalone_mode=True, color=False if "NO_COLOR" in os.environ else None)
     except FinetunedError as error:
         click.echo(f"finetuned: {error}", err=True)
         sys.exit(_UNUSABLE)
@@ -178,18 +181,19 @@ def retry(base_dir: Path | None, job: str) -> None:
 @click.argument("job")
 @click.option("--first", "turn", flag_value="first", help="Before all others.")
 @click.option("--last", "turn", flag_value="last", help="Behind all others.")
-def move(base_dir: Path | None, job: str, turn: str | None) -> None:
+@click.option("--before", metavar="OTHER", help="Right before this other job.")
+def move(base_dir: Path | None, job: str, turn: str | None, before: str | None) -> None:
     """Change the turn of a waiting JOB."""
-    if turn is None:
-        raise click.UsageError("Say --first or --last.")
-    _order(base_dir, turn, job)
+    if (turn is None) is (before is None):
+        raise click.UsageError("Say --first or --last, or --before another one.")
+    _order(base_dir, turn or "before", job, before=before or "")
 
 
-def _order(base_dir: Path | None, verb: str, job: str = "") -> None:
+def _order(base_dir: Path | None, verb: str, job: str = "", *, before: str = "") -> None:
     from finetuned.control import order
     from finetuned.spool.orders import Verb
 
-    click.echo(order(_home(base_dir), Verb(verb), job))
+    click.echo(order(_home(base_dir), Verb(verb), job, before=before))
 
 
 @cli.command()
@@ -247,7 +251,9 @@ def web(base_dir: Path | None, host: str | None, port: int | None, with_daemon: 
 
     os.umask(OTHERS_NOTHING)
     home = _home(base_dir)
-    settings = load_config(home.config_file).web
+    if host is None or port is None:  # told both, it starts where config.json is broken, too, and there it is mended
+        settings = load_config(home.config_file).web
+        host, port = settings.host if host is None else host, settings.port if port is None else port
     try:
         from finetuned.web.serve import serve
     except ModuleNotFoundError as error:
@@ -256,12 +262,7 @@ def web(base_dir: Path | None, host: str | None, port: int | None, with_daemon: 
             remedy="Install it with `pip install 'finetuned[web]'`.",
             code="no_web",
         ) from error
-    serve(
-        home,
-        host=settings.host if host is None else host,
-        port=settings.port if port is None else port,
-        with_daemon=with_daemon,
-    )
+    serve(home, host=host, port=port, with_daemon=with_daemon)
 
 
 @cli.command()
@@ -309,14 +310,19 @@ def install(
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
 @click.option("--model", help="A hub id, a folder, or smollm2-135m, in place of the configured one.")
+@click.option(
+    "--eval-file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Its held-out rows; else x.eval.jsonl beside x.jsonl.",
+)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def check(base_dir: Path | None, file: Path, profile: str, model: str | None, as_json: bool) -> None:  # noqa: FBT001
+def check(file: Path, *, as_json: bool, eval_file: Path | None, **options: Any) -> None:
     """Say what is wrong or odd in FILE, where, and what the model would learn from it; exit 1 if it is refused."""
     from finetuned.check import check_file, render
     from finetuned.errors import DataError
 
     try:
-        facts = check_file(file, base_dir=base_dir, profile=profile, model=model)
+        facts = check_file(file, held_out=eval_file, **options)
     except DataError as error:
         facts = {"file": str(file), "verdict": "refused", "reason": error.as_dict(), "unchecked": ""}
     if as_json:
@@ -345,6 +351,25 @@ def plan(base_dir: Path | None, file: Path, profile: str, model: str | None, as_
         click.echo(f"finetuned: {error}", err=True)
         sys.exit(1)
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(facts))
+
+
+@cli.command()
+@_base_dir
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="The file to write.")
+@click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
+@click.option("--model", help="A hub id, a folder, or smollm2-135m, in place of the configured one.")
+def datagen(base_dir: Path | None, file: Path, out: Path, profile: str, model: str | None) -> None:
+    """Let the model answer FILE's questions, and write the answers that are right as chats to train on."""
+    from finetuned.datagen import make_file
+    from finetuned.errors import DataError, ModelError
+
+    try:
+        made = make_file(file, out, base_dir=base_dir, profile=profile, model=model)
+    except (DataError, ModelError) as error:
+        click.echo(f"finetuned: {error}", err=True)
+        sys.exit(1)
+    click.echo(f"{out}: {made['sentence']}")
 
 
 @cli.command()

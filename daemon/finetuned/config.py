@@ -21,7 +21,7 @@ from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 from finetuned.findings import Warned
 from finetuned.judges import LETTERS, TOLERANCE, Judge, Kind, judge, suits
-from finetuned.recipe_settings import Hybrid
+from finetuned.recipe_settings import Hybrid, Rft
 
 NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter", "priority", "report_to"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
@@ -121,13 +121,15 @@ class TrainingSettings(_Strict):
     priority: int = Field(
         0, ge=-100, le=100, description="Jobs of a higher priority start first; set it in a profile, inbox/high/ say."
     )
-    recipe: Literal["sft", "hybrid"] = Field(
+    recipe: Literal["sft", "rft", "hybrid"] = Field(
         "sft",
-        description="What is learned: sft, the rows' answers as they are; hybrid, these and what a judge rewards.",
+        description="What is learned: sft, the rows' answers as they are; rft, the model's own answers that are right; "
+        "hybrid, both in one step.",
     )
     hybrid: Hybrid = Field(
         default_factory=Hybrid, description="Labels and rewards in one step: docs/recipes/hybrid.md."
     )
+    rft: Rft = Field(default_factory=Rft, description="Rejection-sampling fine-tuning: docs/recipes/rft.md.")
     model: str = Field(
         "smollm2-135m",
         min_length=1,
@@ -276,6 +278,8 @@ class TrainingSettings(_Strict):
     def _best_of_what_is_measured(self) -> Self:
         if self.publish == "best" and not self.eval_steps:
             raise ValueError("publish best needs held-out rows and eval_steps, which tell what is best")
+        if self.publish == "best" and self.recipe == "rft":
+            raise ValueError("publish best goes by a held-out loss, and recipe rft has answers of its own, not those")
         return self
 
     @model_validator(mode="after")
@@ -290,6 +294,10 @@ class TrainingSettings(_Strict):
     def soft_prompt(self) -> int:
         """How many tokens of a soft prompt are trained in an adapter's place."""
         return self.hybrid.prompt_tokens if self.recipe == "hybrid" else 0
+
+    def settled(self) -> Self:
+        """Give them with what the recipe decides: rft trains under the prompt that its answers were made with."""
+        return self.model_copy(update={"system_prompt": self.rft.prompt}) if self.recipe == "rft" else self
 
     def first_rung(self) -> Rung:
         """Give the top of the memory ladder, where the first attempt starts.

@@ -20,16 +20,18 @@ from finetuned.spool.orders import OrderError, Verb, check_retry, check_turn, se
 _NOT_RUNNING = "the daemon is not running, so this takes effect when it starts"
 
 
-def order(home: Home, verb: Verb, name: str = "") -> str:
-    """Give an order for the job of that id, or the beginning of it; the sentence to tell the user.
+def order(home: Home, verb: Verb, name: str = "", *, before: str = "") -> str:
+    """Give an order for the job of that id, or the beginning of it; the sentence to tell the user. `before` names the
+    job before which it is to come.
 
     Raises HomeError if there is no such job or the ledger cannot be written, OrderError or ConfigError if it could not
     be carried out.
     """
     with _ledger(home) as ledger:
         job = _find(ledger, verb, name) if name else None
-        said = _check(home, verb, job)
-        ledger.order(verb, job.id if job else "", time.time())
+        other = _find(ledger, verb, before) if verb is Verb.BEFORE else None
+        said = _check(home, verb, job, other)
+        ledger.order(verb, job.id if job else "", time.time(), before=other.id if other else "")
     pid = daemon_pid(home)
     if pid is None:
         return f"{said}; {_NOT_RUNNING}"
@@ -38,7 +40,7 @@ def order(home: Home, verb: Verb, name: str = "") -> str:
     return said
 
 
-def _check(home: Home, verb: Verb, job: Job | None) -> str:
+def _check(home: Home, verb: Verb, job: Job | None, other: Job | None) -> str:
     """Refuse at once what the daemon would refuse; give the sentence."""
     if job is None:
         return (
@@ -54,6 +56,9 @@ def _check(home: Home, verb: Verb, job: Job | None) -> str:
     if verb is Verb.CANCEL:
         return f"{job.id} is cancelled; its file goes to archive/failed/{job.id}/"
     check_turn(job)
+    if other is not None:
+        check_turn(other)
+        return f"{job.id} comes before {other.id}"
     return f"{job.id} is {verb} in the queue"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,18 +33,43 @@ def curves_of(events: Iterable[Event]) -> Curves:
     return Curves(**gathered(metrics, ("train_loss", "valid_loss", "learning_rate")))
 
 
-def gathered(metrics: Iterable[Mapping[str, Any]], names: Iterable[str]) -> dict[str, Points]:
-    """Give the named figures over the steps. Of a step that was done again after a resume, the newer figure counts."""
-    found: dict[str, dict[int, float]] = {name: {} for name in names}
-    for figures in metrics:
-        step = figures.get("step")
-        if not isinstance(step, int):
-            continue
-        for name, points in found.items():
+class Series:
+    """Steps and figures, in 16 bytes each: of a hundred thousand steps, too. Of a step noted twice the newer counts."""
+
+    def __init__(self) -> None:
+        self.steps: array[float] = array("d")
+        self.values: array[float] = array("d")
+
+    def note(self, step: float, value: float) -> None:
+        """Add one; mostly it is the last."""
+        if not self.steps or step > self.steps[-1]:
+            self.steps.append(step)
+            self.values.append(value)
+            return
+        place = bisect_left(self.steps, step)
+        if self.steps[place] == step:
+            self.values[place] = value
+        else:
+            self.steps.insert(place, step)
+            self.values.insert(place, value)
+
+
+def note_all(series: Mapping[str, Series], figures: Mapping[str, Any]) -> None:
+    """Add the named ones of a step's figures."""
+    step = figures.get("step")
+    if isinstance(step, int):
+        for name, one in series.items():
             value = figures.get(name)
             if isinstance(value, int | float) and math.isfinite(value):
-                points[step] = float(value)
-    return {name: sorted(points.items()) for name, points in found.items()}
+                one.note(step, value)
+
+
+def gathered(metrics: Iterable[Mapping[str, Any]], names: Iterable[str]) -> dict[str, Points]:
+    """Give the named figures over the steps. Of a step that was done again after a resume, the newer figure counts."""
+    found = {name: Series() for name in names}
+    for figures in metrics:
+        note_all(found, figures)
+    return {name: [(int(s), v) for s, v in zip(one.steps, one.values, strict=True)] for name, one in found.items()}
 
 
 def smoothed(points: Points, span: int) -> Points:

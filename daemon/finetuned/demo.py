@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -21,9 +20,9 @@ import click
 from finetuned.base_directory import make_base_directory
 from finetuned.errors import HomeError
 from finetuned.events import Event, EventType
+from finetuned.found import ledger_if_any
 from finetuned.home import Home, find_home
 from finetuned.jobs import Job, Outcome, State
-from finetuned.ledger import Ledger
 from finetuned.live import LiveLine, duration
 
 _SETTINGS = {
@@ -133,17 +132,13 @@ def _watch(home: Home, daemon: subprocess.Popen[bytes]) -> tuple[Job | None, lis
     job = None
     while daemon.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
-        with suppress(sqlite3.OperationalError):  # there is no ledger yet
-            ledger = Ledger.open_to_read(home.ledger)
-            try:
-                job = next(iter(ledger.jobs(*State)), None)
-                if job is not None:
-                    line.show(job.progress)
-                if job is not None and job.state is State.FINISHED:
+        with ledger_if_any(home) as ledger:
+            job = next(iter(ledger.jobs(*State)), None) if ledger else None
+            if ledger and job:
+                line.show(job.progress)
+                if job.state is State.FINISHED:
                     line.end()
                     return job, ledger.events(job.id)
-            finally:
-                ledger.close()
     line.end()
     return None, []
 

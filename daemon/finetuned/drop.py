@@ -16,7 +16,7 @@ from finetuned.durable import make_folder, sync_file, sync_folder, write_file
 from finetuned.errors import DataError, HomeError
 from finetuned.home import Home, data_extension
 from finetuned.spool.claim import settings_for
-from finetuned.spool.inbox import EXTENSIONS, Found, held_out_of, is_data, is_held_out, relatives
+from finetuned.spool.inbox import EXTENSIONS, Found, held_out_of, is_data, is_held_out, relatives, remedy_for
 
 
 def parse_settings(given: tuple[str, ...]) -> dict[str, Any]:
@@ -71,7 +71,6 @@ def add(
 
 
 def _check(file: Path, held_out: Path | None) -> None:
-    remedy = f"finetuned takes {', '.join(EXTENSIONS)}."
     if is_held_out(file.name):
         raise DataError(
             "is held-out data by its name",
@@ -79,9 +78,12 @@ def _check(file: Path, held_out: Path | None) -> None:
             remedy="Add it with the file it belongs to, as its --eval-file, or rename it.",
         )
     if not (is_data(file.name) and file.is_file()):
-        raise DataError("is not a training file", where=str(file), remedy=remedy)
+        raise DataError("is not a training file", where=str(file), remedy=remedy_for(file.name))
     if held_out and not (data_extension(os.fsencode(held_out.name)) in EXTENSIONS and held_out.is_file()):
-        raise DataError("is not a file of rows", where=str(held_out), remedy=remedy)
+        raise DataError("is not a file of rows", where=str(held_out), remedy=remedy_for(held_out.name))
+    for path in filter(None, (file, held_out)):
+        if path.stat().st_size == 0:
+            raise DataError("the file is empty", where=str(path), remedy="Fill it and add it again.", code="empty_file")
 
 
 def _put(

@@ -16,6 +16,11 @@ def harmless(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def counted(number: int, noun: str) -> str:
+    """Give `1 row`, `2 rows`, `1,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def encodable(text: str) -> str:
     """Give text that SQLite and UTF-8 take: names that are no UTF-8 are in a `str` as surrogates."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -7,6 +7,7 @@ An event is one JSON line in the job's events.jsonl. Its fields are those of Ope
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 class EventType(StrEnum):
     """The kinds of events, in the order in which a job meets them."""
 
+    ATTEMPT = "attempt"  # the daemon's own: one begins (rung, settings), or is over (ending, how, then, step)
     PHASE = "phase"  # data: phase (validating_files, loading_model, training, evaluating, saving)
     DATA_REPORT = "data_report"  # data: the data report
     PLAN = "plan"  # data: steps, tokens, parameters, and every automatic choice with its reason
@@ -98,15 +100,64 @@ class Event:
 
 
 def parse_event(line: bytes) -> Event | None:
-    """Read one line of events.jsonl; None for a line that is no event (torn by a crash, say)."""
+    """Read one line of events.jsonl; None for a line that is no event (torn by a crash, say), or one that does not hold
+    what its readers rely on: no trainer can bring its daemon down with what it says.
+    """
     try:
         fields = json.loads(line)
-        return Event(
+        event = Event(
             created_at=float(fields["created_at"]),
             type=EventType(fields["type"]),
             message=str(fields["message"]),
             level=str(fields["level"]),
             data=dict(fields["data"]),
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    sound = math.isfinite(event.created_at) and event.level in _LEVELS and _sound(event.type, event.data)
+    return event if sound else None
+
+
+_LEVELS = frozenset({"info", "warning", "error"})
+_COUNTS = frozenset({"step", "total_steps", "checkpoint_step"})
+_FIGURES = frozenset({"train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens_per_second", "seconds_left"})
+_TEXTS = frozenset({"prompt", "expected", "answer"})
+
+
+def _sound(kind: EventType, data: Mapping[str, Any]) -> bool:
+    """Whether an event's data are of the kinds that they must be."""
+    if not all(_is_count(data[name]) for name in _COUNTS & data.keys()):
+        return False
+    if not all(_is_number(data[name]) for name in _FIGURES & data.keys()):
+        return False
+    if not math.isfinite(data.get("seconds_left", 0)) or not isinstance(data.get("phase", ""), str):
+        return False
+    match kind:
+        case EventType.METRICS:
+            return "step" in data
+        case EventType.PLAN | EventType.RUNG:
+            return isinstance(data.get("rung"), dict)
+        case EventType.PREDICTIONS:
+            samples = data.get("samples")
+            epoch = _is_number(data.get("epoch", 0))
+            return epoch and "step" in data and isinstance(samples, list) and all(map(_is_sample, samples))
+        case _:
+            return True
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or _is_count(value)
+
+
+def _is_sample(sample: object) -> bool:
+    return (
+        isinstance(sample, dict)
+        and all(isinstance(sample.get(name), str) for name in _TEXTS)
+        and isinstance(sample.get("exact"), bool)
+        and all(_is_number(sample.get(name, 0)) for name in ("similarity", "seconds"))
+        and isinstance(sample.get("error"), str | None)
+    )

@@ -13,13 +13,14 @@ from typing import Any
 import click
 
 from finetuned.curves import Points
-from finetuned.errors import harmless
+from finetuned.errors import counted, harmless
 from finetuned.live import sentence
 
 KEYS = "p pause  r resume  c cancel  f first  l last  j/k choose  q quit"
 _LEVELS = "▁▂▃▄▅▆▇█"
 _PLAIN_LEVELS = "_.-=+*%#"  # where the terminal's letters are fewer
 _GIB = 2**30
+_YEAR = 365 * 86400  # seconds; whatever takes longer has no date
 _MOST_GPUS, _MOST_ANSWERS = 8, 5
 
 
@@ -103,8 +104,8 @@ def _running(job: dict[str, Any], facts: dict[str, Any], size: Size, *, chosen: 
     total, step = progress.get("total_steps") or 0, progress.get("step") or 0
     if total:
         at = f" {step / total:4.0%}"
-        if progress.get("seconds_left"):
-            at += f", done at {datetime.fromtimestamp(time.time() + progress['seconds_left']).astimezone():%H:%M}"
+        if 0 < (left := progress.get("seconds_left") or 0) < _YEAR:
+            at += f", done at {datetime.fromtimestamp(time.time() + left).astimezone():%H:%M}"
         lines.append(
             "  "
             + cut(bar(step / total, min(40, size.columns // 2), plain=size.plain) + at, size, room=size.columns - 2)
@@ -118,11 +119,15 @@ def _running(job: dict[str, Any], facts: dict[str, Any], size: Size, *, chosen: 
         lines.append("  " + cut(line, size, room=size.columns - 2))
     if curves and curves.learning_rate:
         rung = job["rung"]
-        told = f"learning rate {curves.learning_rate[-1][1]:.2e}, {rung.get('batch_size', '?')} rows at once"
+        told = f"learning rate {curves.learning_rate[-1][1]:.2e}, {_rows(rung)} at once"
         norm = progress.get("grad_norm")
         told += f", gradient norm {norm:.3g}" if norm is not None else ""
         lines.append("  " + cut(told, size, room=size.columns - 2))
     return lines
+
+
+def _rows(rung: dict[str, Any]) -> str:
+    return counted(rung["batch_size"], "row") if "batch_size" in rung else "? rows"
 
 
 def _gpu(sample: dict[str, Any], size: Size) -> str:

@@ -115,7 +115,26 @@ CREATE UNIQUE INDEX predictions_by_job ON training_predictions (job_id, step, sa
 _HISTORY = """
 CREATE INDEX jobs_in_history ON jobs (created_at, state, outcome, name, profile, id, started_at, finished_at);
 """
-MIGRATIONS = [_TABLES, _ORDERS, _HELD_OUT, _PREDICTIONS, _HISTORY]  # each brings the file from one version to the next
+_BEFORE = """
+ALTER TABLE orders ADD COLUMN before TEXT NOT NULL DEFAULT '';
+"""
+# Jobs that ended and whose end `on_finish` is still to tell. A number is never given twice: a job may end again.
+_NEWS = """
+CREATE TABLE news (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    job_id TEXT NOT NULL UNIQUE REFERENCES jobs (id) ON DELETE CASCADE,
+    tries INTEGER NOT NULL DEFAULT 0
+) STRICT;
+"""
+MIGRATIONS = [
+    _TABLES,
+    _ORDERS,
+    _HELD_OUT,
+    _PREDICTIONS,
+    _HISTORY,
+    _BEFORE,
+    _NEWS,
+]  # each brings the file from one version to the next
 
 _LAST_CHARACTER = "\U0010ffff"
 _IN_TURN = "ORDER BY priority DESC, place, created_at, rowid"
@@ -217,10 +236,33 @@ class Ledger:
         if not changes:
             return
         if "state" in changes:
-            check_transition(self.job(job_id).state, changes["state"])
+            before = self.job(job_id).state
+            check_transition(before, changes["state"])
+            if before is not changes["state"]:
+                self._note_end(job_id, ended=changes["state"] is State.FINISHED)
         settings = ", ".join(f"{name} = ?" for name in changes)
         values = [_stored(name, value) for name, value in changes.items()]
         self._database.execute(f"UPDATE jobs SET {settings} WHERE id = ?", [*values, job_id])
+
+    def _note_end(self, job_id: str, *, ended: bool) -> None:
+        self._database.execute("DELETE FROM news WHERE job_id = ?", (job_id,))
+        if ended:
+            self._database.execute("INSERT INTO news (job_id) VALUES (?)", (job_id,))
+
+    def next_news(self) -> tuple[int, int, Job] | None:
+        """Give the job that ended first among those whose end is not told: the news' number, how often telling it was
+        begun, and the job.
+        """
+        row = self._database.execute("SELECT * FROM news ORDER BY id LIMIT 1").fetchone()
+        return (row["id"], row["tries"], self.job(row["job_id"])) if row else None
+
+    def begin_to_tell(self, number: int) -> None:
+        """Commit that telling a piece of news begins."""
+        self._database.execute("UPDATE news SET tries = tries + 1 WHERE id = ?", (number,))
+
+    def drop_news(self, number: int | None = None) -> None:
+        """Forget a piece of news that is told, or all of them."""
+        self._database.execute("DELETE FROM news WHERE ? IS NULL OR id = ?", (number, number))
 
     def record(self, job_id: str, events: Sequence[Event], *, offset: int, **changes: Any) -> Job:
         """Commit what the trainer said, how far it was read, and what changed by it, all or nothing."""
@@ -236,7 +278,10 @@ class Ledger:
         return self.job(job_id)
 
     def _record_predictions(self, job_id: str, event: Event) -> None:
-        """Note each answer; one of a step that was done again takes the place of the earlier one."""
+        """Note each answer. Those of later steps go: a trainer that went back to a checkpoint has left them behind."""
+        self._database.execute(
+            "DELETE FROM training_predictions WHERE job_id = ? AND step >= ?", (job_id, event.data["step"])
+        )
         for number, sample in enumerate(event.data["samples"]):
             row = {
                 "job_id": job_id,
@@ -250,7 +295,7 @@ class Ledger:
             }
             marks = ", ".join("?" * len(row))
             self._database.execute(
-                f"INSERT OR REPLACE INTO training_predictions ({', '.join(row)}) VALUES ({marks})", list(row.values())
+                f"INSERT INTO training_predictions ({', '.join(row)}) VALUES ({marks})", list(row.values())
             )
 
     def predictions(self, job_id: str) -> list[dict[str, Any]]:
@@ -364,13 +409,16 @@ class Ledger:
         ).fetchall()
         return [_job(row) for row in rows if row["id"] == name] or [_job(row) for row in rows]
 
-    def order(self, verb: str, job_id: str, at: float) -> None:
-        """Commit what a user wants done."""
-        self._database.execute("INSERT INTO orders (created_at, verb, job_id) VALUES (?, ?, ?)", (at, verb, job_id))
+    def order(self, verb: str, job_id: str, at: float, *, before: str = "") -> None:
+        """Commit what a user wants done, and before which other job, where that is it."""
+        row = (at, verb, job_id, before)
+        self._database.execute("INSERT INTO orders (created_at, verb, job_id, before) VALUES (?, ?, ?, ?)", row)
 
-    def orders(self) -> list[tuple[int, str, str]]:
-        """Give what users want done and is not done yet: (number, verb, job's id or nothing), oldest first."""
-        return [tuple(row) for row in self._database.execute("SELECT id, verb, job_id FROM orders ORDER BY id")]
+    def orders(self) -> list[tuple[int, str, str, str]]:
+        """Give what users want done and is not done yet, oldest first: (number, verb, job's id or nothing, id of that
+        before which it is to come or nothing).
+        """
+        return [tuple(row) for row in self._database.execute("SELECT id, verb, job_id, before FROM orders ORDER BY id")]
 
     def drop_order(self, number: int) -> None:
         """Forget what is done."""
@@ -403,11 +451,10 @@ class Ledger:
         jobs = (_job(row) for row in rows)
         return next((job for job in jobs if {**(defaults or {}), **job.settings} == settings), None)
 
-    def events(self, job_id: str, *, kind: EventType | None = None) -> list[Event]:
-        """Give what a job's trainers said, in order."""
-        rows = self._database.execute(
-            "SELECT * FROM events WHERE job_id = ? AND (? IS NULL OR type = ?) ORDER BY id", (job_id, kind, kind)
-        )
+    def events(self, job_id: str, *kinds: EventType) -> list[Event]:
+        """Give what was said of a job, or of these kinds only, in order."""
+        some = f"AND type IN ({', '.join('?' * len(kinds))})" if kinds else ""
+        rows = self._database.execute(f"SELECT * FROM events WHERE job_id = ? {some} ORDER BY id", (job_id, *kinds))
         return [_event(row) for row in rows]
 
     def newest_metrics(self, job_id: str, count: int) -> list[Event]:
@@ -432,27 +479,24 @@ class Ledger:
         ).fetchone()
         return row["id"] if row else 0
 
-    def metrics(self, job_id: str) -> Iterator[dict[str, Any]]:
-        """Give the figures of a job's steps and evaluations, in order."""
+    def metrics(self, job_id: str, *, after: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Give the figures of a job's steps and evaluations behind the event of a number, in order, with theirs."""
         for row in self._database.execute(
-            "SELECT data FROM events WHERE job_id = ? AND type = 'metrics' ORDER BY id", (job_id,)
+            "SELECT id, data FROM events WHERE job_id = ? AND id > ? AND type = 'metrics' ORDER BY id", (job_id, after)
         ):
-            try:
-                yield orjson.loads(row["data"])
-            except ValueError:  # it holds NaN, which only Python's own reader takes
-                yield json.loads(row["data"])
+            yield row["id"], _figures(row["data"])
 
     def last_sampled(self) -> str | None:
         """Give the job during which the GPUs were sampled last."""
         row = self._database.execute("SELECT job_id FROM gpu_samples ORDER BY id DESC LIMIT 1").fetchone()
         return row["job_id"] if row else None
 
-    def gpu_samples(self, job_id: str) -> list[dict[str, Any]]:
-        """Give a job's GPU samples, oldest first."""
-        rows = self._database.execute(
-            "SELECT data FROM gpu_samples WHERE job_id = ? ORDER BY created_at, id", (job_id,)
-        )
-        return [json.loads(row["data"]) for row in rows]
+    def gpu_samples(self, job_id: str, *, after: float = 0.0) -> Iterator[dict[str, Any]]:
+        """Give a job's GPU samples that were taken after a time, oldest first."""
+        for row in self._database.execute(
+            "SELECT data FROM gpu_samples WHERE job_id = ? AND created_at > ? ORDER BY created_at, id", (job_id, after)
+        ):
+            yield _figures(row["data"])
 
     def newest_gpu_samples(self, job_id: str) -> list[dict[str, Any]]:
         """Give the newest sample of each GPU that a job has one of, by their numbers."""
@@ -483,6 +527,14 @@ class Ledger:
 
 def _event(row: sqlite3.Row) -> Event:
     return Event(row["created_at"], EventType(row["type"]), row["message"], row["level"], json.loads(row["data"]))
+
+
+def _figures(data: str) -> dict[str, Any]:
+    try:
+        figures = orjson.loads(data)
+    except ValueError:  # it holds NaN, which only Python's own reader takes
+        figures = json.loads(data)
+    return dict(figures)
 
 
 def _stored(name: str, value: Any) -> Any:

@@ -7,9 +7,14 @@ import sys
 import time
 from typing import Any
 
+import click
+
+from finetuned.errors import harmless
+
 _PHASES = {
     "validating_files": "checking the data",
     "loading_model": "loading the model",
+    "generating": "making answers",
     "evaluating": "evaluating",
     "saving": "writing the adapter",
 }
@@ -70,3 +75,26 @@ class LiveLine:
         """Leave the line as it is and go on below it."""
         if self._terminal and self._said:
             sys.stderr.write("\n")
+
+
+class ProgressLine:
+    """Says on a terminal how far a process is that was asked something."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+
+    def show(self, said: dict[str, Any]) -> None:
+        """Take what was heard."""
+        if not self._shown or "doing" not in said:
+            return
+        text = str(said["doing"])
+        if "share" in said:
+            bar = "#" * int(24 * said["share"])
+            text = f"[{bar:.<24}] {text}: {said['share']:.0%}, {said['counted']}"
+        width = shutil.get_terminal_size().columns - 1
+        click.echo(f"\r\033[K{harmless(text)[:width]}", nl=False, err=True)
+
+    def end(self) -> None:
+        """Leave nothing of it."""
+        if self._shown:
+            click.echo("\r\033[K", nl=False, err=True)

@@ -1,5 +1,8 @@
 """Telling others that a job has ended: a command, or services that apprise knows. Beside the daemon's loop, one after
 the other, each with a limit of time; what goes wrong is a warning and nothing more.
+
+Each end is told at least once, and twice only where the daemon died while it told it: the ledger notes with a job's end
+that it is to be told, then that telling begins, then that it is told.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,9 +22,12 @@ from typing import IO
 import structlog
 
 from finetuned.config import OnFinish
+from finetuned.home import printable
+from finetuned.jobs import Job, Outcome
 
 _log = structlog.get_logger()
 
+MOST_TRIES = 2  # of telling one end: a command that ends the daemon, or the machine, must not do so for ever
 _SHOWN = 300  # characters of what a command said
 # Reads the order from standard input, as a command line is seen by all users of the machine, and URLs hold passwords.
 _SEND = """
@@ -54,28 +60,50 @@ class News:
         return {f"FINETUNED_{name}": value.replace("\0", "") for name, value in facts.items()}
 
 
+def news_of(job: Job) -> News:
+    """Give the news of a job that has ended."""
+    name, outcome = printable(job.name), job.outcome or Outcome.FAILED
+    if outcome is Outcome.SUCCEEDED:
+        figures = {key: job.progress[key] for key in ("train_loss", "valid_loss") if key in job.progress}
+        told = ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in figures.items())
+        what = f"adapters/{job.adapter}" + (f" ({told})" if told else "")
+    else:
+        reason = job.reason or {}
+        what = f"{reason.get('what', '')}. {reason.get('remedy', '')}".strip()
+    return News(job.id, name, outcome, f"{job.id}: {name} {outcome}: {what}")
+
+
 class Teller:
     """Tells one piece of news after the other, in a thread of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: Callable[[], None] = lambda: None) -> None:
+        """Prepare; `told` is called, in that thread, when a piece of news is told."""
+        self._when_told = told
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tell")
         self._told: set[Future[None]] = set()
         self._process: subprocess.Popen[str] | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether there is news that is not told yet."""
+        return any(not future.done() for future in self._told)
+
     def tell(self, settings: OnFinish, news: News) -> None:
         """Have news told as the settings say; returns at once."""
-        if settings.command or settings.urls:
-            self._told = {future for future in self._told if not future.done()}
-            self._told.add(self._pool.submit(self._tell, settings, news))
+        self._told = {future for future in self._told if not future.done()}
+        future = self._pool.submit(self._tell, settings, news)
+        future.add_done_callback(lambda _: self._when_told())
+        self._told.add(future)
 
-    def close(self, *, seconds: float) -> None:
-        """Wait at most so long for what is not told yet, then give up."""
+    def close(self, *, seconds: float) -> bool:
+        """Wait at most so long for what is not told yet, then give up. Whether all was told."""
         late = wait(self._told, timeout=seconds).not_done
         self._pool.shutdown(wait=False, cancel_futures=True)
         if late:
             _log.warning("on_finish: not told any more", news=len(late))
             if self._process is not None:
                 _kill(self._process)
+        return not late
 
     def _tell(self, settings: OnFinish, news: News) -> None:
         if settings.command:

@@ -7,6 +7,8 @@ from typing import Any
 
 from finetuned.asking import Terms, ask, held_out_beside, terms
 from finetuned.by_hand import first_gpu
+from finetuned.errors import counted
+from finetuned.live import duration
 
 _SHOWN = 2**20  # bytes
 
@@ -32,14 +34,14 @@ def render(facts: dict[str, Any]) -> str:
     lines = [f"{facts['file']}: {facts['data_summary']}", *(f"  {line}" for line in facts["data_sentences"]), ""]
     lines += [f"{'part':<{width}}  {'MiB':>9}"]
     lines += [f"{name:<{width}}  {value / _SHOWN:>9,.0f}" for name, value in parts.items()]
-    bound = facts["rung"]["micro_batch_tokens"]
+    bound, time = facts["rung"]["micro_batch_tokens"], duration(max(1.0, 60 * facts["minutes"]))
     lines += [
         "",
         f"correction: {facts['corrected_by']}; activations {facts['counted']}",
         f"model: {facts['model']}, {facts['trained_parameters']:,} parameters trained; {facts['device']}",
         f"rung: {facts['rung_name']}: {facts['reason']}",
-        f"micro-batch: at most {facts['rung']['batch_size']} rows{f' and {bound} tokens' if bound else ''}",
-        f"steps: {facts['steps']}, {facts['tokens']:,} tokens of which {facts['supervised_tokens']:,} supervised",
-        f"time: {facts['minutes']:.1f} minutes at {facts['tokens_per_second']:,.0f} tokens/s ({facts['speed_from']})",
+        f"micro-batch: at most {counted(facts['rung']['batch_size'], 'row')}{f' and {bound} tokens' if bound else ''}",
+        f"steps: {facts['steps']:,}, {facts['tokens']:,} tokens of which {facts['supervised_tokens']:,} supervised",
+        f"time: about {time} at {facts['tokens_per_second']:,.0f} tokens/s ({facts['speed_from']})",
     ]
     return "\n".join(lines)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from finetuned.curves import Curves, curves_of, smoothed
-from finetuned.errors import FinetunedError, HomeError
+from finetuned.errors import FinetunedError, HomeError, counted
 from finetuned.events import EventType
 from finetuned.found import job_named, ledger_to_read
 from finetuned.home import Home
@@ -19,7 +20,7 @@ def plot_job(home: Home, name: str, output: Path) -> str:
     """Draw to a file whose ending says how; the sentence to tell the user. Raises HomeError or FinetunedError."""
     with ledger_to_read(home) as ledger:
         job = job_named(ledger, name)
-        curves = curves_of(ledger.events(job.id, kind=EventType.METRICS))
+        curves = curves_of(ledger.events(job.id, EventType.METRICS))
     if not curves:
         raise HomeError(f"job {job.id} has done no step yet", remedy="`finetuned status` says where it is.")
     figure = _draw(curves, job.id)
@@ -36,11 +37,16 @@ def plot_job(home: Home, name: str, output: Path) -> str:
         figure.savefig(staged, format=kind, dpi=150)
         staged.replace(output)
     except OSError as error:
-        staged.unlink(missing_ok=True)
         raise HomeError(
             f"cannot be written: {error.strerror}", where=str(output), remedy="Name another --output."
         ) from error
-    return f"{output}: {len(curves.train_loss):,} steps and {len(curves.valid_loss):,} evaluations of {job.id}"
+    finally:
+        with suppress(OSError):
+            staged.unlink()
+    return (
+        f"{output}: {counted(len(curves.train_loss), 'step')} and {counted(len(curves.valid_loss), 'evaluation')} "
+        f"of {job.id}"
+    )
 
 
 def _draw(curves: Curves, title: str) -> Any:
@@ -56,7 +62,9 @@ def _draw(curves: Curves, title: str) -> Any:
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     noisy = len(curves.train_loss) >= _NOISY
     if curves.train_loss:
-        faint = {"alpha": 0.3, "linewidth": 0.8} if noisy else {"label": "training", "linewidth": 1.5}
+        faint: dict[str, Any] = {"alpha": 0.3, "linewidth": 0.8} if noisy else {"label": "training", "linewidth": 1.5}
+        if len(curves.train_loss) == 1:  # no line goes through it
+            faint["marker"] = "o"
         losses.plot(*zip(*curves.train_loss, strict=True), color=_BLUE, **faint)
     if noisy:
         span = max(10, len(curves.train_loss) // 50)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,40 @@ class Strict(BaseModel):
     """A table that takes no key it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Shot(Strict):
+    """An example of how to answer."""
+
+    question: str = Field(min_length=1, description="As a row asks.")
+    answer: str = Field(min_length=1, description="With its reasoning, and its end as the judge reads it.")
+
+
+class Rft(Strict):
+    """Rejection-sampling fine-tuning: the model answers, a judge chooses, and the model learns from what was right."""
+
+    prompt: str = Field(
+        "Think step by step. End with the result alone in <answer></answer>.",
+        min_length=1,
+        description="System prompt under which the model answers, and which it is trained with, in system_prompt's "
+        "place.",
+    )
+    examples: list[Shot] = Field(
+        default_factory=list, description="Shown before each question when answers are made; never trained on."
+    )
+    samples: PositiveInt = Field(4, description="Answers made to each question.")
+    temperature: float = Field(0.8, ge=0, description="How freely they are drawn; 0 with samples 1 alone makes sense.")
+    max_new_tokens: PositiveInt = Field(256, description="Longest answer, in tokens.")
+    keep: PositiveInt = Field(2, description="Right answers that are kept of each question, at most.")
+    pick: Literal["shortest", "varied"] = Field(
+        "shortest", description="Which of them: the shortest, or those least like each other."
+    )
+    least_yield: float = Field(
+        0.05, ge=0, le=1, description="Share of the questions that must have a right answer; with fewer the job fails."
+    )
+    rounds: PositiveInt = Field(
+        1, description="Times that answers are made; from the second on by what the one before trained."
+    )
 
 
 class Hybrid(Strict):

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 import structlog
 
 from finetuned import gpu
+from finetuned.attempts import began, ended
 from finetuned.centre import ControlCentre
 from finetuned.checked import file_state, remember_checked
 from finetuned.config import Config, load_config
@@ -23,13 +24,13 @@ from finetuned.events import Ending, Event, EventType, ExitCode
 from finetuned.fleet import Fleet
 from finetuned.guard import check_one_mount, check_place, only_daemon, say_waiting, why_paused
 from finetuned.home import Home, printable
-from finetuned.jobs import Job, Outcome, State
+from finetuned.jobs import Job, State
 from finetuned.launchers.local import start, trainer_environment
 from finetuned.launchers.warm import WarmParent
 from finetuned.ledger import Ledger
 from finetuned.live import sentence
 from finetuned.notify import notify, watchdog_seconds
-from finetuned.on_finish import News, Teller
+from finetuned.on_finish import MOST_TRIES, Teller, news_of
 from finetuned.pulse import Signs, no_room, trouble
 from finetuned.spool import orders
 from finetuned.spool.claim import claim, enqueue, files_to_hash, settle_duplicate, write_spec
@@ -37,7 +38,7 @@ from finetuned.spool.crashes import pause_if_too_many
 from finetuned.spool.hasher import Hasher
 from finetuned.spool.inbox import Complaint, Found
 from finetuned.spool.orders import Verb
-from finetuned.spool.publish import CANCELLED, archive, fail, publish, published
+from finetuned.spool.publish import archive, fail, publish, published
 from finetuned.spool.recover import recover, recover_job
 from finetuned.spool.settle import Settler
 from finetuned.spool.watch import Watch
@@ -72,9 +73,12 @@ class Service:
         self._settler = Settler(home.inbox)
         self._hasher = Hasher(self._wake.set)
         self._warm = WarmParent()
-        self._teller = Teller()
+        self._teller = Teller(self._wake.set)
+        self._telling: int | None = None  # the number of the news that is told at this moment
         self._centre = ControlCentre(home)
         self._attempt: Attempt | None = None
+        # The job whose trainer could not be started, and why, until the ledger says so too.
+        self._never_began: tuple[Job, str] | None = None
         self._stop = self._hurry = self._reload = False
         self._config_state: tuple[int, ...] = ()
         self._waiting: bool | None = None  # whether the last look left files that it will be worth looking at again
@@ -132,7 +136,7 @@ class Service:
                     self._wake.rest(self._pause())
                 return self._end()
             finally:
-                self._teller.close(seconds=self._config.on_finish.seconds if self._once else _LAST_NEWS)
+                self._end_telling()
                 self._centre.close()
                 self._warm.close()
                 self._watch.stop()
@@ -167,6 +171,8 @@ class Service:
             return self._attempt is None or (self._held and self._attempt.trainer.poll() is not None)
         if not self._once or self._attempt or self._waiting is None or self._ready:
             return False
+        if self._telling is not None or self._ledger.next_news():
+            return False
         if not self._waiting and not self._ledger.unfinished():
             return True
         if self._paused():
@@ -177,6 +183,11 @@ class Service:
             return False
         self._failures += 1
         return True
+
+    def _end_telling(self) -> None:
+        if self._teller.close(seconds=_LAST_NEWS) and self._telling is not None:
+            with suppress(sqlite3.Error):
+                self._ledger.drop_news(self._telling)
 
     def _end(self) -> int:
         notify(stopping=1)
@@ -218,6 +229,7 @@ class Service:
             self._sample_gpus,
             self._tidy,
             self._tend_centre,
+            self._tell_news,
         )
         for step in steps:
             try:
@@ -252,6 +264,7 @@ class Service:
         self._held, self._next_look = False, 0.0
         if not self._recovered:
             self._recover()
+        self._queue_again()
         for job in self._ledger.jobs(State.CLAIMING, State.RUNNING, State.TRAINED, State.FAILING):
             at_work = self._hasher.busy(job.id) or (self._attempt is not None and job.id == self._attempt.job.id)
             if at_work:
@@ -264,9 +277,9 @@ class Service:
 
     def _obey(self) -> None:
         """Carry out what users want. An order stays until it is carried out or cannot be."""
-        for number, verb, job_id in self._ledger.orders():
+        for number, verb, job_id, before in self._ledger.orders():
             try:
-                carried_out = self._carry_out(Verb(verb), job_id)
+                carried_out = self._carry_out(Verb(verb), job_id, before)
             except (KeyError, ValueError):  # or a verb of a later version
                 _log.warning("no such job or order", order=verb, job=job_id)
                 carried_out = True
@@ -278,7 +291,7 @@ class Service:
         if self._attempt and not self._attempt.stopping and self._paused():
             self._attempt.stop(self._config.pause_grace)
 
-    def _carry_out(self, verb: Verb, job_id: str) -> bool:
+    def _carry_out(self, verb: Verb, job_id: str, before: str) -> bool:
         """Do what one order says; say whether that is all."""
         if verb is Verb.PAUSE:
             orders.pause(self._home, "a user asked for it")
@@ -293,6 +306,8 @@ class Service:
             return self._cancel(job)
         if verb is Verb.RETRY:
             orders.retry(self._ledger, self._home, self._config, job)
+        elif verb is Verb.BEFORE:
+            orders.put_before(self._ledger, self._home, job, self._ledger.job(before))
         else:
             orders.change_turn(self._ledger, self._home, job, verb)
         _log.info("order carried out", order=verb, job=job.id)
@@ -400,11 +415,14 @@ class Service:
         environment, why = self._trainer_environment()
         try:
             check_place(self._home.adapters)
-            write_spec(self._home, replace(job, attempt=job.attempt + 1))
-            job = self._ledger.update(
+            following = replace(job, attempt=job.attempt + 1)
+            write_spec(self._home, following)
+            job = self._ledger.record(
                 job.id,
+                [began(following, at=time.time(), on=why)],
+                offset=job.events_offset,
                 state=State.RUNNING,
-                attempt=job.attempt + 1,
+                attempt=following.attempt,
                 boot_id=boot_id(),
                 started_at=job.started_at or time.time(),
                 progress={**job.progress, "gpu": {**os.environ, **environment}.get("CUDA_VISIBLE_DEVICES", "")},
@@ -413,13 +431,21 @@ class Service:
             self._attempt = Attempt.launch(self._ledger, self._home, job, start=how, environment=environment)
         except FinetunedError as error:
             self._fail(job, error.as_dict())
-        except OSError as error:
+        except (sqlite3.OperationalError, OSError) as error:
             self._hold(error, doing=f"starting {job.id}")
-            if job.state is State.RUNNING:
-                self._ledger.update(job.id, state=State.QUEUED)
+            self._never_began = job, f"it could not be started: {error}"
+            self._queue_again()
         else:
             _log.info("training starts", job=job.id, attempt=job.attempt, pid=self._attempt.trainer.pid, on=why)
             self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
+
+    def _queue_again(self) -> None:
+        """Put a job back whose trainer never began, so that nothing was interrupted. Once there is room for that."""
+        if self._never_began is not None:
+            job, why = self._never_began
+            over = ended(job, Ending.TRANSIENT, at=time.time(), how=why)
+            self._ledger.record(job.id, [over], offset=job.events_offset, state=State.QUEUED)
+            self._never_began = None
 
     def _tend_attempt(self) -> None:
         """Record what the trainer says; when it has ended, do what follows."""
@@ -486,6 +512,30 @@ class Service:
         """Keep the control centre running. That it cannot start is no reason for the queue to wait."""
         with suppress(OSError):
             self._centre.tend(self._config.web)
+
+    def _tell_news(self) -> None:
+        """Have told how jobs ended, one after the other. What is not told when the daemon ends is told by the next."""
+        if self._teller.busy:
+            return
+        if self._telling is not None:
+            self._ledger.drop_news(self._telling)
+            self._telling = None
+        news, settings = self._ledger.next_news(), self._config.on_finish
+        if news is None or self._stop:
+            return
+        if not (settings.command or settings.urls):
+            self._ledger.drop_news()
+            return
+        number, tries, job = news
+        self._wake.set()  # for the next one
+        if job.duplicate_of is not None or tries >= MOST_TRIES:
+            if tries >= MOST_TRIES:
+                _log.warning("on_finish: given up, as the daemon ended whenever it told this", job=job.id)
+            self._ledger.drop_news(number)
+            return
+        self._ledger.begin_to_tell(number)
+        self._telling = number
+        self._teller.tell(settings, news_of(job))
 
     def _heed_gpus(self) -> None:
         """Keep away from GPUs that failed. A job at work on one is stopped and goes on elsewhere."""
@@ -600,13 +650,6 @@ class Service:
         if job.duplicate_of is None:
             figures = {key: job.progress[key] for key in ("train_loss", "valid_loss") if key in job.progress}
             _log.info("finished", job=job.id, adapter=f"adapters/{job.adapter}", **figures)
-            told = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
-            self._tell(job, Outcome.SUCCEEDED, f"adapters/{job.adapter}" + (f" ({told})" if told else ""))
-
-    def _tell(self, job: Job, outcome: Outcome, what: str) -> None:
-        name = printable(job.name)
-        line = f"{job.id}: {name} {outcome}: {what}"
-        self._teller.tell(self._config.on_finish, News(job.id, name, outcome, line))
 
     def _fail(self, job: Job, reason: dict[str, str] | None = None) -> None:
         self._failures += 1
@@ -630,10 +673,6 @@ class Service:
             fail(self._ledger, self._home, job, reason)
         except OSError as error:
             self._hold(error, doing=f"putting {printable(job.name)} away")
-            return
-        told = reason or job.reason or {}
-        outcome = Outcome.CANCELLED if told.get("code") == CANCELLED else Outcome.FAILED
-        self._tell(job, outcome, f"{told.get('what', '')}. {told.get('remedy', '')}".strip())
 
     def _hold(self, error: Exception | str, *, doing: str) -> None:
         """Let the queue wait: nothing is lost, and it goes on by itself when the cause is gone."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sqlite3
 import textwrap
 import time
 from collections.abc import Collection
@@ -14,10 +13,10 @@ from typing import Any
 
 from finetuned.checked import is_checked
 from finetuned.errors import ConfigError, harmless
+from finetuned.found import ledger_if_any
 from finetuned.guard import daemon_pid, gpus_aside, why_paused, why_waiting
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
-from finetuned.ledger import Ledger
 from finetuned.lifesigns import locked
 from finetuned.live import duration, sentence
 from finetuned.spool.inbox import Complaint, Found, list_inbox
@@ -28,7 +27,7 @@ _LONGEST_REASON = 300  # characters
 
 
 def gather(home: Home) -> dict[str, Any]:
-    """Collect everything, as `--json` prints it."""
+    """Collect everything, as `--json` prints it. Raises HomeError if the ledger is damaged."""
     facts: dict[str, Any] = {
         "base_dir": str(home.root),
         "daemon_pid": daemon_pid(home),
@@ -50,20 +49,16 @@ def gather(home: Home) -> dict[str, Any]:
     except ConfigError as error:
         facts["config_error"] = error.sentence()
     facts["inbox"] = [_lying(entry) for entry in list_inbox(home.inbox, profiles)]
-    try:
-        ledger = Ledger.open_to_read(home.ledger)
-    except sqlite3.OperationalError:  # no daemon has run here yet, or one makes its tables at this moment
-        return facts
-    try:
+    with ledger_if_any(home) as ledger:
+        if ledger is None:
+            return facts
         facts["running"] = [
             {**_facts(job), "trainer_alive": locked(home.job(job.id))}
             for job in ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)
         ]
         facts["queue"] = [_facts(job) for job in ledger.queue()]
-        facts["orders"] = [{"verb": verb, "job": job_id or None} for _, verb, job_id in ledger.orders()]
+        facts["orders"] = [{"verb": verb, "job": job_id or None} for _, verb, job_id, _ in ledger.orders()]
         facts["finished"] = [_facts(job) for job in ledger.last_finished(_LAST)]
-    finally:
-        ledger.close()
     return facts
 
 
@@ -181,6 +176,7 @@ def _result(job: dict[str, Any]) -> str:
     if job["duplicate_of"]:
         return f"duplicate {at}  {job['id']}: trained before as {job['duplicate_of']}, adapters/{job['adapter']}"
     took = duration(job["finished_at"] - job["started_at"]) if job["started_at"] else ""
-    loss = job["progress"].get("valid_loss", job["progress"].get("train_loss"))
-    figures = ", ".join(filter(None, (f"loss {loss:.4f}" if loss is not None else "", took)))
+    named = (("held-out loss", "valid_loss"), ("training loss", "train_loss"))
+    losses = [f"{name} {job['progress'][key]:.4f}" for name, key in named if job["progress"].get(key) is not None]
+    figures = ", ".join(filter(None, (*losses[:1], took)))
     return f"{job['outcome']:9} {at}  {job['id']}: adapters/{job['adapter']} ({figures})"

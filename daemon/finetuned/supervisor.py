@@ -18,6 +18,7 @@ from typing import Any
 
 import structlog
 
+from finetuned.attempts import ended
 from finetuned.events import Ending, Event, EventType, describe_end, judge, parse_event
 from finetuned.fallback import Rung, next_rung
 from finetuned.home import Home, JobFolder, printable
@@ -86,8 +87,12 @@ def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) 
 
 
 def _climb_down(job: Job, rung: dict[str, Any], reason: dict[str, str]) -> Decision:
+    try:
+        now = Rung(**rung)
+    except TypeError:  # what the trainer said is none
+        now = Rung(**job.rung)
     step = next_rung(
-        Rung(**rung),
+        now,
         allow_4bit=bool(job.settings.get("fallback_4bit")),
         allow_shorter=bool(job.settings.get("fallback_max_length")),
     )
@@ -175,9 +180,10 @@ class Attempt:
 
     @classmethod
     def launch(cls, ledger: Ledger, home: Home, job: Job, *, start: Start, environment: dict[str, str]) -> Attempt:
-        """Start the trainer of a job that is in state running (D7). Raises OSError."""
+        """Start the trainer of a job that is in state running (D7). Raises OSError, and then none is at work."""
         trainer = start(home.job(job.id), log=home.job_log(job.id), environment=environment)
-        job = ledger.update(job.id, trainer_pid=trainer.pid)
+        with suppress(sqlite3.OperationalError):  # a full disk: it is noted with what the trainer says first
+            job = ledger.update(job.id, trainer_pid=trainer.pid)
         return cls(ledger, home, job, trainer)
 
     @classmethod
@@ -225,7 +231,7 @@ class Attempt:
         events = self._tail.read()
         if events:
             rungs = [event.data["rung"] for event in events if event.type in SETTLE_RUNG]
-            changes: dict[str, Any] = {"progress": progress_after(self.job.progress, events)}
+            changes = {"progress": progress_after(self.job.progress, events), "trainer_pid": self.trainer.pid}
             if rungs:
                 changes["rung"] = rungs[-1]
             try:
@@ -243,11 +249,17 @@ class Attempt:
         error = self.job.progress.get("error")
         if ending is Ending.TRANSIENT and error is None:  # nor room to say so
             error = {"code": "no_space", "what": "no room on the disk"}
-        decision = decide(self.job, ending, error=error, end=describe_end(status))
+        how = describe_end(status)
+        decision = decide(self.job, ending, error=error, end=how)
+        then = decision.why or (decision.reason or {}).get("what", "")
+        over = ended(self.job, ending, at=time.time(), how=how, then="" if then == how else then)
         if decision.publish or decision.reason:
+            self.job = self._ledger.record(self.job.id, [over], offset=self.job.events_offset)
             return decision, ending
-        self.job = self._ledger.update(
+        self.job = self._ledger.record(
             self.job.id,
+            [over],
+            offset=self.job.events_offset,
             state=State.QUEUED,
             rung=decision.rung or self.job.rung,
             retries=self.job.retries + decision.counted,

@@ -47,7 +47,7 @@ def talk(
 def _find(adapter: Path | None, home: Home | None) -> Path:
     """Find the adapter's folder: as a path, or by its name in adapters/."""
     given = adapter or Path(_LATEST)
-    candidates = [given.expanduser()] if adapter else []
+    candidates = [Path(os.path.expanduser(given))] if adapter else []  # noqa: PTH111, as it is if nobody is called so
     candidates += [home.adapters / given] if home else []
     for folder in candidates:
         if any((folder / name).is_file() for name in (CONFIG, "config.json")):

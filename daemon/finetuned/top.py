@@ -5,6 +5,7 @@ It reads the ledger as `finetuned status` does, and orders as the control verbs 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import select
@@ -23,16 +24,18 @@ import click
 from finetuned.control import order
 from finetuned.curves import curves_of
 from finetuned.errors import FinetunedError
+from finetuned.found import ledger_if_any
 from finetuned.frame import Size, choices, frame
 from finetuned.home import Home
-from finetuned.ledger import Ledger
 from finetuned.spool.orders import Verb
 from finetuned.status import gather as gather_status
 
 _EVERY = 1.0  # seconds between two frames
 _POINTS = 2000  # of the newest steps, in the curve
-_FULL_SCREEN, _BACK = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"  # also hide and show the cursor
-_KEY = re.compile(r"\x1b[\[O][A-Z]|.", re.DOTALL)
+# Also without a cursor and without wrapping: a terminal of 8 columns cuts off what is too long.
+_FULL_SCREEN, _BACK = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"
+_LEAST = Size(10, 1)
+_KEY = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1bO.|\x1b[^\[]|.", re.DOTALL)  # a key may be several bytes
 _ARROWS = {"\x1b[A": "k", "\x1b[B": "j", "\x1bOA": "k", "\x1bOB": "j"}
 _OF_A_JOB = {"c": Verb.CANCEL, "f": Verb.FIRST, "l": Verb.LAST}
 
@@ -43,36 +46,49 @@ def gather(home: Home) -> dict[str, Any]:
     shown = [job["id"] for job in facts["running"]] or [job["id"] for job in facts["finished"][:1]]
     if not shown:
         return facts
-    with suppress(sqlite3.OperationalError):  # it is made anew at this moment
-        ledger = Ledger.open_to_read(home.ledger)
-        try:
+    with ledger_if_any(home) as ledger:
+        if ledger is not None:
             facts["curves"] = {job: curves_of(ledger.newest_metrics(job, _POINTS)) for job in shown}
             facts["gpus"] = ledger.newest_gpu_samples(shown[0]) if facts["running"] else []
             facts["predictions"] = ledger.newest_predictions(shown[0])
-        finally:
-            ledger.close()
     return facts
 
 
 def show(home: Home) -> None:
-    """Show the live view until q or Ctrl-C; one frame where there is no terminal to show it on."""
+    """Show the live view until q or Ctrl-C; one frame where there is no terminal that can show it.
+
+    Raises HomeError if the ledger is damaged.
+    """
     plain = "utf" not in (sys.stdout.encoding or "").lower()
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        size = Size(shutil.get_terminal_size().columns, plain=plain)
-        click.echo("\n".join(line.rstrip() for line in frame(gather(home), size)))
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") == "dumb":
+        size = Size(max(_LEAST.columns, shutil.get_terminal_size().columns), plain=plain)
+        lines = [line.rstrip() for line in _coloured(frame(gather(home), size))]
+        click.echo(_writable("\n".join(lines)), color=False if os.environ.get("TERM") == "dumb" else None)
         return
-    with suppress(KeyboardInterrupt, OSError), _whole_terminal():  # OSError: the terminal is gone
-        _View(home, plain=plain).run()
+    try:
+        with suppress(KeyboardInterrupt), _whole_terminal():
+            _View(home, plain=plain).run()
+    except OSError as error:
+        if error.errno != errno.EIO:  # the terminal is gone
+            raise
+
+
+def _coloured(lines: list[str]) -> list[str]:
+    return [click.unstyle(line) for line in lines] if "NO_COLOR" in os.environ else lines
+
+
+def _writable(text: str) -> str:
+    return text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding)
 
 
 class _View:
     def __init__(self, home: Home, *, plain: bool) -> None:
         self._home, self._plain = home, plain
-        self._chosen, self._note, self._sure = "", "", ""
+        self._chosen, self._note, self._sure, self._stale = "", "", "", ""
 
     def run(self) -> None:
+        facts = gather(self._home)
         while True:
-            facts = gather(self._home)
             jobs = choices(facts)
             if self._chosen not in jobs:
                 self._chosen = jobs[0] if jobs else ""
@@ -83,15 +99,17 @@ class _View:
                     self._press(key, jobs)
                 if not typed or "q" in _keys(typed):
                     return
+            try:
+                facts, self._stale = gather(self._home), ""
+            except sqlite3.OperationalError as error:  # somebody has locked it, say
+                self._stale = f"not up to date: {error}"
 
     def _draw(self, facts: dict[str, Any]) -> None:
         columns, lines = os.get_terminal_size(sys.stdout.fileno())
-        size = Size(max(20, columns), max(4, lines), plain=self._plain)
-        drawn = frame(facts, size, chosen=self._chosen, note=self._note)
-        if "NO_COLOR" in os.environ:
-            drawn = [click.unstyle(line) for line in drawn]
-        text = "\x1b[H" + "\n".join(f"{line}\x1b[K" for line in drawn) + "\x1b[J"
-        sys.stdout.write(text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding))
+        columns, lines = columns or 80, lines or 24  # a serial line does not know its own
+        size = Size(max(_LEAST.columns, columns), max(_LEAST.lines, lines), plain=self._plain)
+        drawn = _coloured(frame(facts, size, chosen=self._chosen, note=self._stale or self._note))
+        sys.stdout.write(_writable("\x1b[H" + "\n".join(f"{line}\x1b[K" for line in drawn) + "\x1b[J"))
         sys.stdout.flush()
 
     def _press(self, key: str, jobs: Any) -> None:

@@ -28,8 +28,9 @@ def chromium():
 
 
 @pytest.fixture
-def server(home, chromium):
-    one = WebServer(home)
+def server(request, home, chromium):
+    one = WebServer(home, *getattr(request, "param", ()))
+    one.address = f"http://127.0.0.1:{one.port}"
     yield one
     one.stop()
 
@@ -40,12 +41,14 @@ def visit(server, chromium) -> Callable:
     wrong: list[str] = []
     contexts = []
 
-    def open_page(path: str, *, scheme: str = "light", width: int = 1280):
+    def open_page(path: str, *, scheme: str = "light", width: int = 1280, fine: bool = True):
+        """With `fine` false, what the browser says of answers that are errors is no fault."""
         context = chromium.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(60_000)
-        page.on("console", lambda said: wrong.append(said.text) if said.type in {"error", "warning"} else None)
+        if fine:
+            page.on("console", lambda said: wrong.append(said.text) if said.type in {"error", "warning"} else None)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on(
             "request",

@@ -61,6 +61,53 @@ def test_two_waiting_jobs_change_places(visit, home, daemon, standin):
     eventually(lambda: page.evaluate("document.querySelector('#queue a').textContent === 'c.jsonl'"))
 
 
+def test_a_waiting_job_is_dragged_to_another_place_while_another_one_trains(visit, home, daemon, standin):
+    standin(seconds=0.5)
+    one = daemon()
+    for place, name in enumerate("abcd"):
+        write_jsonl(home.root / "staged", chat_rows(200, start=1000 * place)).rename(home.inbox / f"{name}.jsonl")
+        one.job(f"{name}.jsonl", state=State.RUNNING if name == "a" else State.QUEUED)
+    page = visit("/")
+    waiting = page.locator("#queue a")
+
+    def order() -> str:
+        return "".join(name[0] for name in waiting.all_inner_texts())
+
+    eventually(lambda: order() == "bcd")
+    seen = page.locator("#queue li").nth(0).element_handle()
+    step = page.evaluate("document.querySelector('#steps').value")
+    eventually(lambda: page.evaluate("document.querySelector('#steps').value") > step)
+    assert seen.evaluate("item => item.isConnected")  # what does not change is not made anew under the pointer
+    upper, lower = {"x": 20, "y": 3}, {"x": 20, "y": 30}
+    page.locator("#queue li").nth(2).drag_to(page.locator("#queue li").nth(1), target_position=upper)
+    eventually(lambda: order() == "bdc")
+    page.locator("#queue li").nth(0).drag_to(page.locator("#queue li").nth(2), target_position=lower)
+    eventually(lambda: order() == "dcb")
+    page.locator("#queue li").nth(0).drag_to(page.locator("#queue li").nth(1), target_position=upper)  # where it is
+    page.locator("#queue li").nth(2).get_by_role("button", name="First").press("Enter")  # by keyboard
+    eventually(lambda: order() == "bdc")
+
+
+def test_a_job_that_is_tried_again_is_followed_on_its_page(visit, home, daemon, standin):
+    standin(seconds=0.2)
+    one = daemon()
+    write_jsonl(home.root / "staged", chat_rows(60)).rename(home.inbox / "x.jsonl")
+    job = one.job("x.jsonl", state=State.RUNNING)
+    page = visit(f"/jobs/{job.id}")
+    page.evaluate("window.stillHere = true")
+    page.locator("#timeline .running").wait_for()
+    page.locator("[data-verb=cancel]").click()
+    page.locator("#status .cancelled").wait_for()
+    page.locator("#timeline .interrupted").wait_for()
+    page.locator("[data-verb=retry]").click()
+    page.locator("#timeline .running").wait_for()
+    page.get_by_text("attempt 2 begins").first.wait_for()
+    steps = page.locator("#log li", has_text="step ")
+    seen = steps.count()
+    eventually(lambda: steps.count() > seen + 2)
+    assert page.evaluate("window.stillHere")
+
+
 def test_a_file_that_is_refused_says_why_and_can_be_thrown_away(visit, home, tiny_model):
     write_config(home, model=str(tiny_model))
     page = visit("/drop")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from conftest import eventually
-from finetuned.events import Event, EventType
+from finetuned.attempts import began, ended
+from finetuned.events import Ending, Event, EventType
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import Ledger
 
@@ -106,7 +108,7 @@ def test_buttons_give_orders(visit, ledger):
     page.get_by_role("button", name="Pause the queue").click()
     page.get_by_text("Asked for: pause").wait_for()
     page.locator('[data-job="bad-1"]').get_by_text("<b>no row</b> is whole").wait_for()
-    assert [(verb, job_id) for _, verb, job_id in ledger.orders()] == [
+    assert [(verb, job_id) for _, verb, job_id, _ in ledger.orders()] == [
         ("first", "second-1"),
         ("cancel", "first-1"),
         ("pause", ""),
@@ -119,6 +121,69 @@ def test_predictions_appear_and_what_changed_is_marked(visit, ledger):
     assert page.locator("#predictions td.changed").all_inner_texts() == ["4 m ✓"]
     ledger.record("units-1", [answered(150, "4 m", "4 m")], offset=2)
     page.get_by_text("0 of 2 right at first, 2 now").wait_for()
+
+
+def test_the_time_line_shows_attempts_and_the_rungs_they_climbed_down(visit, ledger):
+    top, low = {"batch_size": 8, "gradient_accumulation": 1, "tuning": "lora"}, {"batch_size": 4, "tuning": "lora"}
+    low["gradient_accumulation"] = 2
+    one = replace(job("units-1", State.RUNNING), attempt=1, rung=top, progress={"step": 120})
+    two = replace(one, attempt=2, rung=low, settings={**SETTINGS, "epochs": 3.0})
+    fell = Event(1_795_000_130.0, EventType.RUNG, "out of memory; batch halved", "warning", {"rung": low, "step": 90})
+    over = ended(one, Ending.RESOURCE, at=1_795_000_140.0, how="exit code 70", then="after 8 x 1: batch halved")
+    ledger.record("units-1", [began(one, at=1_795_000_120.0, on="on GPU 0"), fell, over], offset=2)
+    ledger.record("units-1", [began(two, at=1_795_000_150.0, on="on GPU 0")], offset=2)
+    page = visit("/jobs/units-1")
+    rows = page.locator("#timeline tr")
+    rows.nth(3).wait_for()
+    cells = [row.locator("td").all_inner_texts() for row in rows.all()[1:]]
+    assert [row[1].splitlines()[0] for row in cells] == [
+        "attempt 1 begins on GPU 0",
+        "out of memory; batch halved",
+        "attempt 2 begins on GPU 0",
+    ]
+    assert cells[0][2:] == ["resource exit code 70; after 8 x 1: batch halved", "120", "8 rows x 1, lora", ""]
+    assert cells[1][2:] == ["", "90", "4 rows x 2, lora", ""]
+    assert cells[2][1].splitlines()[1:] == ["after 8 x 1: batch halved"]
+    assert cells[2][2:] == ["running", "", "4 rows x 2, lora", "epochs: 2, now 3"]
+    now = visit("/")
+    now.locator("#why", has_text="after 8 x 1: batch halved").wait_for()
+
+
+def test_no_more_than_five_jobs_are_laid_over_one_another(visit, ledger):
+    for number in range(4):
+        ledger.add(job(f"more-{number}", State.FINISHED, outcome=Outcome.SUCCEEDED, finished_at=1_795_000_100.0))
+        ledger.record(f"more-{number}", list(map(metrics, range(1, 9))), offset=1)
+    page = visit("/jobs/units-1")
+    for number in range(4):
+        page.locator("#other").fill(f"more-{number}")
+        page.get_by_role("button", name="Add").click()
+    eventually(lambda: page.evaluate("document.querySelector('#learning_rate').data.length") == 5)
+    page.locator("#other").fill("night-1")
+    page.get_by_role("button", name="Add").click()
+    page.get_by_text("5 jobs are all that a chart holds").wait_for()
+    assert page.evaluate("document.querySelector('#learning_rate').data.length") == 5
+    page.get_by_role("button", name="Alone").click()
+    eventually(lambda: page.evaluate("document.querySelector('#learning_rate').data.length") == 1)
+
+
+def test_a_curve_that_grows_all_night_is_thinned_again_and_a_step_done_again_counts_anew(visit, ledger):
+    page = visit("/")
+    steps = "document.querySelector('#loss').data[0].x"
+    page.locator("#loss .scatterlayer .trace").nth(1).wait_for()
+    ledger.record("units-1", [metrics(n) for n in range(121, 6000)], offset=2)
+    eventually(lambda: page.evaluate(f"{steps}.at(-1)") == 5999)
+    eventually(lambda: page.evaluate(f"{steps}.length") < 2100)
+    again = metrics(5999)
+    ledger.record("units-1", [replace(again, data={**again.data, "train_loss": 9.0})], offset=2)
+    eventually(lambda: page.evaluate("document.querySelector('#loss').data[0].y.at(-1)") == 9.0)
+
+
+def test_where_a_gpu_was_held_back_is_marked(visit, ledger):
+    sample = {"index": 0, "name": "H", "uuid": "GPU-1", "created_at": 1_795_000_050.0, "utilization": 9}
+    ledger.record_gpu("units-1", [(sample["created_at"], "GPU-1", {**sample, "throttle_reasons": ["power cap"]})])
+    page = visit("/")
+    marks = "document.querySelector('#utilization').data?.find((one) => one.name === 'held back')?.text"
+    eventually(lambda: page.evaluate(marks) == ["power cap"])
 
 
 def test_history_is_filtered_and_sorted(visit, ledger):
@@ -134,3 +199,16 @@ def test_history_is_filtered_and_sorted(visit, ledger):
     eventually(lambda: page.evaluate("document.querySelector('tbody a').textContent === 'second-1.jsonl'"))
     page.locator("[data-sort=name]").click()
     eventually(lambda: page.evaluate("document.querySelector('tbody a').textContent === 'first-1.jsonl'"))
+
+
+@pytest.mark.parametrize("server", [("--host", "0.0.0.0")], indirect=True)
+def test_the_token_is_given_once_in_the_browser(visit, server, home, ledger):
+    page = visit("/history", fine=False)
+    page.locator("[name=token]").fill("wrong")
+    page.get_by_role("button", name="Go on").click()
+    page.get_by_text("This is not it.").wait_for()
+    page.locator("[name=token]").fill(home.web_token.read_text())
+    page.get_by_role("button", name="Go on").click()
+    page.get_by_text("units-1.jsonl: step 120 of 300").wait_for()
+    page.get_by_role("button", name="Pause the queue").click()
+    page.get_by_text("Asked for: pause").wait_for()

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import chat_rows, eventually, write_jsonl
 from finetuned.errors import harmless
+from finetuned.trainer.chatting import _Streamer
 from test_training import Run
 
 SYSTEM = "You say numbers."
@@ -101,6 +103,38 @@ def test_what_is_not_there_is_named(home, adapter, tmp_path):
     said = chat(adapter, "--model", tmp_path / "gone", code=78).stderr
     assert "there is no such folder" in said
     assert "Traceback" not in said
+
+
+def test_an_adapter_without_a_tokenizer_and_a_home_of_nobody_are_told_in_a_sentence(adapter, tmp_path):
+    bare = shutil.copytree(adapter, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "chat_template*"))
+    said = chat(bare, code=78).stderr
+    assert "there is no tokenizer that can be read" in said
+    assert "Traceback" not in said
+    assert "no adapter in such a folder" in chat("~no-such-user/x", code=78).stderr
+
+
+def test_a_pipe_may_hold_anything_and_be_closed_at_any_time(adapter):
+    words = command(adapter, "--max-new-tokens", LENGTH)
+    done = subprocess.run(words, input=b"Say \xff\xfe\n", capture_output=True, check=True, timeout=120)
+    assert b"no answer" not in done.stderr
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    _, complaints = process.communicate(b"Say the number 3\n" * 20, timeout=120)
+    assert complaints == b""
+    assert process.returncode == 0
+
+
+def test_what_begins_with_a_space_after_a_line_s_end_keeps_it(capsys):
+    """As in programs, with tokenizers whose tokens begin with the space before a word."""
+    words = ["<unk>", "\u2581def", "\n", "\u2581\u2581", "\u2581x"]
+    core = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
+    core.decoder = decoders.Metaspace()
+    streamer = _Streamer(PreTrainedTokenizerFast(tokenizer_object=core))
+    for tokens in ([0, 0], [1], [2], [3], [4]):
+        streamer.put(torch.tensor(tokens))
+    streamer.end()
+    assert capsys.readouterr().out == "def\n   x\n"
+    assert streamer.text == "def\n   x"
 
 
 class Talk:

@@ -123,6 +123,30 @@ def test_orders_given_while_the_daemon_is_down_take_effect_when_it_is_back(home,
     assert job.id == c
 
 
+def test_a_waiting_job_is_put_right_before_another_one(home, daemon, drop, standin):
+    one = daemon()
+    finetuned(home, "pause")
+    ids = {}
+    for name in ("a", "b", "c", "d"):
+        drop(f"{name}.jsonl", 3)
+        ids[name] = one.job(f"{name}.jsonl", state=State.QUEUED).id
+
+    def order() -> str:
+        queue = json.loads(finetuned(home, "status", "--json"))["queue"]
+        return "".join(job["file"][0] for job in queue)
+
+    assert order() == "abcd"
+    for moved, other, then in (("d", "b", "adbc"), ("c", "a", "cadb"), ("c", "b", "adcb"), ("a", "b", "dcab")):
+        said = finetuned(home, "move", ids[moved], "--before", ids[other])
+        assert said.strip() == f"{ids[moved]} comes before {ids[other]}"
+        eventually(lambda then=then: order() == then, why=then)
+    finetuned(home, "move", ids["a"], "--before", ids["a"])
+    assert "there is no job" in finetuned(home, "move", ids["a"], "--before", "none-1", code=78)
+    finetuned(home, "move", ids["a"], "--before", ids["b"], "--first", code=2)
+    places = [json.loads(home.job(ids[name]).spec.read_bytes())["place"] for name in "dcab"]
+    assert places == sorted(set(places))  # the folders know it too, should the ledger be lost
+
+
 def test_a_waiting_job_is_cancelled_and_its_file_kept(home, daemon, drop, standin):
     one = daemon()
     finetuned(home, "pause")
@@ -262,6 +286,17 @@ def test_add_takes_training_files_only(home, tmp_path, name):
     other = tmp_path / name
     other.write_text("no")
     assert "is not a training file" in finetuned(home, "add", str(other), code=78)
+
+
+def test_add_says_what_is_wrong_with_an_empty_file_and_with_a_table(home, tmp_path):
+    empty, table, rows = tmp_path / "x.jsonl", tmp_path / "x.csv", tmp_path / "y.jsonl"
+    empty.touch()
+    table.write_text("prompt,completion\n1,2\n")
+    rows.write_text("{}\n")
+    assert "x.jsonl: the file is empty. Fill it" in finetuned(home, "add", str(empty), code=78)
+    assert "the file is empty" in finetuned(home, "add", str(rows), "--eval-file", str(empty), code=78)
+    assert "csv.DictReader" in finetuned(home, "add", str(table), code=78)
+    assert not list(home.inbox.iterdir())
 
 
 def test_once_ends_with_an_error_where_the_queue_is_paused(home, daemon, drop, standin):

@@ -351,7 +351,7 @@ def test_gpu_figures_of_a_job_are_in_the_ledger_and_in_the_log(home, daemon, dro
     drop("x.jsonl")
     job = one.job("x.jsonl")
     ledger = Ledger.open_to_read(home.ledger)
-    samples = ledger.gpu_samples(job.id)
+    samples = list(ledger.gpu_samples(job.id))
     ledger.close()
     assert samples
     assert samples[0]["utilization"] == 93
@@ -397,7 +397,7 @@ def test_status_shows_queue_results_and_reasons(home, daemon, drop):
 
     text = status()
     assert "not running" in text
-    assert "adapters/good" in text
+    assert re.search(r"adapters/good \(training loss \d\.\d{4}, ", text)
     assert "bad.jsonl:1" in text
     facts = json.loads(status("--json"))
     assert {job["outcome"] for job in facts["finished"]} == {"succeeded", "failed"}

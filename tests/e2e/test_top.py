@@ -24,7 +24,7 @@ LEAVES = "\x1b[?1049l"
 class Terminal:
     """A terminal with `finetuned top` on it. The slave end stays open, so that its modes can be read afterwards."""
 
-    def __init__(self, home, columns: int = 80, lines: int = 24) -> None:
+    def __init__(self, home, columns: int = 80, lines: int = 24, **environment: str) -> None:
         self.master, self.slave = pty.openpty()
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.before = termios.tcgetattr(self.slave)
@@ -34,7 +34,7 @@ class Terminal:
             stdin=self.slave,
             stdout=self.slave,
             stderr=self.slave,
-            env={**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"},
+            env={**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **environment},
             start_new_session=True,
         )
 
@@ -157,6 +157,60 @@ def test_the_terminal_is_put_back_whatever_ends_it(home, terminal, end):
     top.process.wait(20)
     assert "Traceback" not in top.said
     assert top.has_put_back()
+
+
+@pytest.mark.parametrize("size", [(0, 0), (12, 3), (7, 2), (1, 1)], ids=str)
+def test_a_terminal_that_is_tiny_or_does_not_know_its_size_is_no_trouble(home, terminal, size):
+    top = terminal(columns=size[0], lines=size[1])
+    eventually(lambda: len(top.lines()) == (size[1] or 24), why="a frame of as many lines")
+    assert "\x1b[?7l" in top.said  # what is too long for 7 columns is cut off there
+    top.press("q")
+    assert top.process.wait(20) == 0
+    assert top.has_put_back()
+    assert "\x1b[?7h" in top.said
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_one_frame(home, terminal):
+    top = terminal(TERM="dumb")
+    assert top.process.wait(20) == 0
+    top.read()
+    assert "no job is running" in top.said
+    assert "\x1b" not in top.said
+
+
+def test_without_colour_there_is_none(home, terminal):
+    top = terminal(NO_COLOR="1")
+    top.shows("not running")
+    assert not re.search(r"\x1b\[\d+m", top.said)
+
+
+def test_keys_that_mean_nothing_here_order_nothing(home, daemon, terminal, drop, standin):
+    standin(seconds=0.1)
+    one = daemon()
+    drop("long.jsonl", 1000, 0)
+    job = one.job("long.jsonl", state=State.RUNNING)
+    top = terminal()
+    top.shows(f"> {job.id}")
+    top.press("\x1bp\x1b[1;5c\x1b[15~\x1bOP")  # Alt-p, Ctrl and a key, F5, F1
+    top.press("c\x1b[Cc")  # an arrow between two c
+    top.shows("c once more cancels")
+    top.press("x")
+    assert not home.paused.exists()
+    assert one.job("long.jsonl", state=State.RUNNING)
+
+
+def test_a_damaged_ledger_is_told_in_a_sentence(home, terminal):
+    home.ledger.write_bytes(b"no ledger" * 1000)
+    top = terminal()
+    assert top.process.wait(20) == 78
+    top.read()
+    assert "the ledger is damaged" in top.said
+    assert "Traceback" not in top.said
+    for verb in ("status", "top"):
+        words = [sys.executable, "-m", "finetuned", verb, "--base-dir", str(home.root)]
+        said = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        assert (said.returncode, "Traceback" in said.stderr) == (78, False)
+        assert "`finetuned run`" in said.stderr
 
 
 def test_in_a_pipe_it_shows_one_frame_and_ends(home):

@@ -16,6 +16,8 @@ from test_training import Run, assert_same_weights, long_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}  # as set, and as torch calls them
+
 # The trainer itself, in a process that may have only a share of the GPU.
 SHARE = (
     "import runpy, torch; torch.cuda.set_per_process_memory_fraction({share}); "
@@ -60,15 +62,20 @@ def test_cuda_out_of_memory_is_survived_in_the_process_to_the_same_weights(tmp_p
         assert_same_weights(run, undisturbed, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("tuning", ["lora", "qlora", "lora-8bit", "full"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tuning", TUNINGS)
 def test_every_tuning_learns_and_answers(job, tuning, dtype):
     run = job(tuning=tuning, dtype=dtype, learning_rate=1e-3 if tuning == "full" else 5e-3)
     assert run.attempt() == ExitCode.DONE, run.log[-3000:]
     (plan,) = run.events(EventType.PLAN)
     assert plan.data["device"].startswith("cuda")
-    assert plan.data["choices"]["dtype"]["choice"] == {"bf16": "bfloat16", "fp16": "float16"}[dtype]
-    assert [event.data["step"] for event in run.events(EventType.PREDICTIONS)] == [0, 3, 6]
+    assert plan.data["choices"]["dtype"]["choice"] == DTYPES[dtype]
+    asked = run.events(EventType.PREDICTIONS)
+    assert [event.message for event in asked] == [
+        f"predictions saved=2 errors=0 exact={sum(sample['exact'] for sample in event.data['samples'])}/2 step={step}"
+        for event, step in zip(asked, (0, 3, 6), strict=True)
+    ]
+    assert all(sample["error"] is None and sample["seconds"] > 0 for event in asked for sample in event.data["samples"])
     (result,) = run.events(EventType.RESULT)
     assert result.data["valid_loss"] < result.data["valid_loss_before"] - 0.05
     norms = [step["grad_norm"] for step in run.steps()]

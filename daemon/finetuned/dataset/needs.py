@@ -1,4 +1,4 @@
-"""What a recipe needs of a row, beside what every row has to be."""
+"""What a recipe needs of a row, beside what every row has to be; else a night of making answers is for nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetuned.judges import judge
 if TYPE_CHECKING:
     from finetuned.dataset.report import Report
 
-CHECKED = frozenset({"hybrid"})  # recipes that hold answers against the row's own
+CHECKED = frozenset({"rft", "hybrid"})  # recipes that hold answers against the row's own
 
 
 def of(settings: TrainingSettings) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from finetuned.dataset.formats import Format, check_row
 from finetuned.dataset.reading import BadLine, RowFile
 from finetuned.dataset.rows import Problem, Row, with_system_prompt
-from finetuned.errors import DataError
+from finetuned.errors import DataError, counted
 from finetuned.findings import ERRORS, FATAL, WARNINGS, Warned
 
 _LINES_NAMED = 3
@@ -36,7 +36,7 @@ class Fault:
 
     def sentence(self, code: str, remedy: str, *, rows: int = 0) -> str:
         """Give it as a line of a log. `rows` are those among which it was found, unless it knows better."""
-        many = "1 row" if self.count == 1 else f"{self.count:,} rows"
+        many = counted(self.count, "row")
         rows = self.of or rows
         share = f" ({self.count / rows:.1%})" if rows else ""
         if not self.lines:
@@ -119,7 +119,7 @@ class Report:
         kind = f" of {self.format}" if self.format else ""
         prompts = f", system prompt added to {self.system_prompts_added:,}" if self.system_prompts_added else ""
         tokens = f", {self.tokens['tokens']:,} tokens, {self.tokens['supervised']:,} supervised" if self.tokens else ""
-        return f"{self.rows:,} rows{kind}{bad}{prompts}{tokens}"
+        return f"{counted(self.rows, 'row')}{kind}{bad}{prompts}{tokens}"
 
 
 def _by_count(faults: dict[Any, Fault]) -> list[tuple[Any, Fault]]:
@@ -183,7 +183,8 @@ def judge(
         else:
             remedy = f"Mend them, or raise max_bad_rows (now {max_bad_rows:g}) to leave them out."
         raise DataError(
-            f"{report.bad_rows:,} of {report.rows:,} rows cannot be used:\n  " + "\n  ".join(report.sentences()),
+            f"{report.bad_rows:,} of {counted(report.rows, 'row')} cannot be used:\n  "
+            + "\n  ".join(report.sentences()),
             where=f"{name}:{first.lines[0]}",
             remedy=remedy,
             code=fatal[0] if fatal else max(report.faults, key=lambda code: report.faults[code].count),

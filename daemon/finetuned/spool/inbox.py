@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -16,6 +17,7 @@ _LITTER = re.compile(
     re.IGNORECASE,
 )
 EXTENSIONS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json")
+TABLES = {".csv": "", ".tsv": ", delimiter='\\t'"}  # endings, and what Python's csv must be told of them
 OVERRIDE_SUFFIX = ".config.json"
 HELD_OUT_SUFFIX = ".eval"  # of a stem: x.eval.jsonl is held out from the training on x.jsonl
 
@@ -97,7 +99,7 @@ def _file(path: Path, profile: str, pairs: dict[str, _Pair]) -> Iterator[Found |
     elif is_data(path.name):
         yield _with_held_out(path, profile, pairs.get(_stem(path.name)))
     else:
-        yield Complaint(path, "is not a training file", f"finetuned takes {', '.join(EXTENSIONS)}.")
+        yield Complaint(path, "is not a training file", remedy_for(path.name))
 
 
 def _misplaced(folder: Path, profile: str, profiles: Collection[str]) -> Iterator[Complaint]:
@@ -189,6 +191,21 @@ def held_out_stem(name: str) -> str:
 def is_held_out(name: str) -> bool:
     """Whether a file of that name would be taken with a data file, as its held-out data."""
     return HELD_OUT_SUFFIX in name.lower() and _is_taken(name) and _stem(name).lower().endswith(HELD_OUT_SUFFIX)
+
+
+def remedy_for(name: str) -> str:
+    """Say what to do with a file that is none of those which are taken."""
+    taken = f"finetuned takes {', '.join(EXTENSIONS)}."
+    suffix = Path(name).suffix
+    if suffix.lower() not in TABLES:
+        return taken
+    source, target = (shlex.quote(printable(os.fsencode(one))) for one in (name, f"{Path(name).stem}.jsonl"))
+    told = TABLES[suffix.lower()]
+    program = f"import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader(sys.stdin{told})]"
+    return (
+        f"{taken} With columns prompt and completion (or question and answer, or text): "
+        f'python3 -c "{program}" < {source} > {target}'
+    )
 
 
 def is_data(name: str) -> bool:

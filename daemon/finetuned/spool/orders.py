@@ -28,6 +28,7 @@ class Verb(StrEnum):
     RETRY = "retry"
     FIRST = "first"
     LAST = "last"
+    BEFORE = "before"  # another job
 
 
 class OrderError(FinetunedError):
@@ -69,6 +70,29 @@ def change_turn(ledger: Ledger, home: Home, job: Job, verb: Verb) -> Job:
     job = ledger.update(job.id, priority=edge.priority, place=edge.place + step)
     write_spec(home, job, read_beside(home.job(job.id)))  # it may not have been taken as a whole yet
     return job
+
+
+def put_before(ledger: Ledger, home: Home, job: Job, other: Job) -> None:
+    """Put a waiting job right before another one. Raises OrderError if one of them does not wait.
+
+    Those ahead of it give way where there is no place between, the foremost first: cut off at any moment, the order of
+    the others is as it was.
+    """
+    check_turn(job)
+    check_turn(other)
+    if job.id == other.id:
+        return
+    waiting = [one for one in ledger.queue() if one.id != job.id]
+    ahead = waiting[: [one.id for one in waiting].index(other.id)]
+    place, places = other.place - 1, [(job, other.place - 1)]
+    for one in reversed(ahead):
+        if one.priority != other.priority or one.place < place:
+            break
+        place -= 1
+        places.append((one, place))
+    for one, its_place in reversed(places):
+        moved = ledger.update(one.id, priority=other.priority, place=its_place)
+        write_spec(home, moved, read_beside(home.job(moved.id)))
 
 
 def check_turn(job: Job) -> None:

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetuned.adapters import MANIFEST, belongs_to
+from finetuned.adapters import LEARNED, MANIFEST, belongs_to
 from finetuned.durable import make_folder, move, sync_tree, write_file
 from finetuned.errors import FinetunedError
 from finetuned.home import Home, printable, safe_name
@@ -113,6 +113,9 @@ def archive(ledger: Ledger, home: Home, job: Job) -> Job:
     folder = archive_folder(home, job)
     make_folder(folder)
     write_file(folder / STORY, _story(job, Outcome.SUCCEEDED))
+    learned = home.adapters / str(job.adapter) / LEARNED
+    if learned.is_file() and not (folder / LEARNED).exists():
+        write_file(folder / LEARNED, learned.read_bytes())
     _put_away(home, job, folder)
     return _finish(ledger, home, job, Outcome.SUCCEEDED)
 

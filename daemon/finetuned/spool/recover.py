@@ -14,8 +14,10 @@ from pathlib import Path
 import structlog
 
 from finetuned.adapters import belongs_to
+from finetuned.attempts import ended
 from finetuned.durable import move, same_file, sync_folder
 from finetuned.errors import FinetunedError
+from finetuned.events import Ending
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
@@ -154,4 +156,6 @@ def _count_interruption(ledger: Ledger, home: Home, job: Job) -> None:
         _log.warning(
             "job was interrupted", job=job.id, attempt=job.attempt, then="it resumes from its newest checkpoint"
         )
-        ledger.update(job.id, state=State.QUEUED, interruptions=job.interruptions + 1, trainer_pid=None)
+        over = ended(job, Ending.INTERRUPTED, at=time.time(), how="the daemon or the machine went down")
+        changes = {"state": State.QUEUED, "interruptions": job.interruptions + 1, "trainer_pid": None}
+        ledger.record(job.id, [over], offset=job.events_offset, **changes)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from finetuned.config import TrainingSettings, settings_from
 from finetuned.dataset.reading import RowFile
@@ -31,7 +32,20 @@ if TYPE_CHECKING:
     from finetuned.trainer.loop import Task, Trained
 
 _WORTH_KEEPING = 60.0  # seconds of steps; the count behind a record takes a few itself
+_LAST_WAIT = 10.0  # seconds for what libraries do at the end of a process
 _stop_asked = False
+
+
+def end(folder: JobFolder) -> NoReturn:
+    """Run one attempt and end, also where a library has left a thread that does not: the next job waits for that."""
+    code = 1
+    try:
+        code = main(folder)
+    finally:
+        late = threading.Timer(_LAST_WAIT, os._exit, [code])
+        late.daemon = True
+        late.start()
+    sys.exit(code)
 
 
 def main(folder: JobFolder) -> int:
@@ -80,9 +94,11 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer.chain import settle
     from finetuned.trainer.data import cut, read_data
     from finetuned.trainer.loop import Task, train
+    from finetuned.trainer.rounds import Questions, train_in_rounds
     from finetuned.trainer.trackers import reporting
 
     quiet_libraries()
+    settings = settings.settled()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tuning, why = choose_tuning(spec.rung["tuning"], gpu=device.type == "cuda")
     rung = replace(Rung(**spec.rung), tuning=tuning)
@@ -120,9 +136,14 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         folder=Path(spec.base_dir) / "logs" / "tracking",
         cpu=device.type == "cpu",
     ):
-        trained = train(task)
+        learned = None
+        if settings.recipe == "rft":
+            questions = Questions(folder.path / spec.input, spec.name)
+            task, trained, learned = train_in_rounds(task, questions, cache=Path(spec.models).parent / "tokens")
+        else:
+            trained = train(task)
     say.phase("saving", "writing the adapter")
-    write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, data.report)
+    write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, data.report, learned=learned)
     figures = ", ".join(
         f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(("loss", "before"))
     )
@@ -206,4 +227,4 @@ def _ask_to_stop(_: int, __: object) -> None:
 
 if __name__ == "__main__":
     os.umask(OTHERS_NOTHING)
-    sys.exit(main(JobFolder(Path(sys.argv[1]).resolve())))
+    end(JobFolder(Path(sys.argv[1]).resolve()))

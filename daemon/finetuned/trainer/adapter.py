@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuned import __version__
-from finetuned.adapters import MANIFEST
+from finetuned.adapters import LEARNED, MANIFEST
 from finetuned.durable import sync_tree, write_file
+from finetuned.errors import counted
 from finetuned.jobs import JobSpec
 from finetuned.trainer.attention import without_flat
 from finetuned.trainer.checkpoint import full_disk_as_oserror
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors")
 
 
-def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, report: dict[str, Any]) -> None:
-    """Write all of it into `folder`, which is made anew."""
+def write_adapter(
+    folder: Path, spec: JobSpec, task: Task, trained: Trained, report: dict[str, Any], *, learned: Path | None = None
+) -> None:
+    """Write all of it into `folder`, which is made anew. `learned` is the file that was learned from, where that is not
+    the user's own.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model = trained.model
@@ -42,6 +47,8 @@ def write_adapter(folder: Path, spec: JobSpec, task: Task, trained: Trained, rep
             copy_processor(task.base.source, task.settings.revision, folder)
         task.tokenizer.save_pretrained(folder)
         trained.save(folder)
+        if learned is not None:
+            shutil.copyfile(learned, folder / LEARNED)
     story = {
         "job_id": spec.id,
         "file": spec.name.encode("utf-8", "backslashreplace").decode(),
@@ -96,6 +103,7 @@ def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
     name = Path(os.fsencode(spec.name).decode("utf-8", "replace")).stem
     soft = task.settings.soft_prompt
     weights = "A full fine-tune" if whole else f"A soft prompt of {soft} tokens" if soft else "A LoRA adapter"
+    a_step = counted(trained.rung.effective_batch, "row")
     prompt = json.dumps(task.settings.system_prompt, ensure_ascii=False)
     lines = [
         "---",
@@ -110,7 +118,7 @@ def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
         f"# {name}",
         "",
         f"{weights} of {task.base.name}, trained by finetuned {__version__} on `{name}`:",
-        f"{len(task.train)} rows, {last} steps of {trained.rung.effective_batch} rows.",
+        f"{counted(len(task.train), 'row')}, {counted(last, 'step')} of {a_step}.",
         *_builds_on(task),
         *([f"This is step {published}, whose held-out loss was the lowest."] if published < last else []),
         *(["", task.base.note] if task.base.note else []),
@@ -119,7 +127,7 @@ def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
         "| --- | --- |",
         *figures,
         "",
-        *_loading(task.base.name, auto_class(trained.model.config).__name__, whole=whole),
+        *_loading(task, auto_class(trained.model.config).__name__, whole=whole),
         "",
         f"System prompt in training: {prompt}. Use the same one with the model; another can cost much of what was",
         "learned. The chat template is saved beside the weights, and `finetuned.json` has every setting.",
@@ -143,8 +151,19 @@ _FIGURES = (
 )
 
 
-def _loading(base: str, auto: str, *, whole: bool) -> list[str]:
+def _loading(task: Task, auto: str, *, whole: bool) -> list[str]:
     """Give lines that run as they are, in the adapter's folder."""
+    base, said = task.base.name, [{"role": "user", "content": "Hello"}]
+    if task.settings.system_prompt:
+        said.insert(0, {"role": "system", "content": task.settings.system_prompt})
+    prompt = (
+        [
+            f"chat = {json.dumps(said, ensure_ascii=False)}",
+            "prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)",
+        ]
+        if task.tokenizer.chat_template
+        else ['prompt = "Once"  # it goes on with a text']
+    )
     model = (
         [f"model = {auto}.from_pretrained(folder)"]
         if whole
@@ -161,8 +180,7 @@ def _loading(base: str, auto: str, *, whole: bool) -> list[str]:
         'folder = "."  # this one',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         *model,
-        'chat = [{"role": "user", "content": "Hello"}]  # with the system prompt below in front',
-        "prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)",
+        *prompt,
         'inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
         "```",

@@ -5,6 +5,7 @@ system prompt. `finetuned chat` becomes this process.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -51,12 +52,23 @@ def main(arguments: list[str]) -> int:
         voices = load(options.adapter, compare=options.compare, model=options.model, models=options.models)
         for voice in voices:
             voice.longest, voice.temperature = options.longest, options.temperature
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # whatever a pipe holds is a question
         _talk(voices)
     except FinetunedError as error:
         click.echo(f"finetuned: {error}", err=True)
         return ExitCode.BAD_SETTINGS
     except KeyboardInterrupt:
         return ExitCode.STOPPED
+    except BrokenPipeError:  # who read the answers has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+    except (RuntimeError, MemoryError) as error:
+        detail = memory.out_of_memory(error)
+        if detail is None:
+            raise
+        click.echo(
+            f"finetuned: the model does not fit into memory: {detail}. Free some, or take a smaller one.", err=True
+        )
+        return ExitCode.OUT_OF_MEMORY
     return 0
 
 
@@ -77,7 +89,14 @@ def load(adapter: Path, *, compare: bool, model: str | None, models: Path) -> li
         whole.config.use_cache = True
         return whole.eval()
 
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(adapter)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"there is no tokenizer that can be read: {str(error).strip().splitlines()[0]}",
+            where=str(adapter),
+            remedy="Put that of its base model there: tokenizer.json and tokenizer_config.json.",
+        ) from error
     shared: dict[str, Any] = {"tokenizer": tokenizer, "system": trained.get("system_prompt")}
     if not (adapter / CONFIG).is_file():  # a full fine-tune
         voices = [Voice(adapter.name, loaded(str(adapter), ""), **shared)]
@@ -169,32 +188,32 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._prompt_is_next = True
-        self._line: list[int] = []  # tokens since the last end of a line
-        self._shown = ""  # of them
-        self.text = ""
+        self._tokens: list[int] = []
+        self.text = ""  # of them, as far as it is shown
 
     def put(self, value: torch.Tensor) -> None:
         """Take the prompt, and then each token."""
         if self._prompt_is_next:
             self._prompt_is_next = False
             return
-        self._line += value.flatten().tolist()
-        text = self._tokenizer.decode(self._line, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._tokens += value.flatten().tolist()
+        text = self._decoded()
         if not text.endswith("\ufffd"):
             self._show(text)
-            if text.endswith("\n"):
-                self._line, self._shown = [], ""
 
     def end(self) -> None:
         """Write what is left."""
-        text = self._tokenizer.decode(self._line, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self._show(text)
+        self._show(self._decoded())
         sys.stdout.write("\n")
         sys.stdout.flush()
 
+    def _decoded(self) -> str:
+        """Decode all of it: some tokenizers drop the space that what they decode begins with."""
+        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
     def _show(self, text: str) -> None:
-        new = text[len(self._shown) :]
-        self._shown = text
+        new = text[len(self.text) :]
         self.text += new
         letters = sys.stdout.encoding
         sys.stdout.write(harmless(new).encode(letters, "replace").decode(letters))
@@ -248,12 +267,20 @@ def _talk(voices: list[Voice]) -> None:
         for voice in voices:
             if len(voices) > 1:
                 click.secho(f"[{voice.name}]", bold=True)
-            try:
-                voice.answer(question, interrupts)
-            except (RuntimeError, ValueError, MemoryError) as error:
-                click.echo(f"no answer: {memory.out_of_memory(error) or error}", err=True)
-                memory.give_back()
+            _answer(voice, question, interrupts)
         click.echo()
+
+
+def _answer(voice: Voice, question: str, interrupts: Interrupts) -> None:
+    """Answer, or say why not. Raises BrokenPipeError."""
+    try:
+        voice.answer(question, interrupts)
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # noqa: BLE001, templates raise anything; the next question may do
+        full = memory.out_of_memory(error) if isinstance(error, RuntimeError | MemoryError) else None
+        click.echo(f"no answer: {harmless(full or str(error) or type(error).__name__)}", err=True)
+        memory.give_back()
 
 
 def _questions() -> Iterator[str]:

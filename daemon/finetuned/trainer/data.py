@@ -13,7 +13,7 @@ from finetuned.config import TrainingSettings
 from finetuned.dataset.formats import TEXT
 from finetuned.dataset.report import Report, judge
 from finetuned.dataset.rows import Row
-from finetuned.errors import ConfigError, DataError
+from finetuned.errors import ConfigError, DataError, counted
 from finetuned.events import EventType
 from finetuned.findings import ERRORS
 from finetuned.home import JobFolder, printable
@@ -120,7 +120,7 @@ class Sides:
 
     def summary(self) -> str:
         """Give it in one line."""
-        held_out = f"; held out: {len(self.held_out.rows()):,} rows" if self.held_out is not None else ""
+        held_out = f"; held out: {counted(len(self.held_out.rows()), 'row')}" if self.held_out is not None else ""
         return f"{self.report.summary()}{held_out}"
 
     def warning_sentences(self) -> list[str]:
@@ -190,7 +190,7 @@ def check_sides(train: Examples, held_out: Examples | None, settings: TrainingSe
         )
     if held_out is not None and not len(held_out):
         raise DataError(
-            f"eval_fraction {settings.eval_fraction:g} holds none of {len(train):,} rows back"
+            f"eval_fraction {settings.eval_fraction:g} holds none of {counted(len(train), 'row')} back"
             if settings.eval_fraction
             else "no held-out row has a token to learn within max_length",
             where=name,

@@ -13,6 +13,7 @@ import torch
 
 from finetuned.events import EventType
 from finetuned.trainer import memory, steps
+from finetuned.trainer.ends import StopAskedError
 from finetuned.trainer.model import evaluating
 from finetuned.trainer.predictions import predict
 from finetuned.trainer.store import lengths_of, targets_of
@@ -83,7 +84,23 @@ def _ask(training: Training) -> None:
     settings = task.settings.predictions
     if not settings.enabled:
         return
-    answers = predict(training.model, task.tokenizer, task.asked, settings, seed=task.settings.seed)
+    try:
+        answers = predict(
+            training.model,
+            task.tokenizer,
+            task.asked,
+            settings,
+            seed=task.settings.seed,
+            asked_to_stop=task.asked_to_stop,
+        )
+    except StopAskedError:
+        answers = []
+    except Exception as error:  # no answer is worth the training
+        if isinstance(error, RuntimeError | MemoryError) and memory.out_of_memory(error):
+            raise
+        task.say.warn(f"predictions after step {step} are left out: {str(error) or type(error).__name__}")
+        answers = []
+    training.stop_if_asked()  # they are cut off, and asked for anew when the training goes on
     training.metrics["asked_step"] = step
     if answers:
         exact, errors = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import StoppingCriteriaList
 
 from finetuned.trainer import memory
 from finetuned.trainer.attention import without_flat
 from finetuned.trainer.base import without_padding
+from finetuned.trainer.ends import StopAskedError
 from finetuned.trainer.model import evaluating
 
 if TYPE_CHECKING:
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 
 _ERROR_SHOWN = 300  # characters
 _ROWS, _TOKENS = 32, 2**14  # of a batch, answers included
+
+
+def never() -> bool:
+    """Nobody asks it to stop."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,11 @@ class Asker:
         temperature: float = 0.0,
         seed: int = 0,
         rows: int = _ROWS,
+        asked_to_stop: Callable[[], bool] = never,
     ) -> None:
         """Begin. `seed` decides what is drawn where `temperature` is not 0; a batch has at most so many `rows`."""
         self._model, self._tokenizer, self._seed = model, tokenizer, seed
-        self._rows = rows
+        self._rows, self._asked_to_stop = rows, asked_to_stop
         drawn = temperature > 0
         self._options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
@@ -89,13 +97,15 @@ class Asker:
             "top_k": None,
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": sorted(turn_ends(model, tokenizer)),
+            "stopping_criteria": StoppingCriteriaList([self._stop]),
         }
 
     def answers(self, texts: Sequence[str]) -> Iterator[dict[int, Answered]]:
         """Answer rendered chats, the longest first: of each batch the answers by their places in `texts`.
 
         A batch that fails is halved, down to the question that fails alone and is told with its error. Where memory
-        was short the batches that follow are no larger than the halves.
+        was short the batches that follow are no larger than the halves. Raises StopAskedError once somebody asks for
+        it, in the middle of an answer too.
         """
         if not texts:
             return
@@ -105,6 +115,10 @@ class Asker:
             size = min(self._rows, len(left), max(1, _TOKENS // (lengths[left[0]] + self._options["max_new_tokens"])))
             yield from self._batch([left.popleft() for _ in range(size)], texts)
 
+    def _stop(self, input_ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        """Say for each row whether its answer ends here, as transformers asks after each token."""
+        return torch.full((len(input_ids),), self._asked_to_stop(), dtype=torch.bool, device=input_ids.device)
+
     def _batch(self, places: list[int], texts: Sequence[str]) -> Iterator[dict[int, Answered]]:
         began = time.monotonic()
         try:
@@ -113,6 +127,8 @@ class Asker:
             full = memory.out_of_memory(error) if isinstance(error, RuntimeError | MemoryError) else None
             failed = full or str(error) or type(error).__name__
         else:
+            if self._asked_to_stop():
+                raise StopAskedError
             seconds = round(time.monotonic() - began, 3)
             yield {place: Answered(*one, seconds) for place, one in zip(places, found, strict=True)}
             return

@@ -43,7 +43,7 @@ def examine(order: dict[str, Any], say: Say) -> dict[str, Any]:
 
     Raises ConfigError or OSError.
     """
-    settings = settings_from(order["settings"], where="the settings")
+    settings = settings_from(order["settings"], where="the settings").settled()
     base_dir, models = Path(order["base_dir"]), Path(order["models"])
     own = Source(Path(order["file"]), Path(order["file"]).name)
     beside = Source(Path(order["beside"]), Path(order["beside"]).name) if order["beside"] else None
@@ -106,7 +106,7 @@ def _teller(name: str, say: Say) -> Progress:
         nonlocal told
         if time.monotonic() - told >= _TOLD_SECONDS:
             told = time.monotonic()
-            say({"doing": f"reading {name}", "share": share, "rows": rows})
+            say({"doing": f"reading {name}", "share": share, "counted": f"{rows:,} rows"})
 
     return tell
 

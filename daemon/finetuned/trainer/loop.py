@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,20 +122,31 @@ def train(task: Task) -> Trained:
 
 def begin(task: Task, precision: Precision) -> Training:
     """Load the model in the number formats that the hardware likes, with an adapter or whole."""
+    with fitting(task):
+        return Training(task, *load(task, precision), precision)
+
+
+def load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
+    """Give the model with its adapter on, and how micro-batches go through it. Raises ModelError or ConfigError."""
+    model = load_model(task.base, task.settings, tuning=task.rung.tuning, precision=precision, device=task.device)
+    # Dropout draws anew for every token, so tokens that rows share could not stand for all of them.
+    share = not task.settings.lora_dropout
+    layout = choose_layout(model, precision.compute, name=task.base.name, share=share)
+    if task.rung.tuning != "full":
+        model = add_adapter(model, task.base, task.settings, precision=precision, earlier=task.earlier)
+        fused.fuse(model)
+    return model, layout
+
+
+@contextmanager
+def fitting(task: Task) -> Iterator[None]:
+    """Raise OutOfMeansError where the model does not fit: no smaller batch helps, only the rungs below them may."""
     try:
-        model = load_model(task.base, task.settings, tuning=task.rung.tuning, precision=precision, device=task.device)
-        # Dropout draws anew for every token, so tokens that rows share could not stand for all of them.
-        share = not task.settings.lora_dropout
-        layout = choose_layout(model, precision.compute, name=task.base.name, share=share)
-        if task.rung.tuning != "full":
-            model = add_adapter(model, task.base, task.settings, precision=precision, earlier=task.earlier)
-            fused.fuse(model)
-        return Training(task, model, layout, precision)
+        yield
     except (RuntimeError, MemoryError) as error:
         detail = memory.out_of_memory(error)
         if detail is None:
             raise
-        # No smaller batch helps a model that does not fit: only the rungs below them may.
         foot = replace(task.rung, batch_size=1, gradient_accumulation=task.rung.effective_batch)
         raise OutOfMeansError(replace(foot, activation_checkpointing=True), detail, _means(task)) from None
 
@@ -329,7 +341,8 @@ class Training:
         return bool(between and self.metrics.get(done) != self.done)
 
     def _evaluate(self, *, measure: bool, ask: bool) -> None:
-        if self.task.held_out and (measure or ask):
+        measure, ask = measure and len(self.task.held_out) > 0, ask and len(self.task.asked) > 0
+        if measure or ask:
             evaluate(self, measure=measure, ask=ask)
             self._pace.start()
 

@@ -42,7 +42,7 @@ def main() -> None:
 
 def plan(order: dict[str, Any]) -> dict[str, Any]:
     """Predict. `memory`, in bytes, may be given in place of what the machine has. Raises FinetunedError."""
-    settings = settings_from(order["settings"], where="the settings")
+    settings = settings_from(order["settings"], where="the settings").settled()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     file, models = Path(order["file"]), Path(order["models"])
     base = find_base(settings, models=models, base_dir=Path(order["base_dir"]))

@@ -6,7 +6,7 @@ Asking changes nothing: modes, caches, attention, padding and random states are 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from finetuned.config import Predictions
 from finetuned.dataset.rows import Row
 from finetuned.trainer.chat import Renderer
-from finetuned.trainer.generate import Answered, Asker, generating
+from finetuned.trainer.generate import Answered, Asker, generating, never
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,11 +47,17 @@ class _Question:
 
 
 def predict(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], settings: Predictions, *, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    settings: Predictions,
+    *,
+    seed: int,
+    asked_to_stop: Callable[[], bool] = never,
 ) -> list[Prediction]:
     """Answer the last assistant turn of each row. What fails, memory too, is told in its own row.
 
-    `seed` decides what is drawn where `settings.temperature` is not 0.
+    `seed` decides what is drawn where `settings.temperature` is not 0. Raises StopAskedError once `asked_to_stop`.
     """
     renderer = Renderer(tokenizer)
     answers = []
@@ -73,7 +79,12 @@ def predict(
     posed = [one for one in questions if isinstance(one, _Question)]
     with generating(model, tokenizer):
         asker = Asker(
-            model, tokenizer, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=seed
+            model,
+            tokenizer,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=seed,
+            asked_to_stop=asked_to_stop,
         )
         found = dict(ChainMap(*asker.answers([one.text for one in posed])))
     told = (_told(question, found[place], tokenizer) for place, question in enumerate(posed))
@@ -84,12 +95,16 @@ def _told(question: _Question, answered: Answered, tokenizer: PreTrainedTokenize
     if answered.error is not None:
         return Prediction(question.asked, question.expected, error=answered.error)
     expected = question.expected.strip()
+    try:
+        similarity = _similarity(answered.text, expected, tokenizer)
+    except Exception as error:  # noqa: BLE001, what was wanted may be no text that can be tokenised
+        return Prediction(question.asked, question.expected, error=f"{error}"[:_ERROR_SHOWN])
     return Prediction(
         question.asked,
         question.expected,
         answered.text,
         exact=answered.text == expected,
-        similarity=_similarity(answered.text, expected, tokenizer),
+        similarity=similarity,
         seconds=answered.seconds,
     )
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from finetuned.dataset.report import Fault, Report
 from finetuned.dataset.rows import Message, Row
+from finetuned.errors import counted
 from finetuned.findings import Warned
 from finetuned.trainer.near import ALIKE, MOST_ROWS, NearDuplicates
 
@@ -138,7 +139,7 @@ class Quality:
             usual = max(counts, key=lambda language: counts[language])
             others = sum(counts.values()) - counts[usual]
             lines = sorted(line for language, line in first.items() if language != usual)[:3]
-            detail = ", ".join(f"{name}: {counts[name]:,} rows" for name in sorted(counts))
+            detail = ", ".join(f"{name}: {counted(counts[name], 'row')}" for name in sorted(counts))
             report.warnings["mixed_system_languages"] = Fault(others, lines, detail)
 
 

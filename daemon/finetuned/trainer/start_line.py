@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetuned.errors import counted
 from finetuned.trainer.vision import tower
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ def start_line(training: Training) -> tuple[str, dict[str, Any]]:
     attention = training.model.config._attn_implementation  # noqa: SLF001, there is no public way to ask
     formats = {name: training.choices[name]["choice"] for name in ("weights", "trained", "dtype")}
     sentence = (
-        f"plan: {plan.total_steps} steps of {plan.effective_batch} rows ({rung}), "
-        f"micro-batches of at most {rung.batch_size} rows and {most_tokens} tokens; "
-        f"{plan.examples} rows, {tokens} tokens of which {supervised} supervised; "
+        f"plan: {counted(plan.total_steps, 'step')} of {counted(plan.effective_batch, 'row')} ({rung}), "
+        f"micro-batches of at most {counted(rung.batch_size, 'row')} and {most_tokens} tokens; "
+        f"{counted(plan.examples, 'row')}, {tokens} tokens of which {supervised} supervised; "
         f"{rung.tuning}: {trainable:,} of {parameters:,} parameters trainable"
         f"{f' in a soft prompt of {soft} tokens' if (soft := task.settings.soft_prompt) else ''}"
         f"{f', and {beside:,} beside them' if beside else ''}"

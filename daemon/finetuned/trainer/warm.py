@@ -133,7 +133,7 @@ if __name__ == "__main__":
     folder = main(socket.socket(fileno=int(sys.argv[1])))
     if folder is None:
         sys.exit(0)
-    from finetuned.trainer.__main__ import main as train
+    from finetuned.trainer.__main__ import end
 
     os.umask(OTHERS_NOTHING)
-    sys.exit(train(folder))
+    end(folder)

@@ -11,24 +11,25 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from finetuned.attempts import TOLD, timeline
 from finetuned.control import order
 from finetuned.events import EventType
+from finetuned.found import ledger_if_any
 from finetuned.guard import daemon_pid
 from finetuned.home import Home
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import SORTS, Ledger
 from finetuned.spool.orders import Verb
-from finetuned.web.curves import POINTS, curves, thin
+from finetuned.web.curves import POINTS, Curves
 from finetuned.web.figures import figures
-from finetuned.web.reading import newest_gpus, reading, situation
+from finetuned.web.reading import look, newest_gpus
 from finetuned.web.records import STATUSES, job_record
 from finetuned.web.replies import Json, Refused, job_of, number
 from finetuned.web.stream import job_events, now_events
 from finetuned.web.zipped import zipped
 
 _MOST = 200  # jobs a page
-_JOB_VERBS = (Verb.CANCEL, Verb.RETRY, Verb.FIRST, Verb.LAST)
-_OF_A_GPU = ("utilization", "memory_used", "power", "temperature", "sm_clock")
+_JOB_VERBS = (Verb.CANCEL, Verb.RETRY, Verb.FIRST, Verb.LAST, Verb.BEFORE)
 
 
 def home_of(request: Request) -> Home:
@@ -40,7 +41,7 @@ def home_of(request: Request) -> Home:
 @contextmanager
 def job_in(request: Request, job_id: str | None = None) -> Iterator[tuple[Ledger, Job]]:
     """Open the ledger and give it with the job that a request names. Raises Refused if there is none."""
-    with reading(home_of(request)) as ledger:
+    with ledger_if_any(home_of(request)) as ledger:
         job = job_of(request, ledger, job_id)
         assert ledger is not None
         yield ledger, job
@@ -61,7 +62,7 @@ def jobs(request: Request) -> Response:
             raise Refused(400, f"status must be one of {', '.join(STATUSES)}")
         states, outcomes = map(list, STATUSES[wanted])  # type: ignore[assignment]
     found, total = list[Job](), 0
-    with reading(home_of(request)) as ledger:
+    with ledger_if_any(home_of(request)) as ledger:
         if ledger is not None:
             found, total = ledger.page(
                 states=states,
@@ -88,49 +89,43 @@ def jobs(request: Request) -> Response:
 def job(request: Request) -> Response:
     """Give one job, with its data report, plan and result."""
     with job_in(request) as (ledger, found):
-        record = {**job_record(found, now=time.time()), **_story(ledger, found.id)}
+        record = {**job_record(found, now=time.time()), **_story(ledger, found)}
         plan, epochs = record["plan"] or {}, found.progress.get("epoch")
         if "tokens" in plan and epochs is not None:
             record["trained_tokens"] = round(plan["tokens"] * epochs)
         return Json(record)
 
 
-def _story(ledger: Ledger, job_id: str) -> dict[str, Any]:
-    kinds = (EventType.DATA_REPORT, EventType.PLAN, EventType.RESULT)
-    told = {str(kind): ledger.events(job_id, kind=kind)[-1:] for kind in kinds}
-    story: dict[str, Any] = {kind: dict(events[0].data) if events else None for kind, events in told.items()}
-    story["rungs"] = [
-        {"at": event.created_at, "message": event.message, **event.data}
-        for event in ledger.events(job_id, kind=EventType.RUNG)
-    ]
-    return story
+def _story(ledger: Ledger, job: Job) -> dict[str, Any]:
+    """Give what was said of a job but for its steps: the last of each kind, and all of its time line."""
+    once = (EventType.DATA_REPORT, EventType.PLAN, EventType.RESULT)
+    events = ledger.events(job.id, *once, *TOLD)
+    told = {event.type: dict(event.data) for event in events}
+    return {
+        **{str(kind): told.get(kind) for kind in once},
+        "timeline": timeline((e for e in events if e.type in TOLD), job),
+    }
 
 
 def job_curves(request: Request) -> Response:
     """Give a job's figures over the steps, thinned to `points`."""
     points = number(request, "points", POINTS, low=10, high=20_000)
     with job_in(request) as (ledger, found):
-        return Json({"job": found.id, "curves": curves(ledger.metrics(found.id), points=points)})
+        drawn: Curves = request.app.state.curves
+        inode = home_of(request).ledger.stat().st_ino
+        return Json({"job": found.id, "curves": drawn.of_job(ledger, found.id, inode=inode, points=points)})
 
 
 def gpus(request: Request) -> Response:
     """Give the newest sample of each GPU; with `job`, what they did while it ran, thinned."""
-    with reading(home_of(request)) as ledger:
+    with ledger_if_any(home_of(request)) as ledger:
         if ledger is None:
             return Json({"object": "list", "data": [], "curves": {}})
         job_id = request.query_params.get("job")
-        samples = ledger.gpu_samples(job_of(request, ledger, job_id).id) if job_id else []
-        drawn: dict[str, Any] = {}
-        for uuid in {sample["uuid"] for sample in samples}:
-            own = [sample for sample in samples if sample["uuid"] == uuid]
-            drawn[uuid] = {
-                name: thin([(one["created_at"], one[name]) for one in own if one.get(name) is not None])
-                for name in _OF_A_GPU
-            }
-            drawn[uuid]["throttled"] = [
-                {"at": one["created_at"], "why": one["throttle_reasons"]} for one in own if one.get("throttle_reasons")
-            ][-200:]
-        return Json({"object": "list", "data": newest_gpus(ledger), "curves": drawn})
+        drawn: Curves = request.app.state.curves
+        inode = home_of(request).ledger.stat().st_ino
+        curves = drawn.of_gpus(ledger, job_of(request, ledger, job_id).id, inode=inode) if job_id else {}
+        return Json({"object": "list", "data": newest_gpus(ledger), "curves": curves})
 
 
 def predictions(request: Request) -> Response:
@@ -141,8 +136,7 @@ def predictions(request: Request) -> Response:
 
 def now(request: Request) -> Response:
     """Give what the page Now shows."""
-    with reading(home_of(request)) as ledger:
-        return Json(situation(home_of(request), ledger))
+    return Json(look(home_of(request)))
 
 
 def job_order(request: Request) -> Response:
@@ -150,8 +144,11 @@ def job_order(request: Request) -> Response:
     verb = request.path_params["verb"]
     if verb not in _JOB_VERBS:
         raise Refused(404, f"an order is one of {', '.join(_JOB_VERBS)}", code="not_found")
-    with job_in(request) as (_, found):
-        return Json({"said": order(home_of(request), Verb(verb), found.id)}, 202)
+    with job_in(request) as (ledger, found):
+        before = request.query_params.get("job", "")
+        if verb == Verb.BEFORE:
+            before = job_of(request, ledger, before).id
+        return Json({"said": order(home_of(request), Verb(verb), found.id, before=before)}, 202)
 
 
 def queue_order(request: Request) -> Response:
@@ -165,14 +162,14 @@ def queue_order(request: Request) -> Response:
 def job_adapter(request: Request) -> Response:
     """Give a job's adapter as a zip file."""
     home = home_of(request)
-    with reading(home) as ledger:
+    with ledger_if_any(home) as ledger:
         found = job_of(request, ledger)
     return zipped(home, found)
 
 
 def metrics(request: Request) -> Response:
     """Give figures for Prometheus."""
-    with reading(home_of(request)) as ledger:
+    with ledger_if_any(home_of(request)) as ledger:
         text = figures(home_of(request), ledger)
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 from importlib.util import find_spec
@@ -18,11 +19,12 @@ from starlette.templating import Jinja2Templates
 from finetuned import __version__
 from finetuned.config import Config, load_config
 from finetuned.errors import ConfigError
+from finetuned.home import printable
 from finetuned.spool.inbox import EXTENSIONS
 from finetuned.web.api import home_of, job_in
 from finetuned.web.forms import config_fields, override_fields
 from finetuned.web.records import STATUSES
-from finetuned.web.replies import Refused
+from finetuned.web.replies import Json, Refused, told_of
 from finetuned.web.safety import COOKIE, is_token
 
 HERE = Path(__file__).parent
@@ -44,7 +46,12 @@ templates = Jinja2Templates(HERE / "templates")
 
 def page(request: Request, name: str, *, status: int = 200, **facts: Any) -> Response:
     """Give a page."""
-    shared = {"pages": _PAGES, "here": request.url.path, "version": __version__, "base_dir": str(home_of(request).root)}
+    shared = {
+        "pages": _PAGES,
+        "here": request.url.path,
+        "version": __version__,
+        "base_dir": printable(os.fsencode(home_of(request).root)),
+    }
     return templates.TemplateResponse(request, name, {**shared, **facts}, status_code=status)
 
 
@@ -85,6 +92,14 @@ def job(request: Request) -> Response:
     """Give the page of one job."""
     with job_in(request) as (_, found):
         return page(request, "job.html", job=found.id, plotly_styles=plotly_styles())
+
+
+async def tell(request: Request, error: Exception) -> Response:
+    """Answer with an error: a page for who looks at pages, JSON for all others."""
+    status, told = told_of(error)
+    if "text/html" in request.headers.get("accept", "") and not request.url.path.startswith("/api/"):
+        return page(request, "error.html", status=status, told=told)
+    return Json({"error": told}, status)
 
 
 async def login(request: Request) -> Response:

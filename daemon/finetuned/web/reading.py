@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from typing import Any
 
 from finetuned import __version__
+from finetuned.errors import HomeError
+from finetuned.found import ledger_if_any
 from finetuned.guard import daemon_pid, gpus_aside, why_paused, why_waiting
-from finetuned.home import Home
-from finetuned.jobs import State
+from finetuned.home import Home, printable
+from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
 from finetuned.live import sentence
 from finetuned.spool.inbox import Complaint, list_inbox
@@ -20,18 +20,13 @@ _FIRST = 100  # waiting jobs that a page shows
 _LAST = 8  # finished ones
 
 
-@contextmanager
-def reading(home: Home) -> Iterator[Ledger | None]:
-    """Open the ledger for one request; None where no daemon has made one yet."""
+def look(home: Home) -> dict[str, Any]:
+    """Give what the page Now shows, and where the ledger is damaged, that."""
     try:
-        ledger = Ledger.open_to_read(home.ledger)
-    except sqlite3.DatabaseError:  # or it is damaged, and the daemon will see to that
-        yield None
-        return
-    try:
-        yield ledger
-    finally:
-        ledger.close()
+        with ledger_if_any(home) as ledger:
+            return situation(home, ledger)
+    except HomeError as error:
+        return {**situation(home, None), "waits": error.sentence()}
 
 
 def situation(home: Home, ledger: Ledger | None) -> dict[str, Any]:
@@ -39,7 +34,7 @@ def situation(home: Home, ledger: Ledger | None) -> dict[str, Any]:
     pid = daemon_pid(home)
     facts: dict[str, Any] = {
         "version": __version__,
-        "base_dir": str(home.root),
+        "base_dir": printable(os.fsencode(home.root)),
         "daemon_pid": pid,
         "paused": why_paused(home),
         "waits": why_waiting(home) if pid else None,
@@ -55,13 +50,21 @@ def situation(home: Home, ledger: Ledger | None) -> dict[str, Any]:
     if ledger is None:
         return facts
     running = ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)
-    facts["running"] = [{**job_record(job), "sentence": sentence(job.progress)} for job in running]
-    facts["queue"] = [job_record(job) for job in ledger.queue(_FIRST)]
+    running.sort(key=lambda job: job.state is not State.RUNNING)  # one that is being put away comes behind
+    facts["running"] = [{**_brief(job), "sentence": sentence(job.progress)} for job in running]
+    facts["queue"] = [_brief(job) for job in ledger.queue(_FIRST)]
     _, facts["queued"] = ledger.page(states=(State.CLAIMING, State.QUEUED), limit=0)
-    facts["orders"] = [{"verb": verb, "job": job_id or None} for _, verb, job_id in ledger.orders()]
-    facts["finished"] = [job_record(job) for job in ledger.last_finished(_LAST)]
+    facts["orders"] = [
+        {"verb": verb, "job": job_id or None, "before": before or None} for _, verb, job_id, before in ledger.orders()
+    ]
+    facts["finished"] = [_brief(job) for job in ledger.last_finished(_LAST)]
     facts["gpus"] = newest_gpus(ledger)
     return facts
+
+
+def _brief(job: Job) -> dict[str, Any]:
+    """Give a job without its settings: this is sent to every page, twice a second."""
+    return {key: value for key, value in job_record(job).items() if key != "hyperparameters"}
 
 
 def newest_gpus(ledger: Ledger) -> list[dict[str, Any]]:
@@ -69,8 +72,7 @@ def newest_gpus(ledger: Ledger) -> list[dict[str, Any]]:
     job_id = ledger.last_sampled()
     if job_id is None:
         return []
-    newest = {sample["uuid"]: sample for sample in ledger.gpu_samples(job_id)[-64:]}
-    return [{**sample, "job": job_id} for sample in newest.values()]
+    return [{**sample, "job": job_id} for sample in ledger.newest_gpu_samples(job_id)]
 
 
 def _inbox(home: Home) -> list[dict[str, str]]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import sqlite3
 from typing import Any
 
 import orjson
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from finetuned.durable import NO_ROOM
 from finetuned.errors import FinetunedError
 from finetuned.jobs import Job
 from finetuned.ledger import Ledger
@@ -24,7 +29,23 @@ class Json(Response):
 
     def render(self, content: Any) -> bytes:
         """Give the bytes."""
+        return as_json(content)
+
+
+def as_json(content: Any) -> bytes:
+    """Give JSON, whatever was said: NaN becomes null, and halves of characters, which data may hold, question marks."""
+    try:
         return orjson.dumps(content, default=str)
+    except TypeError:  # such a half, or a number of more than 64 bits
+        return json.dumps(_without_nan(content), default=str, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {str(key): _without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 class Refused(Exception):  # noqa: N818, it is an answer
@@ -42,16 +63,25 @@ class Refused(Exception):  # noqa: N818, it is an answer
         super().__init__(message)
 
 
-async def refuse(_: Request, error: Exception) -> Response:
-    """Answer with the error that was raised."""
+def told_of(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Give the HTTP status of an error and what to tell of it."""
     if isinstance(error, Refused):
-        return Json({"error": error.error}, error.status)
+        return error.status, error.error
+    told = {"param": None, "remedy": "", "type": "invalid_request_error"}
     if isinstance(error, FinetunedError):
-        told = {"message": error.sentence(), "code": error.code, "param": error.where or None, "remedy": error.remedy}
-        return Json(
-            {"error": {**told, "type": "invalid_request_error"}}, 409 if error.code == "cannot_be_done" else 400
-        )
-    raise error
+        told |= {"message": error.sentence(), "code": error.code, "param": error.where or None, "remedy": error.remedy}
+        return 409 if error.code == "cannot_be_done" else 400, told
+    if isinstance(error, HTTPException):
+        code = "not_found" if error.status_code == 404 else "invalid_request"
+        return error.status_code, {**told, "message": error.detail, "code": code}
+    told["type"] = "server_error"
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return 507, {**told, "message": "there is no room on the disk", "code": "no_room", "remedy": "Make room on it."}
+    if isinstance(error, OSError | sqlite3.Error):  # of the first the words alone: a path is nobody's business
+        what = error.strerror if isinstance(error, OSError) else error
+        return 503, {**told, "message": f"this cannot be read or written now: {what}", "code": "unavailable"}
+    remedy = "The control centre's log, logs/web.log, says more."
+    return 500, {**told, "message": "this is a bug in finetuned", "code": "bug", "remedy": remedy}
 
 
 async def json_of(request: Request) -> dict[str, Any]:

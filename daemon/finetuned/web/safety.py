@@ -30,7 +30,7 @@ _HEADERS = {
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with no-referrer a browser hides the Origin of our own forms
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
@@ -58,6 +58,9 @@ class Guarded:
         self._app = app
         self._host = host
         self._token = token
+        self._names = _LOCAL | {host.lower()}
+        if not is_local(host):  # asked once: a name server may be slow
+            self._names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -99,20 +102,18 @@ class Guarded:
             name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
         except ValueError:
             return False
-        if name in _LOCAL or name == self._host.lower():
+        if name in self._names:
             return True
-        if is_local(self._host):
-            return False
         with suppress(ValueError):
-            return bool(ipaddress.ip_address(name))
-        return name in {socket.gethostname().lower(), socket.getfqdn().lower()}
+            return not is_local(self._host) and bool(ipaddress.ip_address(name))
+        return False
 
 
 def _same_origin(headers: Headers, host: str) -> bool:
     """Whether a request that changes something comes from our own pages, or from no browser at all."""
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-    if site is not None and site != "same-origin":
-        return False
+    if site is not None:  # no page can forge it, and it holds behind a proxy that has another name than we
+        return site == "same-origin"
     return origin is None or (origin != "null" and urlsplit(origin).netloc == host)
 
 

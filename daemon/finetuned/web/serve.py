@@ -19,6 +19,7 @@ from finetuned.errors import HomeError
 from finetuned.home import Home
 from finetuned.web.app import make_app
 from finetuned.web.safety import is_local
+from finetuned.web.uploads import forget_old
 
 _GRACE = 1  # seconds for open streams when it ends
 
@@ -30,6 +31,7 @@ def serve(home: Home, *, host: str, port: int, with_daemon: bool = False) -> Non
     """
     listening = listen(host, port)
     token = None if is_local(host) else web_token(home)
+    forget_old(home)
     shown = f"[{host}]" if ":" in host else host
     click.echo(f"finetuned web: http://{shown}:{listening.getsockname()[1]}/")
     if token:

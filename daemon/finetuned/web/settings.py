@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import stat
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from finetuned.config import json_schema, parse_config
+from finetuned.config import Config, json_schema, parse_config
 from finetuned.durable import write_file
+from finetuned.errors import ConfigError
 from finetuned.web.api import home_of
 from finetuned.web.replies import Json, Refused, json_of
 
@@ -33,12 +35,38 @@ async def save(request: Request) -> Response:
     if not isinstance(text, str):
         raise Refused(400, "text must hold config.json")
     content = text.encode()
-    parse_config(content, where="config.json")
+    wanted = parse_config(content, where="config.json")
     file = home_of(request).config_file.resolve()
-    if version_of(file.read_bytes()) != seen:
+    before = file.read_bytes()
+    if version_of(before) != seen:
         raise Refused(409, "config.json was changed meanwhile", remedy="Load it again, and make your change there.")
+    if request.app.state.token is None and (programs := _programs(wanted)) and programs != _programs(_known(before)):
+        raise Refused(
+            403,
+            "on_finish.command and trust_remote_code run programs, and whoever can log in on this machine can ask here",
+            code="not_here",
+            remedy="Change them in config.json itself.",
+        )
     write_file(file, content, mode=stat.S_IMODE(file.stat().st_mode))
     return Json({"said": "config.json is saved; the next job uses it", "version": version_of(content)})
+
+
+def _programs(config: Config) -> list[Any]:
+    """Give what of it makes the daemon or a trainer run other people's programs; nothing if nothing does."""
+    top = config.training().model_dump()
+    tables = {"": top, **{name: {**top, **profile} for name, profile in config.profiles.items()}}
+    trusting = [
+        [name, table["model"], table["revision"]] for name, table in tables.items() if table["trust_remote_code"]
+    ]
+    return [one for one in (config.on_finish.command, trusting) if one]
+
+
+def _known(content: bytes) -> Config:
+    """Read a config.json that may be broken: then it allows nothing."""
+    try:
+        return parse_config(content, where="config.json")
+    except ConfigError:
+        return Config()
 
 
 def schema(_: Request) -> Response:

@@ -11,18 +11,16 @@ import re
 import sqlite3
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from finetuned.home import Home
 from finetuned.jobs import State
 from finetuned.ledger import Ledger
-from finetuned.web.reading import reading, situation
+from finetuned.web.reading import look
 from finetuned.web.records import event_record
-from finetuned.web.replies import Refused, job_of, number
+from finetuned.web.replies import Refused, as_json, job_of, number
 
 _EVERY = 0.5  # seconds between two looks
 _QUIET = 15.0  # seconds, after which a sign of life is sent
@@ -63,8 +61,7 @@ class Streams:
         return self._situation
 
     def _look(self) -> bytes:
-        with reading(self._home) as ledger:
-            return orjson.dumps(situation(self._home, ledger), default=str)
+        return as_json(look(self._home))
 
     def close(self) -> None:
         """Close the connection."""
@@ -109,16 +106,17 @@ async def _events(streams: Streams, job_id: str, seen: int) -> AsyncIterator[byt
     yield b"retry: 1000\n\n"
     spoken = time.monotonic()
     while True:
-        ended, found = True, list[tuple[int, Any]]()
-        if ledger := streams.ledger():
-            try:  # the state first: what is said after it was read is said in the next round
-                ended = ledger.job(job_id).state is State.FINISHED
-            except KeyError:
-                return
+        try:
+            if (ledger := streams.ledger()) is None:
+                return  # without a word of an end: who listens comes back, and perhaps the ledger
+            # The state first: what is said after it was read is said in the next round.
+            ended = ledger.job(job_id).state is State.FINISHED
             found = ledger.events_after(job_id, seen, limit=_AT_ONCE)
+        except (KeyError, sqlite3.DatabaseError):
+            return
         for number_of_it, event in found:
             seen = number_of_it
-            yield message("event", orjson.dumps(event_record(seen, event), default=str), seen)
+            yield message("event", as_json(event_record(seen, event)), seen)
         if ended and not found:
             yield message("end", b"{}")
             return

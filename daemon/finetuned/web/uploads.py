@@ -13,8 +13,10 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
@@ -26,7 +28,7 @@ from finetuned.drop import add
 from finetuned.durable import FILE_MODE, make_folder
 from finetuned.home import Home, data_extension
 from finetuned.spool.claim import settings_for
-from finetuned.spool.inbox import EXTENSIONS, held_out_of, is_data, is_held_out
+from finetuned.spool.inbox import EXTENSIONS, Found, held_out_of, is_data, is_held_out
 from finetuned.web.api import home_of
 from finetuned.web.replies import Json, Refused, json_of
 
@@ -37,6 +39,7 @@ _CHECK_SECONDS = 900.0
 _ID = re.compile(r"[0-9a-f]{16}")
 _LONGEST_NAME = 180  # bytes; the archive adds to it
 
+_busy: set[str] = set()  # numbers of files that are being changed
 _checking = asyncio.Semaphore(1)  # a check may take a gigabyte
 
 
@@ -46,7 +49,7 @@ async def upload(request: Request) -> Response:
     if is_held_out(name) or not is_data(name):
         raise Refused(400, f"{name} is not a training file", remedy=f"finetuned takes {', '.join(EXTENSIONS)}.")
     home = home_of(request)
-    await asyncio.to_thread(_forget_old, home)
+    await asyncio.to_thread(forget_old, home)
     number = secrets.token_hex(8)
     folder = home.uploads / number
     make_folder(folder)
@@ -64,23 +67,20 @@ async def upload_held_out(request: Request) -> Response:
     extension = data_extension(os.fsencode(_name(request)))
     if extension not in EXTENSIONS:
         raise Refused(400, "this is not a file of rows", remedy=f"finetuned takes {', '.join(EXTENSIONS)}.")
-    if earlier:
-        earlier.unlink()
     target = file.with_name(held_out_of(file.name, extension))
-    try:
+    with _alone(request):
         size = await _receive(request, target)
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
+        if earlier and earlier != target:
+            earlier.unlink()
     return Json({"file": target.name, "bytes": size}, 201)
 
 
 async def check(request: Request) -> Response:
-    """Say what `finetuned check` says of a file that waits."""
+    """Say what `finetuned check` says of a file that waits, with the profile and settings that are chosen for it."""
     file, _ = _waiting(request)
     given = await json_of(request)
-    chosen = {name: str(given[name]) for name in ("profile", "model") if given.get(name)}
-    await asyncio.to_thread(_judge, home_of(request), **chosen)
+    profile, settings = _chosen(given)
+    await asyncio.to_thread(_judge, home_of(request), profile, settings)
     words = [
         sys.executable,
         "-P",
@@ -92,14 +92,24 @@ async def check(request: Request) -> Response:
         str(home_of(request).root),
         "--json",
     ]
-    words += [f"--{name}={value}" for name, value in chosen.items()]
+    words += [f"--profile={profile}"] if profile else []
     async with _checking:
+        if not file.exists():
+            raise Refused(404, "no such file waits", code="not_found", remedy="Upload it again.")
+        override = Found(file, profile).override
+        override.write_bytes(orjson.dumps(settings))
         process = await asyncio.create_subprocess_exec(
             *words, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
         )
         try:
             said, errors = await asyncio.wait_for(_unless_gone(request, process), _CHECK_SECONDS)
+        except TimeoutError:
+            minutes = _CHECK_SECONDS / 60
+            raise Refused(
+                504, f"the check took longer than {minutes:.0f} minutes", remedy="Train the file, or check it by hand."
+            ) from None
         finally:
+            override.unlink(missing_ok=True)
             if process.returncode is None:
                 process.kill()
                 await process.wait()
@@ -110,10 +120,18 @@ async def check(request: Request) -> Response:
         raise Refused(422, text[-2000:] or "the check gave no answer") from None
 
 
-def _judge(home: Home, *, profile: str = "", model: str = "") -> None:
-    """Raise ConfigError for a profile that there is not, and for a model that an override may not name."""
-    changes = check_overrides({"model": model} if model else {}, where="model")
-    settings_for(home, load_config(home.config_file), profile, changes, where="model")
+def _chosen(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Give the profile and the settings that a request brings. Raises Refused."""
+    profile, settings = given.get("profile") or "", given.get("settings") or {}
+    if not isinstance(profile, str) or not isinstance(settings, dict) or "/" in profile:
+        raise Refused(400, "profile must be a name, and settings an object")
+    return profile, settings
+
+
+def _judge(home: Home, profile: str, settings: dict[str, Any]) -> None:
+    """Raise ConfigError for a profile that there is not, and for settings that an override may not hold."""
+    changes = check_overrides(settings, where="settings")
+    settings_for(home, load_config(home.config_file), profile, changes, where="settings")
 
 
 async def _unless_gone(request: Request, process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
@@ -131,23 +149,35 @@ async def _unless_gone(request: Request, process: asyncio.subprocess.Process) ->
 
 async def confirm(request: Request) -> Response:
     """Move a file that waits into the inbox, with the settings and the profile that were chosen for it."""
-    file, held_out = _waiting(request)
-    given = await json_of(request)
-    profile, settings = given.get("profile") or "", given.get("settings") or {}
-    if not isinstance(profile, str) or not isinstance(settings, dict) or "/" in profile:
-        raise Refused(400, "profile must be a name, and settings an object")
-    place = await asyncio.to_thread(
-        add, home_of(request), file, profile=profile, settings=settings, held_out=held_out, staged=True
-    )
-    shutil.rmtree(file.parent, ignore_errors=True)
+    profile, settings = _chosen(await json_of(request))
+    with _alone(request):  # a second click finds it gone, and does not train it twice
+        file, held_out = _waiting(request)
+        place = await asyncio.to_thread(
+            add, home_of(request), file, profile=profile, settings=settings, held_out=held_out, staged=True
+        )
+        await asyncio.to_thread(shutil.rmtree, file.parent, ignore_errors=True)
     return Json({"said": f"{place.name} is in the inbox", "file": place.name})
 
 
 async def forget(request: Request) -> Response:
     """Throw a file away that waits."""
-    file, _ = _waiting(request)
-    shutil.rmtree(file.parent, ignore_errors=True)
+    with _alone(request):
+        file, _ = _waiting(request)
+        await asyncio.to_thread(shutil.rmtree, file.parent, ignore_errors=True)
     return Json({"said": f"{file.name} is not trained"})
+
+
+@contextmanager
+def _alone(request: Request) -> Iterator[None]:
+    """Change what waits under a number, and let nobody else do so meanwhile. Raises Refused if somebody does."""
+    number = request.path_params["number"]
+    if number in _busy:
+        raise Refused(409, "this file is not all here yet, or on its way into the inbox", remedy="Wait a moment.")
+    _busy.add(number)
+    try:
+        yield
+    finally:
+        _busy.discard(number)
 
 
 def _name(request: Request) -> str:
@@ -164,14 +194,24 @@ def _waiting(request: Request) -> tuple[Path, Path | None]:
     number = request.path_params["number"]
     folder = home_of(request).uploads / number
     files = sorted(folder.iterdir()) if _ID.fullmatch(number) and folder.is_dir() else []
-    data = [file for file in files if not is_held_out(file.name)]
+    data = [file for file in files if is_data(file.name)]
     if len(data) != 1:
         raise Refused(404, "no such file waits", code="not_found", remedy="Upload it again.")
     return data[0], next((file for file in files if is_held_out(file.name)), None)
 
 
 async def _receive(request: Request, target: Path) -> int:
-    """Write a request's body to a new file, as long as the disk has room. Gives its size."""
+    """Write a request's body to a file that is there when it is whole, as long as the disk has room. Gives its size."""
+    partial = target.with_name(f".{target.name}.part")
+    try:
+        size = await _written(request, partial)
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return size
+
+
+async def _written(request: Request, target: Path) -> int:
     announced = int(length) if (length := request.headers.get("content-length", "")).isdecimal() else 0
     _check_room(target.parent, announced)
     size, pending = 0, bytearray()
@@ -201,12 +241,13 @@ def _check_room(where: Path | int, more: int) -> None:
         raise Refused(507, "there is no room on the disk for this file", code="no_room", remedy="Make room on it.")
 
 
-def _forget_old(home: Home) -> None:
+def forget_old(home: Home) -> None:
     """Throw away what was never confirmed."""
-    folders = home.uploads.iterdir() if home.uploads.is_dir() else ()
-    for folder in folders:
-        if time.time() - folder.stat().st_mtime > _KEPT:
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in home.uploads.glob("*"):
+        with suppress(OSError):  # another request was quicker
+            newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))  # one may still be coming in
+            if time.time() - newest > _KEPT:
+                shutil.rmtree(folder)
 
 
 ROUTES = [

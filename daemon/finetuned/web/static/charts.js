@@ -1,5 +1,8 @@
 // Curves, drawn by plotly in the page's own colours, light or dark.
 
+import { ask } from "./common.js";
+
+const LONGEST = 4000; // points of a curve, before the server is asked to thin it again
 const COLOURS = ["#2563eb", "#ea580c", "#16a34a", "#9333ea", "#0891b2"];
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const drawn = new Map();
@@ -51,7 +54,19 @@ const CHARTS = [
 export class JobCharts {
   constructor() {
     this.jobs = new Map();
+    this.coming = new Map(); // of jobs whose curves are asked for: the steps that come in meanwhile
     this.waiting = null;
+  }
+
+  async load(job) {
+    if (this.coming.has(job)) return;
+    this.coming.set(job, []);
+    const answer = await ask(`/api/jobs/${encodeURIComponent(job)}/curves`);
+    const missed = this.coming.get(job);
+    this.coming.delete(job);
+    if (!answer) return;
+    this.set(job, answer.curves);
+    for (const figures of missed) this.add(job, figures);
   }
 
   set(job, curves) {
@@ -65,15 +80,23 @@ export class JobCharts {
   }
 
   add(job, figures) {
+    this.coming.get(job)?.push(figures);
     const curves = this.jobs.get(job);
     if (!curves || figures.step == null) return;
+    let long = false;
     for (const name of ["train_loss", "valid_loss", "learning_rate", "tokens_per_second", "grad_norm"]) {
       if (typeof figures[name] !== "number") continue;
       const curve = (curves[name] ??= { step: [], value: [] });
-      if (curve.step.length && figures.step <= curve.step.at(-1)) continue;
-      curve.step.push(figures.step);
-      curve.value.push(figures[name]);
+      if (!curve.step.length || figures.step > curve.step.at(-1)) {
+        curve.step.push(figures.step);
+        curve.value.push(figures[name]);
+      } else {
+        const place = curve.step.lastIndexOf(figures.step); // it is done again after an interruption
+        if (place >= 0) curve.value[place] = figures[name];
+      }
+      long ||= curve.step.length > LONGEST;
     }
+    if (long) this.load(job);
     this.drawSoon();
   }
 
@@ -106,6 +129,12 @@ export function drawGpus(curves) {
   for (const [name, title, unit] of charts) {
     const traces = Object.entries(curves).map(([uuid, of], number) =>
       line({ step: of[name].step.map((at) => new Date(at * 1000)), value: of[name].value.map((value) => value / unit) }, uuid, number));
+    if (name === "utilization") {
+      traces.push(...Object.values(curves).map((of) => ({
+        x: of.throttled.map((one) => new Date(one.at * 1000)), y: of.throttled.map(() => 100), text: of.throttled.map((one) => one.why.join(", ")),
+        name: "held back", type: "scatter", mode: "markers", marker: { symbol: "triangle-down", size: 8, color: COLOURS[1] },
+      })));
+    }
     draw(document.getElementById(name), title, traces, FROM_ZERO);
   }
 }

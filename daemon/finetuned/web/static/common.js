@@ -38,6 +38,15 @@ export async function order(path) {
   if (answer) say(answer.said);
 }
 
+// Show facts in a place, and leave it alone while they are the same: what is pressed, focused or dragged must stay.
+const shown = new WeakMap();
+export function renew(place, facts, make) {
+  const told = JSON.stringify(facts);
+  if (shown.get(place) === told) return;
+  shown.set(place, told);
+  place.replaceChildren(...make());
+}
+
 // Follow a stream while the page is looked at; one that comes back goes on behind the last number it saw.
 export function listen(path, handlers) {
   let source = null;
@@ -92,9 +101,15 @@ export const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString([]
 export const moment = (seconds) => new Date(seconds * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
 export const bytes = (count) => (count >= 2 ** 30 ? `${(count / 2 ** 30).toFixed(1)} GiB` : `${(count / 2 ** 20).toFixed(1)} MiB`);
 export const badge = (status) => element("span", { class: `badge ${status}` }, status.replaceAll("_", " "));
-export const jobLink = (id, text = id) => element("a", { href: `/jobs/${encodeURIComponent(id)}` }, text);
+export const jobLink = (id, text = id) => element("a", { draggable: "false", href: `/jobs/${encodeURIComponent(id)}` }, text);
 export const orderButton = (id, verb, text) =>
   element("button", { type: "button", "data-verb": verb, onclick: () => order(`/api/jobs/${encodeURIComponent(id)}/${verb}`) }, text);
+
+export function rungText(rung) {
+  const { batch_size: rows, gradient_accumulation: times, micro_batch_tokens: tokens, activation_checkpointing: again, tuning, max_length: longest } = rung ?? {};
+  const size = rows ? `${rows} ${rows === 1 ? "row" : "rows"} x ${times ?? 1}` : "";
+  return [size, tokens ? `at most ${tokens} tokens` : "", again ? "activations computed again" : "", tuning, longest ? `rows to ${longest} tokens` : ""].filter(Boolean).join(", ");
+}
 
 export function logLine(event) {
   return element("li", { class: event.level }, element("time", {}, time(event.created_at)), event.message);

@@ -6,6 +6,7 @@ let waiting = null; // the file that was sent: {id, file, bytes}
 
 // fetch cannot tell how much is sent; this can.
 function send(path, file) {
+  $("#confirm").disabled = true;
   return new Promise((done) => {
     const request = new XMLHttpRequest();
     request.open("POST", `${path}?name=${encodeURIComponent(file.name)}`);
@@ -14,11 +15,12 @@ function send(path, file) {
     });
     request.addEventListener("loadend", () => {
       $("#upload").hidden = true;
+      $("#confirm").disabled = false;
       let answer = {};
       try {
         answer = JSON.parse(request.responseText);
       } catch {
-        answer = { error: { message: "The upload broke off." } };
+        answer = { error: { message: "The upload broke off: the server is gone, or there is no room for the file on its disk." } };
       }
       if (answer.error) say([answer.error.message, answer.error.remedy].filter(Boolean).join("\n"), true);
       done(answer.error ? undefined : answer);
@@ -49,7 +51,7 @@ async function check() {
   $("#report-section").hidden = false;
   $("#verdict").textContent = "checking ...";
   $("#report").replaceChildren(element("progress", { "aria-label": "checking" }));
-  const chosen = { profile: $("#profile").value, model: settings().model };
+  const chosen = { profile: $("#profile").value, settings: settings() };
   const facts = await ask(`/api/drops/${waiting.id}/check`, { method: "POST", body: JSON.stringify(chosen) });
   if (mine !== turn) return;
   $("#report").replaceChildren();
@@ -102,7 +104,9 @@ $("#held-out").addEventListener("change", async () => {
 });
 $("#confirm").addEventListener("click", async () => {
   const chosen = { profile: $("#profile").value, settings: settings() };
+  $("#confirm").disabled = true;
   const answer = await ask(`/api/drops/${waiting.id}/confirm`, { method: "POST", body: JSON.stringify(chosen) });
+  $("#confirm").disabled = false;
   if (!answer) return;
   clear();
   say(`${answer.said}; the page Now shows it.`);

@@ -61,12 +61,17 @@ for (const button of document.querySelectorAll("[data-sort]")) {
   button.addEventListener("click", () => want({ sort: wanted.get("sort") === `-${button.dataset.sort}` ? button.dataset.sort : `-${button.dataset.sort}` }));
 }
 
+// Anew when a job came, went or changed its status; the figures of one that runs every ten seconds.
+let seen = null;
 let soon = null;
 listen("/api/now/events", {
-  now: () => {
-    soon ??= setTimeout(() => {
+  now: (now) => {
+    const jobs = JSON.stringify([now.queued, ...[now.running, now.queue, now.finished].map((part) => part.map((job) => [job.id, job.status]))]);
+    if (jobs !== seen) clearTimeout(soon);
+    soon = jobs === seen && soon !== null ? soon : setTimeout(() => {
       soon = null;
       show();
-    }, 300);
+    }, jobs === seen ? 10_000 : 300);
+    seen = jobs;
   },
 });

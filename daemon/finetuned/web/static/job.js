@@ -1,13 +1,14 @@
 // The page of one job: everything that is known of it, and it grows while the job runs.
 
-import { $, append, ask, badge, bytes, duration, element, jobLink, listen, logLine, moment, orderButton, table } from "./common.js";
+import { $, append, ask, badge, bytes, duration, element, jobLink, listen, logLine, moment, orderButton, renew, rungText, say, table } from "./common.js";
 import { JobCharts } from "./charts.js";
 
 const MOST = 5; // jobs in one chart
+const COLUMNS = 12; // steps in the table of answers
 const id = $("#job").dataset.job;
 const path = `/api/jobs/${encodeURIComponent(id)}`;
 const charts = new JobCharts();
-const compared = new Set(new URLSearchParams(location.search).getAll("with"));
+const compared = new Set(new URLSearchParams(location.search).getAll("with").filter((other) => other !== id).slice(0, MOST - 1));
 
 function summary(job) {
   const took = job.started_at ? duration((job.finished_at ?? Date.now() / 1000) - job.started_at) : null;
@@ -23,7 +24,7 @@ function summary(job) {
   $("#summary").replaceChildren(...lines);
   $("#status").replaceChildren(badge(job.status));
   const verbs = { failed: ["retry"], cancelled: ["retry"], succeeded: [], running: ["cancel"] }[job.status] ?? ["first", "last", "cancel"];
-  $("#buttons").replaceChildren(...verbs.map((verb) => orderButton(id, verb, verb[0].toUpperCase() + verb.slice(1))));
+  renew($("#buttons"), verbs, () => verbs.map((verb) => orderButton(id, verb, verb[0].toUpperCase() + verb.slice(1))));
 }
 
 function adapter(job) {
@@ -39,10 +40,30 @@ function adapter(job) {
   ].join("\n");
 }
 
+// A row an attempt, and one for each rung that it climbed down.
+function timeline(job) {
+  const head = ["When", "What", "How it ended", "Step", "Rung", "Settings changed"];
+  const rows = job.timeline.map((row) => {
+    const ended = row.outcome ?? (job.status === "running" ? "running" : "");
+    const how = row.outcome === "fallback" ? [] : [ended ? badge(ended) : "", " ", row.then ?? ""];
+    const why = row.outcome !== "fallback" && row.why ? element("div", { class: "quiet" }, row.why) : null;
+    const changed = Object.entries(row.changed).map(([name, [before, now]]) => `${name}: ${JSON.stringify(before)}, now ${JSON.stringify(now)}`);
+    return element("tr", { class: row.outcome === "fallback" ? "fallback" : "" },
+      element("td", {}, moment(row.at)), element("td", {}, row.what, why), element("td", {}, ...how),
+      element("td", { class: "number" }, row.step ?? ""), element("td", {}, rungText(row.rung)), element("td", {}, changed.join("\n")));
+  });
+  $("#timeline-section").hidden = !rows.length;
+  renew($("#timeline"), [job.timeline, job.status], () => [element("tr", {}, ...head.map((text) => element("th", {}, text))), ...rows]);
+}
+
+let known = null;
 async function show() {
   const job = await ask(path);
   if (!job) return;
+  known = job;
   summary(job);
+  timeline(job);
+  if (!["succeeded", "failed", "cancelled"].includes(job.status)) follow(); // it may have been tried again
   adapter(job);
   $("#settings").replaceChildren(table(job.hyperparameters));
   for (const name of ["data_report", "plan"]) $(`#${name}`).replaceChildren(job[name] ? table(job[name]) : "not there yet");
@@ -53,7 +74,8 @@ async function predictions() {
   const answer = await ask(`/api/predictions?job=${encodeURIComponent(id)}`);
   if (!answer?.data.length) return;
   $("#predictions-section").hidden = false;
-  const steps = [...new Set(answer.data.map((one) => one.step))];
+  const every = [...new Set(answer.data.map((one) => one.step))];
+  const steps = every.filter((_, place) => every.length <= COLUMNS || place === every.length - 1 || place % Math.ceil(every.length / (COLUMNS - 1)) === 0);
   const questions = Map.groupBy(answer.data, (one) => one.sample);
   const head = ["question", "wanted", ...steps.map((step) => (step === 0 ? "before" : `step ${step}`))];
   const rows = [...questions.values()].map((answers) => {
@@ -69,18 +91,18 @@ async function predictions() {
   });
   $("#predictions").replaceChildren(element("tr", {}, ...head.map((text) => element("th", {}, text))), ...rows);
   const exact = (step) => answer.data.filter((one) => one.step === step && one.exact).length;
-  $("#score").textContent = `${exact(steps[0])} of ${questions.size} right at first, ${exact(steps.at(-1))} now`;
-}
-
-async function draw(job) {
-  const answer = await ask(`/api/jobs/${encodeURIComponent(job)}/curves`);
-  if (answer) charts.set(job, answer.curves);
+  const some = steps.length < every.length ? `; ${steps.length} of ${every.length} times are shown` : "";
+  $("#score").textContent = `${exact(steps[0])} of ${questions.size} right at first, ${exact(steps.at(-1))} now${some}`;
 }
 
 function compare(other) {
-  if (compared.size < MOST - 1) compared.add(other);
+  if (compared.size >= MOST - 1) {
+    say(`${MOST} jobs are all that a chart holds; Alone takes the others out.`, true);
+    return;
+  }
+  compared.add(other);
   history.replaceState(null, "", `?${[...compared].map((one) => `with=${encodeURIComponent(one)}`).join("&")}`);
-  draw(other);
+  charts.load(other);
 }
 
 $("#compare").addEventListener("submit", (event) => {
@@ -94,7 +116,7 @@ $("#alone").addEventListener("click", () => {
   charts.only(id);
 });
 
-const timeline = new Set(["phase", "rung", "error", "plan", "result"]);
+const QUIET = new Set(["message", "metrics", "checkpoint", "predictions"]); // events that change nothing in what `show` shows
 let soon = null;
 const showSoon = () => {
   soon ??= setTimeout(() => {
@@ -103,19 +125,37 @@ const showSoon = () => {
   }, 500);
 };
 
-show();
-predictions();
-await draw(id);
-for (const other of compared) draw(other);
-listen(`${path}/events?last=400`, {
-  event: (event) => {
-    append($("#log"), logLine(event));
-    if (timeline.has(event.type) || event.level !== "info") append($("#timeline"), logLine(event));
-    if (event.type === "metrics") charts.add(id, event.data);
-    if (event.type === "predictions") predictions();
-    if (event.type !== "message") showSoon();
+let last = null; // the number of the newest event
+let following = false;
+function follow() {
+  if (following) return;
+  following = true;
+  listen(`${path}/events?${last === null ? "last=400" : `after=${last}`}`, {
+    event: (event) => {
+      last = event.id.split("-").at(-1);
+      append($("#log"), logLine(event));
+      if (event.type === "metrics") charts.add(id, event.data);
+      if (event.type === "predictions") predictions();
+      if (!QUIET.has(event.type)) showSoon();
+    },
+    end: () => {
+      following = false;
+      showSoon();
+    },
+  });
+}
+
+await Promise.all([charts.load(id), predictions(), show()]);
+for (const other of compared) charts.load(other);
+follow();
+// Everything is asked for anew when the job has come further, its figures alone are told.
+listen("/api/now/events", {
+  now: (now) => {
+    const found = [...now.running, ...now.queue, ...now.finished].find((job) => job.id === id);
+    if (!known || (!found && known.status !== "running")) return;
+    if (!found || found.status !== known.status || found.attempt !== known.attempt) showSoon();
+    else summary((known = { ...known, ...found }));
   },
 });
-listen("/api/now/events", { now: showSoon });
 const recent = await ask("/api/jobs?limit=50");
 $("#others").replaceChildren(...(recent?.data ?? []).filter((job) => job.id !== id).map((job) => element("option", { value: job.id })));

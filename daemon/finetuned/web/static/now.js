@@ -1,6 +1,6 @@
 // The page Now: renewed by a stream, without reloading.
 
-import { $, append, ask, badge, bytes, clock, duration, element, jobLink, listen, logLine, order, orderButton } from "./common.js";
+import { $, append, ask, badge, bytes, clock, duration, element, jobLink, listen, logLine, order, orderButton, renew, rungText } from "./common.js";
 import { drawGpus, JobCharts } from "./charts.js";
 
 let followed = null;
@@ -16,8 +16,8 @@ function hindrances(now) {
   if (now.waits) said.push(`Waiting: ${now.waits}. It goes on by itself when that is over.`);
   if (now.paused) said.push(`Paused: ${now.paused}. No job starts.`);
   for (const why of Object.values(now.gpus_aside ?? {})) said.push(`A GPU is set aside: ${why}`);
-  for (const asked of now.orders) said.push(`Asked for: ${asked.verb} ${asked.job ?? ""}`);
-  $("#hindrances").replaceChildren(...said.map((text) => element("p", { class: "hindrance" }, text)));
+  for (const asked of now.orders) said.push(`Asked for: ${asked.before ? `${asked.job} before ${asked.before}` : `${asked.verb} ${asked.job ?? ""}`}`);
+  renew($("#hindrances"), said, () => said.map((text) => element("p", { class: "hindrance" }, text)));
 }
 
 function sentence(job) {
@@ -32,25 +32,22 @@ function running(now) {
   $("#pause").hidden = Boolean(now.paused);
   $("#resume").hidden = !now.paused;
   $("#curves").hidden = $("#log-section").hidden = !job;
-  if (!job) {
-    $("#running").replaceChildren();
-    return;
-  }
-  const { step = 0, total_steps: total } = job.progress;
-  const rung = Object.entries(job.rung).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`).join(", ");
-  $("#running").replaceChildren(
-    element("progress", { value: step, max: total || 1, "aria-label": "steps" }),
+  renew($("#running"), job && [job.id, job.attempt, job.model, job.rung], () => !job ? [] : [
+    element("progress", { id: "steps", "aria-label": "steps" }),
     element("p", {}, jobLink(job.id), `, attempt ${job.attempt}, of ${job.model}`),
-    element("p", { class: "quiet" }, rung, element("span", { id: "why" }, whys.get(job.id) ?? "")),
+    element("p", { class: "quiet" }, rungText(job.rung), element("span", { id: "why" }, whys.get(job.id) ?? "")),
     element("p", { class: "buttons" }, orderButton(job.id, "cancel", "Cancel")),
-  );
+  ]);
+  if (!job) return;
+  $("#steps").max = job.progress.total_steps || 1;
+  $("#steps").value = job.progress.step ?? 0;
 }
 
 const whys = new Map();
 async function why(id) {
   const job = await ask(`/api/jobs/${encodeURIComponent(id)}`);
-  const last = job?.rungs.at(-1)?.message;
-  whys.set(id, last ? ` - ${last}` : "");
+  const said = job?.timeline.findLast((row) => row.why)?.why ?? job?.plan?.choices?.micro_batch_tokens?.reason;
+  whys.set(id, said ? ` - ${said}` : "");
   if ($("#why")) $("#why").textContent = whys.get(id);
 }
 
@@ -61,33 +58,72 @@ async function follow(id) {
   $("#log").replaceChildren();
   if (!id) return;
   why(id);
-  const answer = await ask(`/api/jobs/${encodeURIComponent(id)}/curves`);
-  if (answer && id === followed) {
-    charts.set(id, answer.curves);
-    charts.only(id);
-  }
+  await charts.load(id);
+  if (id !== followed) return;
+  charts.only(id);
   unfollow = listen(`/api/jobs/${encodeURIComponent(id)}/events?last=100`, {
     event: (event) => {
       append($("#log"), logLine(event));
       if (event.type === "metrics") charts.add(id, event.data);
-      if (event.type === "rung") why(id);
+      if (["rung", "plan", "attempt"].includes(event.type)) why(id);
     },
   });
 }
 
 function queue(now) {
   $("#queued").textContent = now.queued ? `${now.queued} waiting` : "empty";
-  $("#queue").replaceChildren(...now.queue.map((job) => {
+  all = now.queued === now.queue.length;
+  const waiting = now.queue.map((job) => {
     const waits = job.not_before * 1000 > Date.now() ? `again at ${clock(job.not_before)}` : job.progress.waits;
-    return element("li", { "data-job": job.id },
-      element("span", { class: "grow" }, jobLink(job.id, job.training_file), " ", element("small", {}, waits ?? "")),
-      element("span", { class: "buttons" }, orderButton(job.id, "first", "First"), orderButton(job.id, "last", "Last"), orderButton(job.id, "cancel", "Cancel")));
-  }));
-  $("#inbox").replaceChildren(...now.inbox.map((entry) => element("li", { class: "quiet" }, `inbox/${entry.file} ${entry.what}. ${entry.remedy}`)));
+    return { id: job.id, file: job.training_file, waits: waits ?? "" };
+  });
+  renew($("#queue"), waiting, () => waiting.map((job) => element("li", { "data-job": job.id, draggable: "true" },
+    element("span", { class: "grow" }, jobLink(job.id, job.file), " ", element("small", {}, job.waits)),
+    element("span", { class: "buttons" }, orderButton(job.id, "first", "First"), orderButton(job.id, "last", "Last"), orderButton(job.id, "cancel", "Cancel")))));
+  renew($("#inbox"), now.inbox, () => now.inbox.map((entry) => element("li", { class: "quiet" }, `inbox/${entry.file} ${entry.what}. ${entry.remedy}`)));
 }
 
+// Dragging: a job is put right before the one over which it is let go, or behind all. The buttons do it by keyboard.
+let all = true; // whether the whole queue is shown
+let dragged = null;
+let newest = null; // what came in meanwhile
+
+const over = (event) => [...$("#queue").children].find((item) => {
+  const { top, height } = item.getBoundingClientRect();
+  return event.clientY < top + height / 2;
+});
+
+function mark(target) {
+  for (const item of $("#queue").children) item.classList.toggle("before", item === target);
+  $("#queue").classList.toggle("behind", dragged !== null && target === undefined);
+}
+
+$("#queue").addEventListener("dragstart", (event) => {
+  dragged = event.target.closest?.("[data-job]")?.dataset.job ?? null;
+  if (dragged) event.dataTransfer.setData("text/plain", dragged);
+});
+$("#queue").addEventListener("dragover", (event) => {
+  if (!dragged) return;
+  event.preventDefault();
+  mark(over(event));
+});
+$("#queue").addEventListener("drop", (event) => {
+  if (!dragged) return;
+  event.preventDefault();
+  const target = over(event);
+  const place = $(`#queue [data-job="${CSS.escape(dragged)}"]`);
+  const path = `/api/jobs/${encodeURIComponent(dragged)}`;
+  if (target && target !== place && target !== place?.nextElementSibling) order(`${path}/before?job=${encodeURIComponent(target.dataset.job)}`);
+  else if (!target && all && place !== $("#queue").lastElementChild) order(`${path}/last`);
+});
+document.addEventListener("dragend", () => {
+  dragged = null;
+  mark(null);
+  if (newest) show(newest);
+});
+
 function finished(now) {
-  $("#finished").replaceChildren(...now.finished.map((job) => {
+  renew($("#finished"), now.finished, () => now.finished.map((job) => {
     const loss = job.progress.valid_loss ?? job.progress.train_loss;
     const took = job.started_at ? duration(job.finished_at - job.started_at) : "";
     const said = job.error?.message ?? [loss != null ? `loss ${loss.toFixed(4)}` : "", took].filter(Boolean).join(", ");
@@ -98,7 +134,7 @@ function finished(now) {
 
 function gpus(now) {
   $("#gpus").hidden = !now.gpus.length;
-  $("#gpu-list").replaceChildren(...now.gpus.map((gpu) => element("p", {},
+  renew($("#gpu-list"), now.gpus, () => now.gpus.map((gpu) => element("p", {},
     `GPU ${gpu.index} ${gpu.name}: ${gpu.utilization ?? "?"}% busy, ${bytes(gpu.memory_used ?? 0)} of ${bytes(gpu.memory_total ?? 0)}, ${gpu.temperature ?? "?"} °C, ${Math.round(gpu.power ?? 0)} W`,
     element("meter", { min: 0, max: gpu.memory_total ?? 1, value: gpu.memory_used ?? 0, "aria-label": "memory" }),
     gpu.throttle_reasons?.length ? element("span", { class: "warning" }, `held back by ${gpu.throttle_reasons.join(", ")}`) : null)));
@@ -110,14 +146,16 @@ async function renewGpus() {
   if (answer) drawGpus(answer.curves);
 }
 
-listen("/api/now/events", {
-  now: (now) => {
-    hindrances(now);
-    running(now);
-    queue(now);
-    finished(now);
-    gpus(now);
-    follow(now.running[0]?.id ?? null).then(renewGpus);
-  },
-});
+function show(now) {
+  newest = now;
+  hindrances(now);
+  running(now);
+  if (!dragged) queue(now);
+  finished(now);
+  gpus(now);
+  const id = now.running[0]?.id ?? null;
+  if (id !== followed) follow(id).then(renewGpus);
+}
+
+listen("/api/now/events", { now: show });
 setInterval(renewGpus, 10_000);

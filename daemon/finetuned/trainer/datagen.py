@@ -1,0 +1,86 @@
+"""`python -m finetuned.trainer.datagen`: an order as JSON in, lines of JSON out: how far it is, and what came of it.
+
+`finetuned.datagen` asks and prints.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetuned.config import settings_from
+from finetuned.dataset import needs
+from finetuned.dataset.reading import RowFile
+from finetuned.dataset.report import Report, judge, rows_of
+from finetuned.errors import DataError, FinetunedError, OutOfMemoryError
+from finetuned.trainer import memory
+from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer, quiet_libraries
+from finetuned.trainer.model import load_model
+from finetuned.trainer.precision import choose
+from finetuned.trainer.rejection import ask_and_keep
+
+_TOLD_SECONDS = 0.2  # at most so often it is said how far the asking is
+
+
+def main() -> None:
+    """Answer one order."""
+    quiet_libraries()
+    order = json.load(sys.stdin)
+    try:
+        said: dict[str, Any] = {"answer": make(order)}
+    except OSError as error:
+        where = str(error.filename or order["out"])
+        no_room = DataError(
+            f"the answers cannot be kept: {error.strerror or error}", where=where, remedy="Make room, and go on."
+        )
+        said = {"error": no_room.as_dict()}
+    except FinetunedError as error:
+        said = {"error": error.as_dict()}
+    _say(said)
+
+
+def make(order: dict[str, Any]) -> dict[str, Any]:
+    """Ask all questions and keep what is right. Raises FinetunedError or OSError."""
+    file, out = Path(order["file"]), Path(order["out"])
+    settings = settings_from({**order["settings"], "recipe": "rft"}, where="the settings").settled()
+    report = Report()
+    rows = list(needs.suited(rows_of(RowFile(file, name=file.name), report, system_prompt=None), settings, report))
+    judge(report, name=file.name, max_bad_rows=settings.max_bad_rows, fail_on=settings.fail_on)
+    _say({"doing": f"loading {settings.model}"})
+    base = find_base(settings, models=Path(order["models"]), base_dir=Path(order["base_dir"]))
+    tokenizer = load_tokenizer(base, settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tuning, _ = choose_tuning(settings.tuning, gpu=device.type == "cuda")
+    precision = choose(device, "lora" if tuning == "full" else tuning, settings.dtype)
+    try:
+        model = load_model(base, settings, tuning=precision.tuning, precision=precision, device=device)
+    except (RuntimeError, MemoryError) as error:
+        detail = memory.out_of_memory(error)
+        if detail is None:
+            raise
+        raise OutOfMemoryError(f"the model does not fit: {detail}", remedy="Take a smaller one, or qlora.") from None
+    told = 0.0
+
+    def tell(made: int, wanted: int) -> None:
+        nonlocal told
+        if time.monotonic() - told >= _TOLD_SECONDS:
+            told = time.monotonic()
+            _say({"doing": "making answers", "share": made / wanted, "counted": f"{made:,} of {wanted:,}"})
+
+    answers = out.with_name(f"{out.name}.answers")
+    found = ask_and_keep(model, tokenizer, rows, settings, seed=settings.seed, answers=answers, out=out, tell=tell)
+    answers.unlink(missing_ok=True)
+    return {"found": found.as_dict(), "sentence": str(found), "bad_rows": report.bad_rows}
+
+
+def _say(said: dict[str, Any]) -> None:
+    print("\n" + json.dumps(said), flush=True)  # noqa: T201, standard output is the answer
+
+
+if __name__ == "__main__":
+    main()
