@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo demo-web test test-systemd torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door schema clean
+.PHONY: .venv demo demo-web test test-systemd torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door bench-hybrid schema clean
 
 .venv: .venv/ready
 
@@ -80,6 +80,10 @@ bench-plan: .venv
 # Beside `datasets`, installed into an environment of its own the first time. Some minutes a round.
 bench-door: .venv
 	$(BIN)/python benchmarks/door.py
+
+# Labels and rewards beside labels alone, on a task whose reward knows more; some ten minutes on two cores.
+bench-hybrid: .venv
+	$(BIN)/python benchmarks/hybrid.py
 
 schema: .venv
 	$(BIN)/python -c 'from finetuned.config import json_schema; print(json_schema(), end="")' > config.schema.json

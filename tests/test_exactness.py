@@ -28,7 +28,7 @@ from finetuned.fallback import next_rung
 from finetuned.trainer import checkpoint, evaluation, loop, steps
 from finetuned.trainer.base import Base
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
-from finetuned.trainer.recipes import sft
+from finetuned.trainer.recipes import hybrid, sft
 from finetuned.trainer.reporter import Reporter
 from finetuned.trainer.tokens import Example, tokenise
 
@@ -88,7 +88,8 @@ def faults(monkeypatch) -> Iterator[Faults]:
             return "evaluation"
         return "probe" if faults.probing else place
 
-    wrap(sft.Objective, "forward", lambda: training("forward"))
+    for recipe in (sft, hybrid):
+        wrap(recipe.Objective, "forward", lambda: training("forward"))
     wrap(accelerate.Accelerator, "backward", lambda: training("backward"))
     wrap(transformers.GenerationMixin, "generate", lambda: "prediction")
     for name in ("save_file", "write_file", "sync_tree", "move"):

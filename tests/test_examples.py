@@ -73,3 +73,18 @@ def test_every_answer_is_right(name: str) -> None:
         quantity = units.Quantity(Fraction(row.number), row.source)
         assert quantity.to(row.target).magnitude == Fraction(row.answer), row
         assert Fraction(row.number) * Fraction(row.factor) == Fraction(row.answer), row
+
+
+def test_the_sums_of_recipe_hybrid_are_right_and_reproduced(tmp_path: Path) -> None:
+    """A judge that reads the last number finds the sum, and no sum that is held out is trained."""
+    subprocess.run([sys.executable, EXAMPLES / "hybrid" / "make_sums.py", tmp_path], check=True)
+    sums: list[set[str]] = []
+    for name in ("sums.jsonl", "sums.eval.jsonl"):
+        assert (tmp_path / name).read_bytes() == (EXAMPLES / "hybrid" / name).read_bytes()
+        rows = [json.loads(line)["messages"] for line in (tmp_path / name).read_text().splitlines()]
+        for asked, told in rows:
+            one, other = map(int, re.findall(r"\d+", asked["content"]))
+            assert int(re.findall(r"\d+", told["content"])[-1]) == one + other
+        sums.append({asked["content"] for asked, _ in rows})
+    assert len(sums[0]) == 96
+    assert not sums[0] & sums[1]

@@ -13,8 +13,11 @@ LEARNED = "learned.jsonl"  # what was learned from, where a recipe made it itsel
 MANIFEST = "finetuned.json"  # the last file that is written: its presence means whole, its `job_id` whose
 
 
-def read_adapter(folder: Path, *, where: str) -> dict[str, Any]:
-    """Read the adapter_config.json of a LoRA adapter. Raises ConfigError if the folder holds none."""
+def read_adapter(folder: Path, *, where: str, soft_prompts: bool = False) -> dict[str, Any]:
+    """Read the adapter_config.json of a LoRA adapter, or of a soft prompt where that will do.
+
+    Raises ConfigError if the folder holds none.
+    """
     if not folder.is_dir():
         raise ConfigError("there is no such folder", where=where, remedy="Name an adapter's folder, as in adapters/.")
     if not (folder / CONFIG).is_file() and (folder / "config.json").is_file():
@@ -25,7 +28,8 @@ def read_adapter(folder: Path, *, where: str) -> dict[str, Any]:
         )
     try:
         config = json.loads((folder / CONFIG).read_bytes())
-        if config["peft_type"] != "LORA" or not (folder / WEIGHTS).is_file():
+        kinds = {"LORA", "PROMPT_TUNING"} if soft_prompts else {"LORA"}
+        if config["peft_type"] not in kinds or not (folder / WEIGHTS).is_file():
             raise ValueError(f"a LoRA adapter has {WEIGHTS}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -21,7 +21,7 @@ from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 from finetuned.findings import Warned
 from finetuned.judges import LETTERS, TOLERANCE, Judge, Kind, judge, suits
-from finetuned.recipe_settings import Rft
+from finetuned.recipe_settings import Hybrid, Rft
 
 NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "benchmark", "eval_file", "resume_adapter", "priority", "report_to"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
@@ -121,9 +121,13 @@ class TrainingSettings(_Strict):
     priority: int = Field(
         0, ge=-100, le=100, description="Jobs of a higher priority start first; set it in a profile, inbox/high/ say."
     )
-    recipe: Literal["sft", "rft"] = Field(
+    recipe: Literal["sft", "rft", "hybrid"] = Field(
         "sft",
-        description="What is learned: sft, the rows' answers as they are; rft, the model's own answers that are right.",
+        description="What is learned: sft, the rows' answers as they are; rft, the model's own answers that are right; "
+        "hybrid, both in one step.",
+    )
+    hybrid: Hybrid = Field(
+        default_factory=Hybrid, description="Labels and rewards in one step: docs/recipes/hybrid.md."
     )
     rft: Rft = Field(default_factory=Rft, description="Rejection-sampling fine-tuning: docs/recipes/rft.md.")
     model: str = Field(
@@ -286,6 +290,19 @@ class TrainingSettings(_Strict):
         if self.publish == "best" and self.recipe == "rft":
             raise ValueError("publish best goes by a held-out loss, and recipe rft has answers of its own, not those")
         return self
+
+    @model_validator(mode="after")
+    def _a_soft_prompt_is_the_adapter(self) -> Self:
+        named = [name for name in ("use_rslora", "use_dora", "resume_adapter") if getattr(self, name)]
+        named += ["tuning full"] if self.tuning == "full" else []
+        if self.soft_prompt and named:
+            raise ValueError(f"hybrid.prompt_tokens trains a prompt alone, which {' and '.join(named)} cannot go with")
+        return self
+
+    @property
+    def soft_prompt(self) -> int:
+        """How many tokens of a soft prompt are trained in an adapter's place."""
+        return self.hybrid.prompt_tokens if self.recipe == "hybrid" else 0
 
     def settled(self) -> Self:
         """Give them with what the recipe decides: rft trains under the prompt that its answers were made with."""

@@ -12,7 +12,7 @@ from finetuned.judges import judge
 if TYPE_CHECKING:
     from finetuned.dataset.report import Report
 
-CHECKED = frozenset({"rft"})  # recipes that hold answers against the row's own
+CHECKED = frozenset({"rft", "hybrid"})  # recipes that hold answers against the row's own
 
 
 def of(settings: TrainingSettings) -> str:

@@ -152,7 +152,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     figures = ", ".join(
         f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(("loss", "before"))
     )
-    if trained.seen.seconds >= _WORTH_KEEPING:
+    if trained.seen.seconds >= _WORTH_KEEPING and settings.recipe == "sft":  # which is all that is predicted
         _remember(task, trained, libraries=libraries, models=Path(spec.models))
     say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
 

@@ -54,6 +54,7 @@ def write_adapter(
             _plain(model).save_pretrained(folder)
             copy_processor(task.base.source, task.settings.revision, folder)
         task.tokenizer.save_pretrained(folder)
+        trained.save(folder)
         if learned is not None:
             shutil.copyfile(learned, folder / LEARNED)
     story = {
@@ -109,7 +110,8 @@ def _card(spec: JobSpec, task: Task, trained: Trained, measured: dict[str, Any])
     figures = [f"| {name} | {metrics[key]:.4f} |" for name, key in _FIGURES if key in metrics]
     whole = task.rung.tuning == "full"
     name = Path(os.fsencode(spec.name).decode("utf-8", "replace")).stem
-    weights = "A full fine-tune" if whole else "A LoRA adapter"
+    soft = task.settings.soft_prompt
+    weights = "A full fine-tune" if whole else f"A soft prompt of {soft} tokens" if soft else "A LoRA adapter"
     a_step = counted(trained.rung.effective_batch, "row")
     prompt = json.dumps(task.settings.system_prompt, ensure_ascii=False)
     lines = [
@@ -119,7 +121,7 @@ def _card(spec: JobSpec, task: Task, trained: Trained, measured: dict[str, Any])
         "pipeline_tag: text-generation",
         "tags:",
         "- finetuned",
-        *([] if whole else ["- lora"]),
+        *([] if whole else ["- prompt-tuning" if soft else "- lora"]),
         "---",
         "",
         f"# {name}",

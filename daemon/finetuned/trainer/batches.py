@@ -28,12 +28,26 @@ class Batch:
     tokens: int  # real ones, never padding
     examples: Sequence[Example] = ()  # the rows that it was made of
 
+    @property
+    def starts(self) -> list[int]:
+        """Where rows begin among the flattened hidden states; one where they share their beginning."""
+        flat = self.inputs.get("flat_rows")
+        if flat is not None:
+            return [0] if flat.shared else list(flat.bounds[:-1])
+        rows, longest = self.inputs["input_ids"].shape
+        return list(range(0, rows * longest, longest))
+
     def to(self, device: torch.device) -> Batch:
         """Move it to a device."""
         inputs = {
             k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in self.inputs.items()
         }
         return replace(self, inputs=inputs, positions=self.positions.to(device), targets=self.targets.to(device))
+
+
+def led(example: Example, places: int) -> Example:
+    """Put places for a soft prompt in front of a row: token 0, which stands for nothing."""
+    return replace(example, ids=[0] * places + example.ids, supervised=[False] * places + example.supervised)
 
 
 def collate_flat(examples: Sequence[Example], *, share: bool = True) -> Batch:

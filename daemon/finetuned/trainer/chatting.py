@@ -107,7 +107,7 @@ def load(adapter: Path, *, compare: bool, model: str | None, models: Path) -> li
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # a second, and talk of its own
     from peft import PeftModel
 
-    config = read_adapter(adapter, where=str(adapter))
+    config = read_adapter(adapter, where=str(adapter), soft_prompts=True)
     try:
         both = PeftModel.from_pretrained(loaded(model, config["base_model_name_or_path"]), adapter).eval()
     except RuntimeError as error:

@@ -16,7 +16,7 @@ import torch
 
 from finetuned.errors import ModelError
 from finetuned.trainer import attention, memory
-from finetuned.trainer.batches import Batch, collate_flat, collate_padded
+from finetuned.trainer.batches import Batch, collate_flat, collate_padded, led
 from finetuned.trainer.model import evaluating
 from finetuned.trainer.tokens import Example
 
@@ -38,6 +38,7 @@ class Layout:
     reason: str
     attention: str  # as transformers names it
     share: bool = True  # compute once what all rows of a flat micro-batch begin with
+    lead: int = 0  # places in front of each row, for a soft prompt
 
     def __str__(self) -> str:
         """Name it in a log line."""
@@ -46,14 +47,15 @@ class Layout:
     @property
     def collate(self) -> Callable[[Sequence[Example]], Batch]:
         """Give the function that makes a micro-batch."""
-        return partial(collate_flat, share=self.share) if self.flat else collate_padded
+        collate = partial(collate_flat, share=self.share) if self.flat else collate_padded
+        return (lambda examples: collate([led(one, self.lead) for one in examples])) if self.lead else collate
 
     def hidden_states(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.nn.Module]:
         """Give what the head is applied to at the batch's positions, [positions, width], and the head."""
         if self.head_apart:
             hidden = model.get_decoder()(**batch.inputs, use_cache=False).last_hidden_state
             head: torch.nn.Module = model.get_output_embeddings()
-        elif len(batch.inputs["input_ids"]) == 1:  # in one row, a model can be told where logits are wanted
+        elif len(next(iter(batch.inputs.values()))) == 1:  # in one row, a model can be told where logits are wanted
             logits = model(**batch.inputs, use_cache=False, logits_to_keep=batch.positions).logits
             return logits[0], torch.nn.Identity()
         else:

@@ -75,6 +75,7 @@ class Trained:
     choices: dict[str, dict[str, str]]  # every automatic decision with its reason
     seen: Seen
     layout: Layout
+    save: Callable[[Path], None]  # writes what the recipe has beside the model into a folder
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,10 @@ def train(task: Task) -> Trained:
             raise
         training.save_what_is_done()
         raise OutOfMeansError(training.rung, detail, training.means()) from None
-    return Trained(training.model, training.rung, training.metrics, training.choices, training.seen(), training.layout)
+    recipe, seen = training.recipe, training.seen()
+    return Trained(
+        training.model, training.rung, training.metrics, training.choices, seen, training.layout, recipe.save
+    )
 
 
 def begin(task: Task, precision: Precision) -> Training:

@@ -1,4 +1,4 @@
-"""The adapter on the base model: LoRA, rank-stabilised or DoRA as the settings say."""
+"""The adapter on the base model: LoRA, rank-stabilised or DoRA as the settings say, or a soft prompt."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from finetuned.errors import ConfigError
 from finetuned.trainer.base import Base
 from finetuned.trainer.chain import Earlier
 from finetuned.trainer.precision import Precision
+from finetuned.trainer.soft_prompt import add_soft_prompt
 from finetuned.trainer.vision import text_layers
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def add_adapter(
     precision: Precision,
     earlier: Earlier | None = None,
 ) -> PreTrainedModel:
-    """Wrap the model's layers in LoRA; its first weights are those of an earlier adapter, or follow from the seed.
+    """Wrap the model's layers in LoRA, or put a soft prompt before them; LoRA's first weights are those of an earlier
+    adapter, or follow from the seed.
 
     Raises ConfigError for unknown layers, or where the earlier adapter has others.
 
@@ -43,6 +45,8 @@ def add_adapter(
         raise ConfigError(  # each pass of peft 0.21 loses the scales of bitsandbytes' 8-bit weights there
             "DoRA on 8-bit weights needs a GPU", where="use_dora", remedy='Set "tuning" to "lora" or "qlora".'
         )
+    if settings.soft_prompt:
+        return add_soft_prompt(model, base, settings, precision=precision)
     torch.manual_seed(settings.seed)
     try:
         targets = text_layers(model, settings.target_modules)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 # Bytes of one chunk's float32 logits, the only ones that live. A CPU's caches like them small, a GPU's products large.
@@ -42,6 +43,44 @@ def each_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor
         for part, wanted in _chunks(hidden, targets, vocabulary)
     ]
     return torch.cat(parts)
+
+
+def weighted_loss(
+    hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, weights: torch.Tensor, *, temperature: float
+) -> torch.Tensor:
+    """Give the cross-entropy at a temperature, each position's times its weight, summed; else as `summed_loss`."""
+
+    def chunk(hidden: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(head(hidden).float() / temperature, wanted, reduction="none") @ weights
+
+    return _gathered(chunk, hidden, head, targets, weights)
+
+
+def summed_entropy(hidden: torch.Tensor, head: torch.nn.Module) -> torch.Tensor:
+    """Give the entropy in nats of the next token at each position, summed over positions, as float32."""
+
+    def chunk(hidden: torch.Tensor) -> torch.Tensor:
+        log_p = log_softmax(head(hidden).float(), dim=1)
+        return -(log_p.exp() * log_p).sum()
+
+    return _gathered(chunk, hidden, head)
+
+
+def _gathered(
+    chunk: Callable[..., torch.Tensor], hidden: torch.Tensor, head: torch.nn.Module, *others: torch.Tensor
+) -> torch.Tensor:
+    """Sum over chunks of positions, whose logits are computed again where their gradient is wanted."""
+    size = _size(hidden, head)
+    parts = zip(*(torch.split(tensor, size) for tensor in (hidden, *others)), strict=True)
+    return sum(
+        (checkpoint(chunk, *part, use_reentrant=False) for part in parts), hidden.new_zeros((), dtype=torch.float32)
+    )
+
+
+def _size(hidden: torch.Tensor, head: torch.nn.Module) -> int:
+    """Give how many positions make a chunk."""
+    vocabulary = getattr(head, "out_features", hidden.shape[-1])
+    return max(1, _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) // (4 * vocabulary))
 
 
 def _chunks(hidden: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def start_line(training: Training) -> tuple[str, dict[str, Any]]:
     """Give the sentence and its figures."""
     task, plan, layout, rung = training.task, training.plan, training.layout, training.rung
-    parameters, trainable = count(training.model.parameters()), sum(p.numel() for p in training.trained.values())
+    parameters = count(training.model.parameters())
+    trainable = count(p for p in training.model.parameters() if p.requires_grad)
+    beside = count(training.trained.values()) - trainable  # what the recipe trains with the model
     vision = count(tower(training.model.get_base_model() if hasattr(training.model, "peft_config") else training.model))
     tokens, supervised = sum(training.lengths), sum(example.targets for example in task.train)
     bound = training.bound
@@ -29,6 +31,8 @@ def start_line(training: Training) -> tuple[str, dict[str, Any]]:
         f"micro-batches of at most {counted(rung.batch_size, 'row')} and {most_tokens} tokens; "
         f"{counted(plan.examples, 'row')}, {tokens} tokens of which {supervised} supervised; "
         f"{rung.tuning}: {trainable:,} of {parameters:,} parameters trainable"
+        f"{f' in a soft prompt of {soft} tokens' if (soft := task.settings.soft_prompt) else ''}"
+        f"{f', and {beside:,} beside them' if beside else ''}"
         f"{f', {vision:,} vision parameters frozen' if vision else ''}; "
         f"{task.device}, base in {formats['weights']}, trained in {formats['trained']}, "
         f"computed in {formats['dtype']}; {layout} rows, attention {attention}: {layout.reason}"

@@ -6,4 +6,5 @@ Plain strings, so that a recipe's name can be checked without torch.
 RECIPES = {
     "sft": "finetuned.trainer.recipes.sft",
     "rft": "finetuned.trainer.recipes.sft",  # on answers that `rounds.py` has made first
+    "hybrid": "finetuned.trainer.recipes.hybrid",
 }

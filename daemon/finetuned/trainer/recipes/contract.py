@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ class Objective(Protocol):
 
     def metrics(self) -> dict[str, Any]:
         """Give what is to be told about the training so far, beside its losses; it goes into the adapter's story."""
+
+    def save(self, folder: Path) -> None:
+        """Write what was trained beside the model, and is needed to use it, into the adapter's folder."""
 
     def train(self, mode: bool = True) -> Any:  # noqa: FBT001, FBT002, torch's own
         """Switch between training and evaluation."""

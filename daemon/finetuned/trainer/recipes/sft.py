@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +50,9 @@ class Objective(torch.nn.Module):
     def metrics(self) -> dict[str, Any]:
         """Tell nothing beside the losses."""
         return {}
+
+    def save(self, folder: Path) -> None:
+        """Write nothing beside the model."""
 
 
 def causal(model: PreTrainedModel) -> PreTrainedModel:
