@@ -28,6 +28,8 @@ from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.reporter import Reporter
 
 if TYPE_CHECKING:
+    from finetuned.trainer.distill.found import Found
+    from finetuned.trainer.distill.teacher import Teacher
     from finetuned.trainer.loop import Task, Trained
 
 _WORTH_KEEPING = 60.0  # seconds of steps; the count behind a record takes a few itself
@@ -79,6 +81,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer, quiet_libraries
     from finetuned.trainer.chain import settle
     from finetuned.trainer.data import cut, read_data
+    from finetuned.trainer.distill.found import find_teacher
     from finetuned.trainer.loop import Task, train
     from finetuned.trainer.trackers import reporting
 
@@ -90,6 +93,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         say.say(EventType.RUNG, f"tuning {tuning}: {why}", rung=rung.as_dict(), reason=why)
     base = find_base(settings, models=Path(spec.models), base_dir=Path(spec.base_dir))
     tokenizer = load_tokenizer(base, settings)
+    found = find_teacher(settings, tokenizer, models=Path(spec.models), base_dir=Path(spec.base_dir))
     data = read_data(folder, spec, settings, tokenizer, say=say, asked_to_stop=lambda: _stop_asked)
     data = cut(data, settings, rung.max_length, name=spec.name, say=say)
     settings = settings.model_copy(update={"system_prompt": data.system_prompt})
@@ -111,6 +115,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         say=say,
         asked_to_stop=lambda: _stop_asked,
         earlier=earlier,
+        teacher=_teacher(found, say) if found else None,
     )
     with reporting(
         say,
@@ -126,9 +131,16 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     figures = ", ".join(
         f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(("loss", "before"))
     )
-    if trained.seen.seconds >= _WORTH_KEEPING:
+    if trained.seen.seconds >= _WORTH_KEEPING and task.teacher is None:  # predictions know of no teacher
         _remember(task, trained, libraries=libraries, models=Path(spec.models))
     say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
+
+
+def _teacher(found: Found, say: Reporter) -> Teacher:
+    from finetuned.trainer.distill.teacher import Teacher
+
+    say.say(EventType.MESSAGE, f"teacher: {found}")
+    return Teacher(found)
 
 
 def _remember(task: Task, trained: Trained, *, libraries: int, models: Path) -> None:

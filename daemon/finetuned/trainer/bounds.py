@@ -115,4 +115,6 @@ def _key(training: Training) -> str:
         parts.append(f"r {settings.lora_r}{' dora' if settings.use_dora else ''}")
     if rung.activation_checkpointing:
         parts.append("activation checkpointing")
+    if settings.recipe != "sft":
+        parts.append(f"recipe {settings.recipe}")
     return ", ".join([*parts, memory.device_name()])

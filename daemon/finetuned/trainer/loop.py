@@ -40,6 +40,7 @@ from finetuned.trainer.tokens import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from finetuned.trainer.distill.teacher import Teacher
     from finetuned.trainer.recipes.contract import Objective
 
 _FULL_RATE, _ADAPTER_RATE = 1e-5, 2e-4  # peak learning rates where config.json leaves it to us
@@ -62,6 +63,7 @@ class Task:
     asked_to_stop: Callable[[], bool]
     earlier: Earlier | None = None  # what the adapter builds on
     asked: list[Row] = field(default_factory=list)  # held-out rows whose questions are put to the model
+    teacher: Teacher | None = None  # of recipe distill
 
 
 @dataclass
@@ -118,8 +120,12 @@ def train(task: Task) -> Trained:
 
 
 def begin(task: Task, precision: Precision) -> Training:
-    """Load the model in the number formats that the hardware likes, with an adapter or whole."""
+    """Load the model in the number formats that the hardware likes, with an adapter or whole; a teacher first, so that
+    what is wrong with it is told before.
+    """
     try:
+        if task.teacher is not None:
+            task.teacher.load(task.device)
         model = load_model(task.base, task.settings, tuning=task.rung.tuning, precision=precision, device=task.device)
         # Dropout draws anew for every token, so tokens that rows share could not stand for all of them.
         share = not task.settings.lora_dropout

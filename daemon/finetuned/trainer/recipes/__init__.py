@@ -3,4 +3,7 @@
 Plain strings, so that a recipe's name can be checked without torch.
 """
 
-RECIPES = {"sft": "finetuned.trainer.recipes.sft"}
+RECIPES = {
+    "sft": "finetuned.trainer.recipes.sft",
+    "distill": "finetuned.trainer.recipes.distill",
+}
