@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo demo-web test test-systemd torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door schema clean
+.PHONY: .venv demo demo-web test test-systemd torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door bench-distill schema clean
 
 .venv: .venv/ready
 
@@ -80,6 +80,10 @@ bench-plan: .venv
 # Beside `datasets`, installed into an environment of its own the first time. Some minutes a round.
 bench-door: .venv
 	$(BIN)/python benchmarks/door.py
+
+# A small student with and without a teacher; some minutes on two cores that do nothing else.
+bench-distill: .venv
+	$(BIN)/python benchmarks/distill.py
 
 schema: .venv
 	$(BIN)/python -c 'from finetuned.config import json_schema; print(json_schema(), end="")' > config.schema.json

@@ -417,3 +417,12 @@ def test_a_curve_of_a_hundred_thousand_steps_comes_thinned(web, ledger):
     assert all(len(curve["step"]) <= 2000 for curve in drawn.values())
     assert drawn["train_loss"]["step"][-1] == 100_000
     assert json.dumps(drawn)
+
+
+def test_a_recipe_s_own_losses_and_norms_have_curves_too():
+    told = [{"step": n, "train_loss": 1.0, "loss_teacher": 2.0, "grad_norm_projector": 3.0, "alpha": 1} for n in (1, 2)]
+    assert curves(told) == {
+        "train_loss": {"step": [1, 2], "value": [1.0, 1.0]},
+        "loss_teacher": {"step": [1, 2], "value": [2.0, 2.0]},
+        "grad_norm_projector": {"step": [1, 2], "value": [3.0, 3.0]},
+    }

@@ -128,9 +128,8 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         trained = train(task)
     say.phase("saving", "writing the adapter")
     write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, data.report)
-    figures = ", ".join(
-        f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(("loss", "before"))
-    )
+    told = ("loss", "before", "retained")
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(told))
     if trained.seen.seconds >= _WORTH_KEEPING and task.teacher is None:  # predictions know of no teacher
         _remember(task, trained, libraries=libraries, models=Path(spec.models))
     say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)

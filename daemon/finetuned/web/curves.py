@@ -10,12 +10,15 @@ from typing import Any
 from finetuned.curves import Points, gathered
 
 NAMES = ("train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory")
+OF_RECIPES = ("loss_", "grad_norm_")  # how the names of a recipe's own figures begin
 POINTS = 2000  # of a curve, at most
 
 
 def curves(metrics: Iterable[dict[str, Any]], *, points: int = POINTS) -> dict[str, dict[str, list[float]]]:
     """Give each figure over the steps, those that there are."""
-    return {name: thin(series, points=points) for name, series in gathered(metrics, NAMES).items() if series}
+    told = list(metrics)
+    own = sorted({name for figures in told for name in figures if name.startswith(OF_RECIPES)})
+    return {name: thin(series, points=points) for name, series in gathered(told, (*NAMES, *own)).items() if series}
 
 
 def thin(pairs: Points, *, points: int = POINTS) -> dict[str, list[float]]:
