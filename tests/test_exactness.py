@@ -27,6 +27,8 @@ from finetuned.events import Event, EventType, parse_event
 from finetuned.fallback import next_rung
 from finetuned.trainer import checkpoint, evaluation, loop, steps
 from finetuned.trainer.base import Base
+from finetuned.trainer.distill.found import find_teacher
+from finetuned.trainer.distill.teacher import Teacher
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.recipes import hybrid, sft
 from finetuned.trainer.reporter import Reporter
@@ -230,6 +232,7 @@ class Job:
             bounds=self.folder / "bounds.json",
             say=Reporter(events),
             asked_to_stop=asked_to_stop,
+            teacher=self.teacher(),
         )
         try:
             trained = loop.train(task)
@@ -239,6 +242,11 @@ class Job:
         resumed = [event.data["step"] for event in said if "resumed" in event.message]
         self.attempts.append(Attempt(resumed[0] if resumed else 0, said, ended))
         return trained
+
+    def teacher(self) -> Teacher | None:
+        """Find the teacher that the settings name."""
+        found = find_teacher(self.settings, self.world.tokenizer, models=self.folder, base_dir=self.folder)
+        return Teacher(found) if found else None
 
     def done(self) -> Story:
         """Do what the supervisor does until the job is done."""
