@@ -226,7 +226,9 @@ class Job:
             tokenizer=self.world.tokenizer,
             train=self.world.train,
             held_out=self.world.held_out if self.settings.eval_steps else [],
-            asked=[row_of(("user", "Say the number 100"), ("assistant", "The number is 100."))],
+            asked=[row_of(("user", "Say the number 100"), ("assistant", "The number is 100."))]
+            if self.settings.eval_steps
+            else [],
             device=torch.device("cpu"),
             checkpoints=self.folder / "checkpoints",
             bounds=self.folder / "bounds.json",
