@@ -22,6 +22,7 @@ from finetuned.events import Event, EventType
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import Ledger
 from finetuned.web.curves import thin
+from test_scores import measurement
 
 IDENTITY = FileIdentity(1, 2, 3, 4)
 SETTINGS = {"model": "smollm2-135m", "epochs": 2.0, "seed": 42}
@@ -135,6 +136,17 @@ def test_predictions_and_curves_are_given(web, ledger):
     assert "grad_norm" not in drawn
     for path in ("/api/jobs/y", "/api/jobs/y/curves", "/api/predictions?job=y", "/api/predictions", "/api/gpus?job=y"):
         assert server.json(path, status=404)["error"]["code"] == "not_found"
+
+
+def test_a_benchmark_is_given_in_figures_and_in_words(web, ledger):
+    ledger.add(job("x"))
+    server = web()
+    assert server.json("/api/jobs/x")["benchmark"] is None
+    ledger.record("x", [Event(1.0, EventType.BENCHMARK, "measured", "info", measurement())], offset=2)
+    found = server.json("/api/jobs/x")["benchmark"]
+    assert found["models"][1]["accuracy"]["count"] == 3
+    assert found["table"][2][:2] == ["x", "1.5000 (1.2500 to 1.7500)"]
+    assert found["sentences"][-1] == "no row stands in the training data (x.jsonl)"
 
 
 def test_gpus_are_given_as_the_daemon_saw_them_in_base_units(web, ledger):

@@ -1,4 +1,6 @@
-"""`finetuned predictions`: what a job's model answered before, while and after it learned. Reads the ledger."""
+"""`finetuned predictions`: what a job's model answered before, while and after it learned, and how its benchmark went.
+Reads the ledger.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,10 @@ from typing import Any
 import click
 
 from finetuned.errors import harmless
+from finetuned.events import EventType
 from finetuned.found import job_named, ledger_to_read
 from finetuned.home import Home
+from finetuned.scores import headline
 
 _WIDEST = 100  # characters of an answer
 
@@ -18,17 +22,21 @@ def gather(home: Home, name: str) -> dict[str, Any]:
     """Give a job's answers, as `--json` prints them. The newest job is taken whose id begins so. Raises HomeError."""
     with ledger_to_read(home) as ledger:
         job = job_named(ledger, name)
-        return {"job": job.id, "predictions": ledger.predictions(job.id)}
+        told = ledger.events(job.id, EventType.BENCHMARK)
+        measured = dict(told[-1].data) if told else None
+        return {"job": job.id, "predictions": ledger.predictions(job.id), "benchmark": measured}
 
 
 def render(facts: dict[str, Any]) -> str:
     """Give them for people: a question, what was wanted, and the answer at each step where it changed."""
+    measured = [f"benchmark {headline(facts['benchmark'])}"] if facts["benchmark"] else []
     if not facts["predictions"]:
-        return (
+        why = (
             f"{facts['job']} was not asked anything: no rows were held out, or predictions are off. Drop x.eval.jsonl "
             "beside x.jsonl, or set eval_file or eval_fraction."
         )
-    lines = [facts["job"], _score(facts["predictions"])]
+        return "\n".join([why, *map(_line, measured)])
+    lines = [facts["job"], _score(facts["predictions"]), *map(_line, measured)]
     by_question = sorted(facts["predictions"], key=lambda one: (one["sample"], one["step"]))
     for _, run in groupby(by_question, key=lambda one: one["sample"]):
         answers = list(run)

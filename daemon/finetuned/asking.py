@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetuned.adapters import CONFIG as ADAPTER_CONFIG
 from finetuned.by_hand import models_folder
-from finetuned.config import Config, TrainingSettings, load_config, read_overrides, resolve, settings_from
+from finetuned.config import LATEST, Config, TrainingSettings, load_config, read_overrides, resolve, settings_from
 from finetuned.errors import ConfigError, DataError, FinetunedError, HomeError, ModelError
-from finetuned.home import find_home, printable
+from finetuned.home import Home, find_home, printable
 from finetuned.launchers.local import trainer_environment
 from finetuned.spool.inbox import Found, held_out_files
 
@@ -143,3 +144,27 @@ def _object(line: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def find_adapter(adapter: Path | None, home: Home | None) -> Path:
+    """Find the adapter's folder: as a path, or by its name in adapters/; the newest where none is named.
+
+    Raises ConfigError or HomeError.
+    """
+    given = adapter or Path(LATEST)
+    candidates = [Path(os.path.expanduser(given))] if adapter else []  # noqa: PTH111, as it is if nobody is called so
+    candidates += [home.adapters / given] if home else []
+    for folder in candidates:
+        if any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json")):
+            return folder.resolve()
+    if adapter is None:
+        raise HomeError(
+            "there is no adapter yet",
+            where=str(candidates[0].parent),
+            remedy="Drop a file into inbox/ with the daemon running, or name an adapter's folder.",
+        )
+    raise ConfigError(
+        "there is no adapter in such a folder",
+        where=str(adapter),
+        remedy="Name a folder, or one of those in adapters/.",
+    )

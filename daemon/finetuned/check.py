@@ -16,7 +16,7 @@ from finetuned.dataset.report import Fault, Report
 from finetuned.errors import DataError, counted, harmless
 from finetuned.findings import ERRORS, WARNINGS, Finding
 from finetuned.home import printable
-from finetuned.live import ProgressLine, duration
+from finetuned.live import DoingLine, duration
 from finetuned.spool.inbox import TABLES, remedy_for
 
 _BAR = 40  # characters of a histogram's longest bar
@@ -43,7 +43,7 @@ def check_file(
     found = terms(file, base_dir=base_dir, profile=profile, model=model)
     gpu = first_gpu()
     device = gpu.name if gpu and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu"
-    line = ProgressLine()
+    line = DoingLine()
     try:
         answer = ask(
             "finetuned.trainer.check",

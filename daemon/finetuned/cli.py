@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from finetuned import __version__
+from finetuned.judges import KINDS
 
 if TYPE_CHECKING:
     from finetuned.home import Home
@@ -439,6 +440,49 @@ def chat(base_dir: Path | None, adapter: Path | None, **options: Any) -> None:
     from finetuned.talk import talk
 
     talk(adapter, base_dir=base_dir, **options)
+
+
+@cli.command("eval")
+@_base_dir
+@click.argument("adapter", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Rows that were not trained on.",
+)
+@click.option("--model", help="Without ADAPTER, the model to measure; with it, its base where that lies elsewhere.")
+@click.option(
+    "--against", type=click.Path(path_type=Path), help="Another adapter, to be compared question by question."
+)
+@click.option("--judge", "kind", type=click.Choice(["auto", *KINDS]), help="How an answer is told to be right.")
+@click.option("--tolerance", type=click.FloatRange(min=0), help="number: how far off it may be, as a share.")
+@click.option("--pattern", help="regex: its first group, or all of it, is the answer.")
+@click.option("--choices", metavar="A,B,...", help="choice: the answers that there are.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Longest answer; else benchmark_tokens.")
+@click.option(
+    "--trained-on",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="What it was trained on, where the archive does not have that; repeatable.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For machines, with every answer.")
+def evaluate(adapter: Path | None, as_json: bool, choices: str | None, **options: Any) -> None:  # noqa: FBT001
+    """Measure ADAPTER beside its base model: loss, accuracy, how sure both are, and what it had seen before."""
+    from finetuned.errors import DataError, ModelError
+    from finetuned.measure import measure, render
+
+    given = {name: options.pop(name) for name in ("kind", "tolerance", "pattern")}
+    given["choices"] = choices.split(",") if choices else None
+    judge = {name: value for name, value in given.items() if value is not None}
+    try:
+        facts = measure(adapter, judge=judge, **options)
+    except (DataError, ModelError) as error:
+        click.echo(f"finetuned: {error}", err=True)
+        sys.exit(1)
+    text = json.dumps(facts, indent=2, ensure_ascii=False) if as_json else render(facts)
+    letters = sys.stdout.encoding  # a terminal's may be fewer than a model's
+    click.echo(text.encode(letters, "backslashreplace").decode(letters))
 
 
 @cli.command()

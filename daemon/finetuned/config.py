@@ -23,7 +23,7 @@ from finetuned.findings import Warned
 from finetuned.judges import LETTERS, TOLERANCE, Judge, Kind, judge, suits
 from finetuned.recipe_settings import Hybrid, Rft
 
-NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "eval_file", "resume_adapter", "priority", "report_to"})
+NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "benchmark", "eval_file", "resume_adapter", "priority", "report_to"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
 LATEST = "latest"  # as resume_adapter
 
@@ -217,6 +217,15 @@ class TrainingSettings(_Strict):
     predictions: Predictions = Field(default_factory=Predictions, description="Answers read while it learns.")
     judge: JudgeSettings = Field(
         default_factory=JudgeSettings, description="How an answer is told to be right: docs/evaluation.md."
+    )
+    benchmark: str | None = Field(
+        None,
+        min_length=1,
+        description="Rows that every job's model is measured by at its end, beside its base model; a path, from the "
+        "base directory if not absolute.",
+    )
+    benchmark_tokens: PositiveInt = Field(
+        256, description="Longest answer to a question of a benchmark or of `finetuned eval`, in tokens."
     )
     report_to: list[Tracker] = Field(
         default_factory=list,

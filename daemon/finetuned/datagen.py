@@ -7,7 +7,7 @@ from typing import Any
 
 from finetuned.asking import ask, terms
 from finetuned.by_hand import first_gpu
-from finetuned.live import ProgressLine
+from finetuned.live import DoingLine
 
 
 def make_file(
@@ -18,7 +18,7 @@ def make_file(
     What was broken off goes on from `OUT.answers`. Raises FinetunedError.
     """
     gpu = first_gpu()
-    line = ProgressLine()
+    line = DoingLine()
     try:
         return ask(
             "finetuned.trainer.datagen",

@@ -25,6 +25,9 @@ class EventType(StrEnum):
     RUNG = "rung"  # data: rung, reason; the trainer climbed down by itself
     METRICS = "metrics"  # data: step, total_steps, epoch, train_loss, ... or valid_loss
     PREDICTIONS = "predictions"  # data: step, epoch, samples
+    BENCHMARK = (
+        "benchmark"  # data: what was measured at the end, as `finetuned eval --json` has it, without the answers
+    )
     CHECKPOINT = "checkpoint"  # data: step
     MESSAGE = "message"  # anything worth a line
     ERROR = "error"  # data: code, what, where, remedy

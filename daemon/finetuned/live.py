@@ -7,8 +7,6 @@ import sys
 import time
 from typing import Any
 
-import click
-
 from finetuned.errors import harmless
 
 _PHASES = {
@@ -77,8 +75,8 @@ class LiveLine:
             sys.stderr.write("\n")
 
 
-class ProgressLine:
-    """Says on a terminal how far a process is that was asked something."""
+class DoingLine:
+    """What a process that was asked does, and how far it is, as one line on a terminal; nothing elsewhere."""
 
     def __init__(self) -> None:
         self._shown = sys.stderr.isatty()
@@ -89,12 +87,15 @@ class ProgressLine:
             return
         text = str(said["doing"])
         if "share" in said:
-            bar = "#" * int(24 * said["share"])
-            text = f"[{bar:.<24}] {text}: {said['share']:.0%}, {said['counted']}"
+            bar = "#" * int(_BAR * said["share"])
+            counted = f", {said['counted']}" if "counted" in said else ""
+            text = f"[{bar:.<{_BAR}}] {text}: {said['share']:.0%}{counted}"
         width = shutil.get_terminal_size().columns - 1
-        click.echo(f"\r\033[K{harmless(text)[:width]}", nl=False, err=True)
+        sys.stderr.write(f"\r\x1b[K{harmless(text)[:width]}")
+        sys.stderr.flush()
 
     def end(self) -> None:
         """Leave nothing of it."""
         if self._shown:
-            click.echo("\r\033[K", nl=False, err=True)
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

@@ -732,7 +732,7 @@ def _relay(job: Job, event: Event) -> None:
     """Say in the daemon's log what matters there; the job's own log has everything."""
     if event.type is EventType.ERROR:
         return  # told with the job's end
-    if event.type in {EventType.PLAN, EventType.RUNG, EventType.RESULT} or event.level != "info":
+    if event.type in {EventType.PLAN, EventType.RUNG, EventType.BENCHMARK, EventType.RESULT} or event.level != "info":
         log = {"warning": _log.warning, "error": _log.error}.get(event.level, _log.info)
         log(event.message, job=job.id)
     elif event.type is EventType.METRICS and "valid_loss" in event.data:

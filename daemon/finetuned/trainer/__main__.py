@@ -91,6 +91,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer import memory
     from finetuned.trainer.adapter import write_adapter
     from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer, quiet_libraries
+    from finetuned.trainer.benchmark import benchmark, file_of
     from finetuned.trainer.chain import settle
     from finetuned.trainer.data import cut, read_data
     from finetuned.trainer.loop import Task, train
@@ -128,6 +129,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         asked_to_stop=lambda: _stop_asked,
         earlier=earlier,
     )
+    measured_by = file_of(task, spec)
     with reporting(
         say,
         settings.report_to,
@@ -142,8 +144,11 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
             task, trained, learned = train_in_rounds(task, questions, cache=Path(spec.models).parent / "tokens")
         else:
             trained = train(task)
+    measured = benchmark(measured_by, folder, spec, task, trained)
     say.phase("saving", "writing the adapter")
-    write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, data.report, learned=learned)
+    write_adapter(
+        folder.staged_adapter(spec.attempt), spec, task, trained, data.report, measured=measured, learned=learned
+    )
     figures = ", ".join(
         f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(("loss", "before"))
     )

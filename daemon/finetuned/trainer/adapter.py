@@ -18,6 +18,7 @@ from finetuned.adapters import LEARNED, MANIFEST
 from finetuned.durable import sync_tree, write_file
 from finetuned.errors import counted
 from finetuned.jobs import JobSpec
+from finetuned.scores import sentences, table
 from finetuned.trainer.attention import without_flat
 from finetuned.trainer.checkpoint import full_disk_as_oserror
 from finetuned.trainer.loop import Task, Trained
@@ -30,10 +31,17 @@ _PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tok
 
 
 def write_adapter(
-    folder: Path, spec: JobSpec, task: Task, trained: Trained, report: dict[str, Any], *, learned: Path | None = None
+    folder: Path,
+    spec: JobSpec,
+    task: Task,
+    trained: Trained,
+    report: dict[str, Any],
+    *,
+    measured: dict[str, Any],
+    learned: Path | None = None,
 ) -> None:
-    """Write all of it into `folder`, which is made anew. `learned` is the file that was learned from, where that is not
-    the user's own.
+    """Write all of it into `folder`, which is made anew. `measured` is what its benchmark found, if it has one, and
+    `learned` the file that was learned from, where that is not the user's own.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -63,10 +71,11 @@ def write_adapter(
         "rung": trained.rung.as_dict(),
         "choices": {**trained.choices, **_earlier(task)},
         "metrics": trained.metrics,
+        **({"benchmark": measured} if measured else {}),
         "data": report,
         "versions": _versions(),
     }
-    (folder / "README.md").write_text(_card(spec, task, trained), encoding="utf-8")
+    (folder / "README.md").write_text(_card(spec, task, trained, measured), encoding="utf-8")
     for path in folder.iterdir():  # transformers writes some files for the owner alone
         path.chmod(0o640)
     sync_tree(folder)  # with the manifest there, recovery takes the rest for whole
@@ -94,7 +103,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
+def _card(spec: JobSpec, task: Task, trained: Trained, measured: dict[str, Any]) -> str:
     """Give the model card, with the front matter that hubs read."""
     metrics = trained.metrics
     last, published = metrics.get("step", 0), metrics.get("published_step", 0)
@@ -126,6 +135,7 @@ def _card(spec: JobSpec, task: Task, trained: Trained) -> str:
         "| | |",
         "| --- | --- |",
         *figures,
+        *_benchmark(measured),
         "",
         *_loading(task, auto_class(trained.model.config).__name__, whole=whole),
         "",
@@ -142,6 +152,16 @@ def _builds_on(task: Task) -> list[str]:
         return []
     lines = [f"{n}. `{link['adapter']}`, on data with sha256 {link['sha256']}" for n, link in enumerate(chain, start=1)]
     return ["", "It goes on from these, the last of which gave its first weights:", "", *lines]
+
+
+def _benchmark(measured: dict[str, Any]) -> list[str]:
+    if "models" not in measured:
+        return []
+    header, *lines = (f"| {' | '.join(line)} |" for line in table(measured))
+    data, judge = measured["data"], measured["judge"]["kind"]
+    told = f"Measured on `{data['file']}` ({data['rows']} rows, answers judged by {judge}), with 95% intervals:"
+    items = [f"- {sentence}" for sentence in sentences(measured)]
+    return ["", told, "", header, "| --- " * len(table(measured)[0]) + "|", *lines, "", *items]
 
 
 _FIGURES = (

@@ -74,6 +74,7 @@ class Trained:
     metrics: dict[str, Any]
     choices: dict[str, dict[str, str]]  # every automatic decision with its reason
     seen: Seen
+    layout: Layout
     save: Callable[[Path], None]  # writes what the recipe has beside the model into a folder
 
 
@@ -116,8 +117,15 @@ def train(task: Task) -> Trained:
             raise
         training.save_what_is_done()
         raise OutOfMeansError(training.rung, detail, training.means()) from None
-    recipe, seen = training.recipe, training.seen()
-    return Trained(training.model, training.rung, training.metrics, training.choices, seen, recipe.save)
+    return Trained(
+        training.model,
+        training.rung,
+        training.metrics,
+        training.choices,
+        training.seen(),
+        training.layout,
+        training.recipe.save,
+    )
 
 
 def begin(task: Task, precision: Precision) -> Training:

@@ -19,6 +19,7 @@ from finetuned.guard import daemon_pid
 from finetuned.home import Home
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import SORTS, Ledger
+from finetuned.scores import sentences, table
 from finetuned.spool.orders import Verb
 from finetuned.web.curves import POINTS, Curves
 from finetuned.web.figures import figures
@@ -87,7 +88,7 @@ def jobs(request: Request) -> Response:
 
 
 def job(request: Request) -> Response:
-    """Give one job, with its data report, plan and result."""
+    """Give one job, with its data report, plan, benchmark and result."""
     with job_in(request) as (ledger, found):
         record = {**job_record(found, now=time.time()), **_story(ledger, found)}
         plan, epochs = record["plan"] or {}, found.progress.get("epoch")
@@ -99,12 +100,18 @@ def job(request: Request) -> Response:
 def _story(ledger: Ledger, job: Job) -> dict[str, Any]:
     """Give what was said of a job but for its steps: the last of each kind, and all of its time line."""
     once = (EventType.DATA_REPORT, EventType.PLAN, EventType.RESULT)
-    events = ledger.events(job.id, *once, *TOLD)
+    events = list(ledger.events(job.id, *once, EventType.BENCHMARK, *TOLD))
     told = {event.type: dict(event.data) for event in events}
+    measured = told.get(EventType.BENCHMARK)
     return {
         **{str(kind): told.get(kind) for kind in once},
+        "benchmark": _benchmark(measured) if measured else None,
         "timeline": timeline((e for e in events if e.type in TOLD), job),
     }
+
+
+def _benchmark(facts: dict[str, Any]) -> dict[str, Any]:
+    return {**facts, "table": table(facts), "sentences": sentences(facts)}
 
 
 def job_curves(request: Request) -> Response:

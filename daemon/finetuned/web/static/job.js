@@ -56,6 +56,17 @@ function timeline(job) {
   renew($("#timeline"), [job.timeline, job.status], () => [element("tr", {}, ...head.map((text) => element("th", {}, text))), ...rows]);
 }
 
+// A row a model; words and intervals come from the API as people read them.
+function benchmark(found) {
+  $("#benchmark-section").hidden = !found;
+  if (!found) return;
+  const [head, ...rows] = found.table;
+  const line = (tag, cells) => element("tr", {}, ...cells.map((text) => element(tag, {}, text)));
+  $("#benchmark").replaceChildren(line("th", head), ...rows.map((cells) => line("td", cells)));
+  $("#benchmark-file").textContent = `${found.data.file}, ${found.data.rows} rows`;
+  $("#benchmark-said").replaceChildren(...found.sentences.map((text) => element("p", { class: text.startsWith("CONTAMINATED") ? "bad" : "" }, text)));
+}
+
 let known = null;
 async function show() {
   const job = await ask(path);
@@ -65,6 +76,7 @@ async function show() {
   timeline(job);
   if (!["succeeded", "failed", "cancelled"].includes(job.status)) follow(); // it may have been tried again
   adapter(job);
+  benchmark(job.benchmark);
   $("#settings").replaceChildren(table(job.hyperparameters));
   for (const name of ["data_report", "plan"]) $(`#${name}`).replaceChildren(job[name] ? table(job[name]) : "not there yet");
 }
