@@ -72,7 +72,7 @@ def test_the_loss_is_made_of_its_terms(tmp_path, world):
         story = job(tmp_path, world, judge=never, hybrid=loss).done()
     for step in story.attempts[0].steps:
         assert step["reward"] == 0
-        assert step["train_loss"] == pytest.approx(0.6 * (step["risk"] + 0.5 * step["ambiguity"]), rel=1e-5)
+        assert step["train_loss"] == pytest.approx(0.6 * (step["loss_risk"] + 0.5 * step["loss_ambiguity"]), rel=1e-5)
 
 
 def test_losses_in_chunks_are_those_of_plain_torch(monkeypatch):
@@ -248,7 +248,7 @@ def test_in_fp16_the_scaler_sees_all_parts_once(tmp_path, world):
     AcceleratorState._reset_state(reset_partial_state=True)
     compared = 0
     for found, wanted in zip(steps["fp16"], steps["float32"], strict=True):
-        if math.isfinite(found["grad_norm"]) and found["refined_right"] == wanted["refined_right"]:
+        if math.isfinite(found["grad_norm"]) and found["reward_refined"] == wanted["reward_refined"]:
             compared += bool(wanted["grad_norm_policy"])
             for part in ("grad_norm_model", "grad_norm_policy"):
                 assert found[part] == pytest.approx(wanted[part], rel=0.1, abs=1e-4)

@@ -117,14 +117,9 @@ def train(task: Task) -> Trained:
             raise
         training.save_what_is_done()
         raise OutOfMeansError(training.rung, detail, training.means()) from None
+    recipe, seen = training.recipe, training.seen()
     return Trained(
-        training.model,
-        training.rung,
-        training.metrics,
-        training.choices,
-        training.seen(),
-        training.layout,
-        training.recipe.save,
+        training.model, training.rung, training.metrics, training.choices, seen, training.layout, recipe.save
     )
 
 

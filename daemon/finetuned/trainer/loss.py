@@ -34,6 +34,17 @@ def summed_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tens
     return total
 
 
+@torch.no_grad()
+def each_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
+    """Give the cross-entropy in nats of each position, [positions], as float32."""
+    vocabulary = getattr(head, "out_features", hidden.shape[-1])
+    parts = [
+        cross_entropy(head(part).float(), wanted, reduction="none")
+        for part, wanted in _chunks(hidden, targets, vocabulary)
+    ]
+    return torch.cat(parts)
+
+
 def weighted_loss(
     hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor, weights: torch.Tensor, *, temperature: float
 ) -> torch.Tensor:
@@ -70,17 +81,6 @@ def _size(hidden: torch.Tensor, head: torch.nn.Module) -> int:
     """Give how many positions make a chunk."""
     vocabulary = getattr(head, "out_features", hidden.shape[-1])
     return max(1, _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) // (4 * vocabulary))
-
-
-@torch.no_grad()
-def each_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
-    """Give the cross-entropy in nats of each position, [positions], as float32."""
-    vocabulary = getattr(head, "out_features", hidden.shape[-1])
-    parts = [
-        cross_entropy(head(part).float(), wanted, reduction="none")
-        for part, wanted in _chunks(hidden, targets, vocabulary)
-    ]
-    return torch.cat(parts)
 
 
 def _chunks(hidden: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
