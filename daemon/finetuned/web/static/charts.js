@@ -48,9 +48,13 @@ const CHARTS = [
   ["learning_rate", "learning rate"],
   ["tokens_per_second", "tokens/s"],
   ["grad_norm", "gradient norm"],
+  ["reward", "reward"],
 ];
+const SHOWN = new Set(["train_loss", "valid_loss", "learning_rate", "tokens_per_second", "grad_norm", "reward"]);
+const OF_RECIPES = /^(loss|grad_norm|reward)_/; // a recipe's own figures, drawn where the one is that they begin with
+const WHOLE = { grad_norm: "all", reward: "gain" };
 
-// The four charts of one job, or of up to five to compare; steps that come in are added.
+// The charts of one job, or of up to five to compare; steps that come in are added.
 export class JobCharts {
   constructor() {
     this.jobs = new Map();
@@ -84,8 +88,8 @@ export class JobCharts {
     const curves = this.jobs.get(job);
     if (!curves || figures.step == null) return;
     let long = false;
-    for (const name of ["train_loss", "valid_loss", "learning_rate", "tokens_per_second", "grad_norm"]) {
-      if (typeof figures[name] !== "number") continue;
+    for (const name of Object.keys(figures)) {
+      if (typeof figures[name] !== "number" || !(SHOWN.has(name) || OF_RECIPES.test(name))) continue;
       const curve = (curves[name] ??= { step: [], value: [] });
       if (!curve.step.length || figures.step > curve.step.at(-1)) {
         curve.step.push(figures.step);
@@ -111,14 +115,18 @@ export class JobCharts {
     const many = this.jobs.size > 1;
     for (const [name, title] of CHARTS) {
       const traces = [...this.jobs].flatMap(([job, curves], number) => {
-        if (name !== "loss") return curves[name] ? [line(curves[name], job, number)] : [];
+        const own = many ? [] : Object.keys(curves).filter((one) => OF_RECIPES.test(one) && one.startsWith(`${name}_`));
+        const parts = own.map((one, place) => line(curves[one], one.slice(name.length + 1), place + 2));
+        if (name !== "loss") return curves[name] ? [line(curves[name], parts.length ? WHOLE[name] : job, number), ...parts] : [];
         const held_out = { mode: "lines+markers", marker: { size: 6 } };
         return [
           curves.train_loss && line(curves.train_loss, many ? job : "training", number),
           curves.valid_loss && line(curves.valid_loss, many ? `${job}, held out` : "held out", many ? number : 1, held_out),
+          ...parts,
         ].filter(Boolean);
       });
-      draw(document.getElementById(name), title, traces, name === "loss" ? LEGEND : FROM_ZERO);
+      const legend = name === "loss" || traces.length > this.jobs.size;
+      draw(document.getElementById(name), title, traces, legend ? LEGEND : FROM_ZERO);
     }
   }
 }
