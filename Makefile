@@ -81,7 +81,7 @@ bench-plan: .venv
 bench-door: .venv
 	$(BIN)/python benchmarks/door.py
 
-# Labels and rewards beside labels alone, on a task whose reward knows more; some ten minutes on two cores.
+# Labels and rewards beside labels alone, on a task whose reward knows more; ten minutes to a quarter of an hour on two cores.
 bench-hybrid: .venv
 	$(BIN)/python benchmarks/hybrid.py
 

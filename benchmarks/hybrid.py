@@ -5,7 +5,8 @@ Most rows tell the true weight of a thing, each in one of four wordings; the oth
 the same words. Cross-entropy counts wordings, and the scale's is the most frequent of all. The judge reads the number:
 that four wordings say the same is in the reward alone. A model is right about a thing if it says the true weight.
 
-The model has a quarter of a million parameters, and has learned from other things how such questions are answered.
+The model has a quarter of a million parameters and has learned such rows with sft before, each seed's its own: rewards
+begin where a model is sometimes right. All runs of a seed go on from there, with the same rows.
 """
 
 from __future__ import annotations
@@ -31,17 +32,16 @@ THINGS = (
     "anchor", "barrel", "candle", "donkey", "engine", "fiddle", "gander", "hammer",
     "inkpot", "jacket", "kettle", "ladder", "magnet", "napkin", "orange", "pillow",
 )  # fmt: skip
-OTHERS = ("ribbon", "saddle", "teapot", "urchin", "violin", "walnut", "yogurt", "zipper", "basket", "carpet")
 PEOPLE = ("It weighs {} kg.", "About {} kg.", "{} kg.", "Weight: {} kg.")
 SCALE = "Scale says {} kg."
 BROKEN = 0.3  # share of rows that come from the scale
-ROWS, BEFORE = 4800, 3200
+BEFORE, ROWS = 6400, 3840
 SEEDS = (1, 2, 3)
 WEIGHTS = (0.0, 0.3, 0.8)
 SAME = 40  # steps that are compared with sft's
 T = 4.303  # of Student's distribution, for the 95% interval of a mean of three
 SETTINGS = {
-    "tuning": "full", "dtype": "float32", "system_prompt": None, "batch_size": 16, "epochs": 1, "learning_rate": 2e-3,
+    "tuning": "full", "dtype": "float32", "system_prompt": None, "batch_size": 32, "epochs": 1, "learning_rate": 1e-3,
     "micro_batch_tokens": 4096, "max_length": 128, "predictions": {"enabled": False}, "judge": {"kind": "number"},
 }  # fmt: skip
 HYBRID = {"max_new_tokens": 20, "policy_rate": 1.0}
@@ -57,6 +57,7 @@ def main() -> None:
         bench = Bench(Path(folder))
         pairs = list(product(options.weights, SEEDS))
         with ThreadPoolExecutor(2) as both:
+            before = list(both.map(bench.begin, SEEDS))
             plain = both.submit(bench.train, "sft", 1, max_steps=SAME)
             off = both.submit(bench.train, "off", 1, recipe="hybrid", hybrid={"reward_weight": 0.0}, max_steps=SAME)
             runs = both.map(
@@ -67,6 +68,7 @@ def main() -> None:
     print(
         "| reward_weight | seed 1 | seed 2 | seed 3 | mean | better than 0 by |\n| --- | --- | --- | --- | --- | --- |"
     )
+    print(f"| sft before | {' | '.join(f'{share:.0%}' for share in before)} | {mean(before)} | |")
     for weight in options.weights:
         found = [shares[weight, seed] for seed in SEEDS]
         gains = [share - shares[options.weights[0], seed] for share, seed in zip(found, SEEDS, strict=True)]
@@ -78,33 +80,34 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        make_model(folder / "blank")
-        rng = random.Random(0)
-        rows = [row(thing, rng.choice((*PEOPLE, SCALE)), rng.randint(1, 9)) for thing in rng.choices(OTHERS, k=BEFORE)]
-        self._model = folder / "blank"
-        self._model = self._trained("before", rows)
+        self._blank = folder / "blank"
+        make_model(self._blank)
+        self._begun: dict[int, Path] = {}
+
+    def begin(self, seed: int) -> float:
+        """Train the model that all runs of a seed go on from, and give its share of true answers."""
+        rows = told(seed, BEFORE)
+        self._begun[seed] = self._trained(f"{seed}-before", rows, self._blank, seed=seed, learning_rate=3e-3)
+        return self._right(self._begun[seed], seed)
 
     def train(self, name: str, seed: int, **settings: Any) -> Path:
-        """Train on what is said of the things; give the folder of the job."""
-        rng, truth = random.Random(seed), truths(seed)
-        rows = []
-        for thing in rng.choices(THINGS, k=ROWS):
-            broken = rng.random() < BROKEN
-            rows.append(row(thing, SCALE if broken else rng.choice(PEOPLE), truth[thing][broken]))
-        return self._trained(name, rows, seed=seed, **settings)
+        """Train on; give the model."""
+        return self._trained(name, told(seed + 100, ROWS, seed), self._begun[seed], seed=seed, **settings)
 
     def right(self, seed: int, **settings: Any) -> float:
-        """Train, ask for every weight, and give the share of true ones."""
-        folder = self.train(f"{seed}-{settings['hybrid']['reward_weight']}", seed, **settings)
-        told = dict(zip(THINGS, ask(folder, [question(thing) for thing in THINGS]), strict=True))
-        reader, truth = judge("number"), truths(seed)
-        return statistics.mean(reader.verdict(told[thing], str(truth[thing][False])).right for thing in THINGS)
+        """Train on, and give the share of true answers."""
+        return self._right(self.train(f"{seed}-{settings['hybrid']['reward_weight']}", seed, **settings), seed)
 
-    def _trained(self, name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
+    def _right(self, model: Path, seed: int) -> float:
+        said = dict(zip(THINGS, ask(model, [question(thing) for thing in THINGS]), strict=True))
+        reader, truth = judge("number"), truths(seed)
+        return statistics.mean(reader.verdict(said[thing], str(truth[thing][False])).right for thing in THINGS)
+
+    def _trained(self, name: str, rows: list[dict[str, Any]], model: Path, **settings: Any) -> Path:
         folder = self._folder / name
         data = self._folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(one) + "\n" for one in rows))
-        values = {**SETTINGS, "model": str(self._model), **settings}
+        values = {**SETTINGS, "model": str(model), **settings}
         _, used = train_as_daemon(JobFolder(folder), data, values, models=self._folder / f"{name}.base" / "models")
         print(f"{name}: {used['seconds']:.0f} s, {used['last_line']}", flush=True)
         return JobFolder(folder).staged_adapter(0)
@@ -114,6 +117,16 @@ def truths(seed: int) -> dict[str, tuple[int, int]]:
     """Give the weight of each thing, and what the scale says."""
     rng = random.Random(seed)
     return {thing: tuple(rng.sample(range(1, 10), 2)) for thing in THINGS}  # type: ignore[misc]
+
+
+def told(seed: int, count: int, truth: int | None = None) -> list[dict[str, Any]]:
+    """Give rows: what is said of things, mostly by people and else by the scale."""
+    rng, weights = random.Random(seed), truths(seed if truth is None else truth)
+    rows = []
+    for thing in rng.choices(THINGS, k=count):
+        broken = rng.random() < BROKEN
+        rows.append(row(thing, SCALE if broken else rng.choice(PEOPLE), weights[thing][broken]))
+    return rows
 
 
 def question(thing: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Recipe hybrid: what it learns from, that its parts learn, and what it leaves behind."""
 
+import json
 import math
 import signal
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_the_loss_is_made_of_its_terms(tmp_path, world):
         story = job(tmp_path, world, judge=never, hybrid=loss).done()
     for step in story.attempts[0].steps:
         assert step["reward"] == 0
-        assert step["train_loss"] == pytest.approx(0.6 * (step["risk"] + 0.5 * step["ambiguity"]), rel=1e-5)
+        assert step["train_loss"] == pytest.approx(0.6 * (step["loss_risk"] + 0.5 * step["loss_ambiguity"]), rel=1e-5)
 
 
 def test_losses_in_chunks_are_those_of_plain_torch(monkeypatch):
@@ -247,7 +248,7 @@ def test_in_fp16_the_scaler_sees_all_parts_once(tmp_path, world):
     AcceleratorState._reset_state(reset_partial_state=True)
     compared = 0
     for found, wanted in zip(steps["fp16"], steps["float32"], strict=True):
-        if math.isfinite(found["grad_norm"]) and found["refined_right"] == wanted["refined_right"]:
+        if math.isfinite(found["grad_norm"]) and found["reward_refined"] == wanted["reward_refined"]:
             compared += bool(wanted["grad_norm_policy"])
             for part in ("grad_norm_model", "grad_norm_policy"):
                 assert found[part] == pytest.approx(wanted[part], rel=0.1, abs=1e-4)
@@ -279,6 +280,8 @@ def test_what_is_saved_works_in_the_libraries_alone(tmp_path, tiny_model, prompt
         hybrid=settings,
         eval_file=str(write_jsonl(tmp_path / "held-out.jsonl", held_out)),
         predictions={"samples": 1, "max_new_tokens": 4},
+        benchmark=str(tmp_path / "held-out.jsonl"),
+        benchmark_tokens=4,
     ).done()
     (result,) = run.events(EventType.RESULT)
     assert all(one["error"] is None for event in run.events(EventType.PREDICTIONS) for one in event.data["samples"])
@@ -287,6 +290,10 @@ def test_what_is_saved_works_in_the_libraries_alone(tmp_path, tiny_model, prompt
     assert model.peft_config["default"].peft_type == ("PROMPT_TUNING" if prompt_tokens else "LORA")
     assert result.data["valid_loss"] < result.data["valid_loss_before"]
     assert result.data["valid_loss"] == pytest.approx(plain_loss(model, tokenizer, held_out), rel=1e-5)
+
+    before, after = json.loads((run.adapter / "finetuned.json").read_text())["benchmark"]["models"]
+    assert before["loss"]["value"] == pytest.approx(result.data["valid_loss_before"], abs=2e-2)
+    assert after["loss"]["value"] == pytest.approx(result.data["valid_loss"], rel=1e-5)
 
     policy = load_policy(run.adapter)
     prompt = model.get_prompt(1)[0] if prompt_tokens else model.get_input_embeddings()(torch.arange(5))

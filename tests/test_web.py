@@ -489,6 +489,16 @@ def test_a_short_curve_is_given_as_it_is_and_grows_with_its_job(web, ledger):
     assert server.json("/api/jobs/x/curves")["curves"] == drawn
 
 
+def test_what_a_recipe_tells_beside_the_loss_has_curves_too(web, ledger):
+    ledger.add(job("x", State.RUNNING))
+    own = {"loss_risk": 1.5, "grad_norm_policy": 0.2, "reward": -0.1, "reward_plain": 0.5}
+    told = ({"step": 1, "train_loss": 2.0}, {"step": 2, "train_loss": 1.0, **own, "seconds_left": 3.0, "word": "x"})
+    ledger.record("x", [Event(1.0, EventType.METRICS, "", "info", data) for data in told], offset=1)
+    drawn = web().json("/api/jobs/x/curves")["curves"]
+    assert drawn.pop("train_loss")["step"] == [1, 2]
+    assert drawn == {name: {"step": [2], "value": [value]} for name, value in own.items()}
+
+
 def test_fifty_pages_of_a_long_job_that_open_together_cost_little(web, ledger):
     ledger.add(job("x", State.RUNNING))
     ledger.record("x", steps(*range(1, 100_001), learning_rate=1e-4, grad_norm=1.0, tokens_per_second=5.0), offset=1)

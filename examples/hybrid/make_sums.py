@@ -11,7 +11,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
-ROWS, HELD_OUT = 96, 16
+ROWS, HELD_OUT = 48, 8
 WORDINGS = ("{} + {} = {}", "The sum of {} and {} is {}.", "{} plus {} makes {}.", "{} and {} are {}.")
 
 

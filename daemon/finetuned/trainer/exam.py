@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ from finetuned.trainer.layout import Layout, rows_stand_alone
 from finetuned.trainer.loss import each_loss
 from finetuned.trainer.model import evaluating
 from finetuned.trainer.overlap import Learned, Seen
+from finetuned.trainer.prompted import Prompted
+from finetuned.trainer.soft_prompt import soft_tokens
 from finetuned.trainer.tokens import Example, tokenise
 
 if TYPE_CHECKING:
@@ -141,7 +143,7 @@ class Candidate:
         """Name the weights, whatever they are called and wherever they came from."""
         found = blake2b(digest_size=16)
         for name, weights in self.model.named_parameters():
-            if self.plain and "lora_" in name:
+            if self.plain and ("lora_" in name or "prompt_encoder" in name):
                 continue
             plain = name.replace("base_model.model.", "", 1).replace(".base_layer", "")
             found.update(f"{plain} {tuple(weights.shape)} {weights.dtype}".encode())
@@ -251,7 +253,9 @@ def sit(
 @torch.no_grad()
 def _losses(examples: Sequence[Example], candidate: Candidate, told: Told) -> list[tuple[float, int]]:
     """Give each example's summed loss in nats and the number of its tokens that count."""
-    causal, layout = candidate.causal, candidate.layout
+    causal, soft = candidate.causal, 0 if candidate.plain else soft_tokens(candidate.model)
+    layout = replace(candidate.layout, lead=soft)
+    prompted = Prompted(candidate.model, layout)
     device = next(causal.parameters()).device
     lengths = [len(example.ids) for example in examples]
     rows = 1 if rows_stand_alone(causal, max(lengths)) else _BOUND[0]
@@ -263,7 +267,7 @@ def _losses(examples: Sequence[Example], candidate: Candidate, told: Told) -> li
             part = left.popleft()
             batch = layout.collate([examples[row] for row in part])
             try:
-                each = each_loss(*layout.hidden_states(causal, batch.to(device)), batch.targets.to(device))
+                each = each_loss(*prompted.plain(batch.to(device)), batch.targets.to(device))
                 counts = [examples[row].targets for row in part]
                 sums = [float(one.sum(dtype=torch.float64)) for one in torch.split(each, counts)]
             except (RuntimeError, MemoryError) as error:

@@ -38,3 +38,8 @@ def soft_prompt(model: PreTrainedModel) -> torch.nn.Parameter:
     """Give the prompt, [tokens, width]."""
     weight: torch.nn.Parameter = model.prompt_encoder["default"].embedding.weight
     return weight
+
+
+def soft_tokens(model: PreTrainedModel) -> int:
+    """Give how many tokens of a soft prompt a model has."""
+    return len(soft_prompt(model)) if getattr(model, "prompt_encoder", None) is not None else 0

@@ -34,10 +34,16 @@ from finetuned.trainer.tokens import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from finetuned.trainer.loop import Task
+    from finetuned.trainer.loop import Task, Training
 
 POLICY, PROMPT = "policy", "soft_prompt"  # parts beside the model
-_SHARES = {"risk": "targets", "ambiguity": "targets", "reward": "rows", "right": "rows", "refined_right": "rows"}
+_SHARES = {
+    "loss_risk": "targets",
+    "loss_ambiguity": "targets",
+    "reward": "rows",
+    "reward_plain": "rows",
+    "reward_refined": "rows",
+}
 
 
 def build(task: Task, model: PreTrainedModel, layout: Layout) -> Objective:
@@ -70,7 +76,8 @@ class Objective(torch.nn.Module):
             return risk
         ambiguity = summed_entropy(hidden, head)
         reinforce = self._reinforce(batch, drawn)
-        self._tell(drawn, targets=len(batch.targets), risk=float(risk.detach()), ambiguity=float(ambiguity.detach()))
+        terms = {"loss_risk": float(risk.detach()), "loss_ambiguity": float(ambiguity.detach())}
+        self._tell(drawn, targets=len(batch.targets), **terms)
         return (1 - weight) * (risk + self.settings.ambiguity * ambiguity) + weight * reinforce
 
     def parts(self) -> dict[str, Part]:
@@ -89,6 +96,10 @@ class Objective(torch.nn.Module):
     def figures(self) -> dict[str, float]:
         """Tell the terms in nats a token, the mean reward, and the shares of right answers, plain and refined."""
         return {name: self._told[name] / self._told[of] for name, of in _SHARES.items() if self._told[of]}
+
+    def measured(self, _: Training) -> dict[str, float]:
+        """Measure nothing beside the held-out loss."""
+        return {}
 
     def metrics(self) -> dict[str, Any]:
         """Tell nothing beside the losses."""
@@ -131,7 +142,10 @@ class Objective(torch.nn.Module):
 
     def _tell(self, drawn: Sequence[Drawn], **sums: float) -> None:
         sums |= {"rows": len(drawn), "reward": sum(one.reward for one in drawn)}
-        sums |= {"right": sum(one.plain_right for one in drawn), "refined_right": sum(one.right for one in drawn)}
+        sums |= {
+            "reward_plain": sum(one.plain_right for one in drawn),
+            "reward_refined": sum(one.right for one in drawn),
+        }
         for name, value in sums.items():
             self._told[name] += value
 

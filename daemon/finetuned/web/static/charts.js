@@ -48,12 +48,13 @@ const CHARTS = [
   ["learning_rate", "learning rate"],
   ["tokens_per_second", "tokens/s"],
   ["grad_norm", "gradient norm"],
+  ["reward", "reward"],
 ];
+const SHOWN = new Set(["train_loss", "valid_loss", "learning_rate", "tokens_per_second", "grad_norm", "reward"]);
+const OF_RECIPES = /^(loss|grad_norm|reward)_/; // a recipe's own figures, drawn where the one is that they begin with
+const WHOLE = { grad_norm: "all", reward: "gain" };
 
-const SHOWN = ["train_loss", "valid_loss", "learning_rate", "tokens_per_second", "grad_norm"];
-const OF_RECIPES = /^(loss|grad_norm)_/; // a recipe's own figures, beside the one they begin with
-
-// The four charts of one job, or of up to five to compare; steps that come in are added.
+// The charts of one job, or of up to five to compare; steps that come in are added.
 export class JobCharts {
   constructor() {
     this.jobs = new Map();
@@ -88,7 +89,7 @@ export class JobCharts {
     if (!curves || figures.step == null) return;
     let long = false;
     for (const name of Object.keys(figures)) {
-      if (typeof figures[name] !== "number" || !(SHOWN.includes(name) || OF_RECIPES.test(name))) continue;
+      if (typeof figures[name] !== "number" || !(SHOWN.has(name) || OF_RECIPES.test(name))) continue;
       const curve = (curves[name] ??= { step: [], value: [] });
       if (!curve.step.length || figures.step > curve.step.at(-1)) {
         curve.step.push(figures.step);
@@ -115,16 +116,17 @@ export class JobCharts {
     for (const [name, title] of CHARTS) {
       const traces = [...this.jobs].flatMap(([job, curves], number) => {
         const own = many ? [] : Object.keys(curves).filter((one) => OF_RECIPES.test(one) && one.startsWith(`${name}_`));
-        const beside = own.map((one, place) => line(curves[one], one.slice(name.length + 1), place + 2));
-        if (name !== "loss") return curves[name] ? [line(curves[name], beside.length ? "all" : job, number), ...beside] : [];
+        const parts = own.map((one, place) => line(curves[one], one.slice(name.length + 1), place + 2));
+        if (name !== "loss") return curves[name] ? [line(curves[name], parts.length ? WHOLE[name] : job, number), ...parts] : [];
         const held_out = { mode: "lines+markers", marker: { size: 6 } };
         return [
           curves.train_loss && line(curves.train_loss, many ? job : "training", number),
           curves.valid_loss && line(curves.valid_loss, many ? `${job}, held out` : "held out", many ? number : 1, held_out),
-          ...beside,
+          ...parts,
         ].filter(Boolean);
       });
-      draw(document.getElementById(name), title, traces, name === "loss" || traces.length > this.jobs.size ? LEGEND : FROM_ZERO);
+      const legend = name === "loss" || traces.length > this.jobs.size;
+      draw(document.getElementById(name), title, traces, legend ? LEGEND : FROM_ZERO);
     }
   }
 }
