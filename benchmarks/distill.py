@@ -32,7 +32,7 @@ from finetuned.home import Home
 
 ROWS, HELD_OUT, WORDS = 144, 16, 40  # words in a row
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
-VOCABULARY = 4096  # of the other tokenizer
+VOCABULARY = 4096  # most tokens of the other tokenizer; so little text gives fewer
 SETTINGS: dict[str, Any] = {
     "tuning": "full",
     "epochs": 1,
