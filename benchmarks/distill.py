@@ -1,5 +1,5 @@
 """A small student that learns from the embedded model beside the same student that learns from the labels alone.
-`make bench-distill` prints the table; some minutes on two cores that do nothing else.
+`make bench-distill` prints the table; a few minutes on two cores that do nothing else.
 
 The text is the language reference that comes with Python (`pydoc_data.topics`), plain text in rows of some 75 tokens.
 The student begins from random weights: same weights, rows, order and steps for both. Once it has the teacher's
@@ -30,9 +30,9 @@ from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Report, rows_of
 from finetuned.home import Home
 
-ROWS, HELD_OUT, WORDS = 96, 16, 40  # words in a row
+ROWS, HELD_OUT, WORDS = 144, 16, 40  # words in a row
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
-VOCABULARY = 4096  # of the other tokenizer
+VOCABULARY = 4096  # most tokens of the other tokenizer; so little text gives fewer
 SETTINGS: dict[str, Any] = {
     "tuning": "full",
     "epochs": 1,
@@ -43,10 +43,8 @@ SETTINGS: dict[str, Any] = {
     "checkpoint_minutes": 1000,
     "checkpoint_steps": 1000,
 }
-TAUGHT: dict[str, dict[str, Any]] = {
-    "the teacher's": {"alpha": 0.5, "temperature": 1.0, "norm_steps": None},
-    "one of its own": {"alpha": [0.0, 0.5], "temperature": 1.0, "norm_steps": None},
-}
+TAUGHT = {"alpha": 0.5, "temperature": 1.0, "projector_rate": 1.0, "norm_steps": None}
+VOCABULARIES = ("the teacher's", "one of its own")
 STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95%, by the number of seeds
 
 
@@ -54,7 +52,8 @@ def main() -> None:
     """Train in pairs and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, choices=(1, *STUDENT_T))
-    parser.add_argument("--only", choices=TAUGHT)
+    parser.add_argument("--only", choices=VOCABULARIES)
+    parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--set", default="{}", help="settings of recipe distill in place of those here, as JSON")
     options = parser.parse_args()
     began = time.monotonic()
@@ -64,9 +63,9 @@ def main() -> None:
     )
     summary = []
     with tempfile.TemporaryDirectory(prefix="finetuned-bench-") as folder:
-        for which, taught in TAUGHT.items():
+        for which in VOCABULARIES:
             if options.only in {None, which}:
-                pair = Pair(Path(folder), which, {**taught, **json.loads(options.set)})
+                pair = Pair(Path(folder), which, {**TAUGHT, **json.loads(options.set)}, rows=options.rows)
                 summary.append(sentence(which, [pair.gain(seed) for seed in range(options.seeds)]))
     print("\n" + "\n".join(summary) + f"\n{time.monotonic() - began:.0f} s", flush=True)
 
@@ -84,7 +83,7 @@ def sentence(which: str, gains: list[float]) -> str:
 class Pair:
     """Both trainings with one vocabulary, whatever the seed. The teacher is loaded once."""
 
-    def __init__(self, folder: Path, which: str, taught: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, which: str, taught: dict[str, Any], *, rows: int) -> None:
         """Write the texts, make the tokenizer, find the teacher."""
         from finetuned.trainer.base import quiet_libraries
         from finetuned.trainer.distill.found import find_teacher
@@ -96,7 +95,7 @@ class Pair:
         self.folder.mkdir()
         models = Home(CACHE).models
         models.mkdir(parents=True, exist_ok=True)
-        files = write_text(self.folder)
+        files = write_text(self.folder, rows)
         self.tokenizer = tokenizer_of(which, files[0], models)
         self.plain = {**SETTINGS, "model": "student"}
         self.distilled = {**self.plain, "recipe": "distill", "teacher": "smollm2-135m", "distill": taught}
@@ -167,12 +166,12 @@ class Pair:
             return dict(train(task).metrics)
 
 
-def write_text(folder: Path) -> tuple[Path, Path]:
+def write_text(folder: Path, count: int) -> tuple[Path, Path]:
     """Write rows for training and rows held out, which share no sentence: topics in a fixed order, cut by words."""
     topics = sorted(pydoc_data.topics.topics.items())
     random.Random(0).shuffle(topics)
     words = " ".join(text for _, text in topics).split()
-    rows = [" ".join(words[at : at + WORDS]) for at in range(0, WORDS * (ROWS + HELD_OUT), WORDS)]
+    rows = [" ".join(words[at : at + WORDS]) for at in range(0, WORDS * (count + HELD_OUT), WORDS)]
     files = folder / "text.jsonl", folder / "held-out.jsonl"
     for file, part in zip(files, (rows[HELD_OUT:], rows[:HELD_OUT]), strict=True):
         file.write_text("".join(json.dumps({"text": row}) + "\n" for row in part))

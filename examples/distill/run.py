@@ -69,7 +69,9 @@ def make_student(root: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from finetuned.trainer import embedded
+    from finetuned.trainer.base import quiet_libraries
 
+    quiet_libraries()
     folder = embedded.unpack(Home(root).models)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     kept = model.model.layers[EVERY - 1 :: EVERY]

@@ -49,8 +49,8 @@ def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, projector: Project
 def attention_loss(
     student: torch.Tensor, teacher: torch.Tensor, counts: Sequence[int], heads: tuple[int, int]
 ) -> torch.Tensor:
-    """Give the divergence of the relations between a row's tokens: Wang et al., MiniLMv2, arXiv:2012.15828, equations 3
-    to 6, each token looking at itself and those before it.
+    """Give the divergence of the relations between a row's tokens: Wang et al., MiniLMv2, arXiv:2012.15828, each
+    token looking at itself and those before it.
 
     student, teacher: [positions, width], queries, keys or values of one layer, rows one after the other; `counts` are
     the positions of each row. Heads are aligned by joining neighbours until there are as many on both sides.

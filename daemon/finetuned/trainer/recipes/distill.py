@@ -65,7 +65,7 @@ class Objective(torch.nn.Module):
         generator = torch.Generator().manual_seed(seed)
         own, other = causal(self.model).config.get_text_config().hidden_size, self._teacher.width
         found = {}
-        if not self._teacher.same_vocabulary:
+        if not self._teacher.same_vocabulary and curriculum.highest(self._settings.alpha):
             found[_HEAD] = Projector(other, own, generator)
         for mine, theirs in self._pairs.hidden:
             found[f"hidden_{mine}_{theirs}"] = Projector(own, other, generator)
@@ -134,7 +134,7 @@ class Objective(torch.nn.Module):
         def theirs(of: torch.Tensor) -> torch.Tensor:
             return of.to(hidden.device)
 
-        if _HEAD in self.projectors:
+        if _HEAD in self.projectors:  # it learns also while alpha is 0
             found |= self._across(hidden[which], head, lesson, batch.targets[which])
         elif weights["teacher"]:
             found["teacher"] = summed_divergence(
@@ -175,8 +175,8 @@ class Objective(torch.nn.Module):
         """Give the teacher's term across vocabularies, and the projector's own loss, where tokens meet.
 
         The teacher's hidden states go through the projector and the student's head: Zhang et al., Dual-Space Knowledge
-        Distillation, arXiv:2406.17328, from teacher to student. The projector learns from the labels (its equation of
-        the same name), the student from what comes out, which is no way back into the projector.
+        Distillation, arXiv:2406.17328, in the student's space. The projector learns from the labels alone, or it would
+        lead wherever the student is already; the student learns from what comes out.
         """
         projector = self._projector(_HEAD)
         out = _held(causal(self.model).get_output_embeddings())
