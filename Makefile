@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo demo-web test test-systemd torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door bench-hybrid schema clean
+.PHONY: .venv demo demo-web test test-systemd torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door bench-hybrid bench-distill schema clean
 
 .venv: .venv/ready
 
@@ -84,6 +84,10 @@ bench-door: .venv
 # Labels and rewards beside labels alone, on a task whose reward knows more; ten minutes to a quarter of an hour on two cores.
 bench-hybrid: .venv
 	$(BIN)/python benchmarks/hybrid.py
+
+# A small student with and without a teacher; some minutes on two cores that do nothing else.
+bench-distill: .venv
+	$(BIN)/python benchmarks/distill.py
 
 schema: .venv
 	$(BIN)/python -c 'from finetuned.config import json_schema; print(json_schema(), end="")' > config.schema.json

@@ -68,7 +68,7 @@ def test_its_base_is_the_model_without_the_adapter_and_nothing_of_the_training_i
 @pytest.mark.parametrize(
     ("rows", "settings", "said"),
     [
-        ([{"messages": []}], {}, "1 of 1 rows cannot be used"),
+        ([{"messages": []}], {}, "1 of 1 row cannot be used"),
         (None, {"judge": {"kind": "json"}}, "expected answers cannot be judged by json"),
         (None, {"benchmark": "nowhere.jsonl"}, "nowhere.jsonl"),
     ],

@@ -27,6 +27,8 @@ from finetuned.events import Event, EventType, parse_event
 from finetuned.fallback import next_rung
 from finetuned.trainer import checkpoint, evaluation, loop, steps
 from finetuned.trainer.base import Base
+from finetuned.trainer.distill.found import find_teacher
+from finetuned.trainer.distill.teacher import Teacher
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.recipes import hybrid, sft
 from finetuned.trainer.reporter import Reporter
@@ -39,7 +41,6 @@ SETTINGS = {
     "dtype": "float32", "tuning": "lora", "lora_r": 4, "batch_size": BATCH, "epochs": EPOCHS, "learning_rate": 2e-3,
     "checkpoint_steps": 2, "eval_steps": 3, "predictions": {"samples": 1, "max_new_tokens": 2},
 }  # fmt: skip
-ASKED = (("user", "Say the number 100"), ("assistant", "The number is 100."))
 PLACES = ("probe", "forward", "backward", "optimizer", "evaluation", "prediction", "checkpoint")
 KINDS: tuple[Callable[[], Exception], ...] = (
     lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.05 GiB."),
@@ -225,12 +226,15 @@ class Job:
             tokenizer=self.world.tokenizer,
             train=self.world.train,
             held_out=self.world.held_out if self.settings.eval_steps else [],
-            asked=[row_of(*ASKED)] if self.settings.eval_steps else [],
+            asked=[row_of(("user", "Say the number 100"), ("assistant", "The number is 100."))]
+            if self.settings.eval_steps
+            else [],
             device=torch.device("cpu"),
             checkpoints=self.folder / "checkpoints",
             bounds=self.folder / "bounds.json",
             say=Reporter(events),
             asked_to_stop=asked_to_stop,
+            teacher=self.teacher(),
         )
         try:
             trained = loop.train(task)
@@ -240,6 +244,11 @@ class Job:
         resumed = [event.data["step"] for event in said if "resumed" in event.message]
         self.attempts.append(Attempt(resumed[0] if resumed else 0, said, ended))
         return trained
+
+    def teacher(self) -> Teacher | None:
+        """Find the teacher that the settings name."""
+        found = find_teacher(self.settings, self.world.tokenizer, models=self.folder, base_dir=self.folder)
+        return Teacher(found) if found else None
 
     def done(self) -> Story:
         """Do what the supervisor does until the job is done."""

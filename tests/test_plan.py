@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from click.testing import CliRunner
+from transformers import AutoModelForCausalLM
 
 from conftest import chat_rows, write_config, write_jsonl
 from finetuned.cli import cli
-from finetuned.config import settings_from
+from finetuned.config import load_config, settings_from
 from finetuned.fallback import Rung
 from finetuned.plan import render
 from finetuned.trainer import attention, footprint, history, plan
@@ -126,3 +127,15 @@ def test_a_short_time_is_told_in_seconds_and_one_row_is_one(minutes, time):
     )  # fmt: skip
     assert f"time: {time} at" in text
     assert "at most 1 row\n" in text
+
+
+def test_a_teacher_beside_the_model_is_counted_as_it_is_stored(home, tiny_model, tmp_path):
+    data = write_jsonl(tmp_path / "x.jsonl", chat_rows(8))
+    size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_model).parameters())
+    for dtype, device, wanted in (("float32", "auto", 4 * size), ("fp16", "cpu", 2 * size), ("fp16", "cuda", None)):
+        teacher = {"recipe": "distill", "teacher": str(tiny_model), "teacher_dtype": dtype, "teacher_device": device}
+        write_config(home, model=str(tiny_model), **teacher)
+        order = {"file": str(data), "models": str(home.models), "base_dir": str(home.root)}
+        order["settings"] = load_config(home.config_file).training().model_dump()
+        parts = plan.plan(order)["parts_bytes"]
+        assert parts.get("teacher") == wanted

@@ -70,6 +70,6 @@ def test_what_has_no_figure_is_a_dash_and_what_went_wrong_is_told():
     assert table(facts)[1][3:] == ["-", "-"]
     assert headline(facts) == "held.jsonl: loss 1.5000"
     assert sentences(facts) == [
-        "3 answers of x were cut off at 64 tokens",
-        "1 questions were not answered by x: out of memory",
+        "cut off at 64 tokens: 3 of x's answers",
+        "not answered by x: 1 of the questions (out of memory)",
     ]

@@ -521,3 +521,13 @@ def test_a_curve_of_a_hundred_thousand_steps_comes_thinned(web, ledger):
     assert all(len(curve["step"]) <= 2000 for curve in drawn.values())
     assert drawn["train_loss"]["step"][-1] == 100_000
     assert json.dumps(drawn)
+
+
+def test_a_recipe_s_own_losses_and_norms_have_curves_too(web, ledger):
+    ledger.add(job("x", State.RUNNING))
+    ledger.record("x", steps(1, 2, loss_teacher=2.0, grad_norm_projector=3.0, alpha=1), offset=1)
+    assert web().json("/api/jobs/x/curves")["curves"] == {
+        "train_loss": {"step": [1, 2], "value": [1.0, 0.5]},
+        "loss_teacher": {"step": [1, 2], "value": [2.0, 2.0]},
+        "grad_norm_projector": {"step": [1, 2], "value": [3.0, 3.0]},
+    }

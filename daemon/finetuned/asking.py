@@ -122,7 +122,9 @@ def ask(
         why = complaints.read().strip()[-2000:] or f"exit status {process.returncode}"
     if "error" not in said:
         raise FinetunedError(
-            f"the process that was asked broke off: {why}", where=str(file), remedy="Train to find out."
+            f"the process that was asked broke off: {why}",
+            where=str(file),
+            remedy="Ask again; if it breaks off again, memory is short, or this is a bug.",
         )
     error = said["error"]
     kind = next((kind for kind in _ERRORS if error["code"] == kind.code), DataError)

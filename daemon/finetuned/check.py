@@ -67,6 +67,7 @@ def render(facts: dict[str, Any], *, colour: bool) -> str:
         report = Report.from_dict(facts)
         lines += [f"{name}: {report.summary()}", f"model: {harmless(facts['model'])}"]
         lines.append(f"settings: {harmless(facts['settings_from'])}")
+        lines += [f"teacher: {harmless(facts['teacher'])}"] if "teacher" in facts else []
         lines += _findings("errors", report.faults, ERRORS, rows=0)
         lines += _findings("warnings", report.warnings, WARNINGS, rows=report.good_rows)
         lines += _held_out_findings(facts.get("held_out"))

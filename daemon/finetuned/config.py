@@ -21,10 +21,11 @@ from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 from finetuned.findings import Warned
 from finetuned.judges import LETTERS, TOLERANCE, Judge, Kind, judge, suits
-from finetuned.recipe_settings import Hybrid, Rft
+from finetuned.recipe_settings import Distill, Hybrid, Rft
 
 NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "benchmark", "eval_file", "resume_adapter", "priority", "report_to"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
+_FOREIGN = frozenset({"model", "revision", "teacher", "teacher_revision"})  # whose code may be run
 LATEST = "latest"  # as resume_adapter
 
 _AUTO_ROWS = 8  # in one optimizer step, where batch_size is auto and effective_batch does not say
@@ -121,10 +122,10 @@ class TrainingSettings(_Strict):
     priority: int = Field(
         0, ge=-100, le=100, description="Jobs of a higher priority start first; set it in a profile, inbox/high/ say."
     )
-    recipe: Literal["sft", "rft", "hybrid"] = Field(
+    recipe: Literal["sft", "distill", "rft", "hybrid"] = Field(
         "sft",
-        description="What is learned: sft, the rows' answers as they are; rft, the model's own answers that are right; "
-        "hybrid, both in one step.",
+        description="What is learned: sft, the rows' answers as they are; distill, from a teacher too; rft, the "
+        "model's own answers that are right; hybrid, from labels and rewards.",
     )
     hybrid: Hybrid = Field(
         default_factory=Hybrid, description="Labels and rewards in one step: docs/recipes/hybrid.md."
@@ -158,6 +159,21 @@ class TrainingSettings(_Strict):
         None,
         min_length=1,
         description="Adapter to train on: a path, from the base directory if not absolute, or latest of the profile.",
+    )
+    teacher: str | None = Field(
+        None,
+        min_length=1,
+        description="Model that recipe distill learns from, named as `model` is; it is never trained.",
+    )
+    teacher_revision: str | None = Field(None, description="Branch, tag or commit of a teacher from the hub.")
+    teacher_dtype: Literal["auto", "bf16", "fp16", "float32", "4bit"] = Field(
+        "auto", description="Number format of the teacher, whatever the model's; 4bit: quantised (NF4)."
+    )
+    teacher_device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
+        "auto", description="Where the teacher is: cpu, cuda, cuda:1; auto: beside the model."
+    )
+    distill: Distill = Field(
+        default_factory=Distill, description="What recipe distill learns from the teacher: docs/recipes/distill.md."
     )
     system_prompt: str | None = Field(
         "You are a helpful assistant.",
@@ -254,7 +270,7 @@ class TrainingSettings(_Strict):
                 data = {**data, "tuning": meant, "use_qlora": None}
         return data
 
-    @field_validator("revision")
+    @field_validator("revision", "teacher_revision")
     @classmethod
     def _stays_in_its_folder(cls, revision: str | None) -> str | None:
         """Refuse what would lead out of the folder in which the hub's library keeps revisions."""
@@ -281,6 +297,12 @@ class TrainingSettings(_Strict):
         named = [name for name in ("use_rslora", "use_dora", "resume_adapter") if getattr(self, name)]
         if self.tuning == "full" and named:
             raise ValueError(f"tuning full trains no adapter, so {' and '.join(named)} cannot be met; drop one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _distill_has_a_teacher(self) -> Self:
+        if self.recipe == "distill" and self.teacher is None:
+            raise ValueError("recipe distill needs a teacher: name a model, as a hub id or a folder")
         return self
 
     @model_validator(mode="after")
@@ -471,12 +493,13 @@ def check_overrides(changes: dict[str, Any], *, where: str) -> dict[str, Any]:
             where=where,
             remedy="Set it in config.json or in a profile there.",
         )
-    if "model" in changes and not _HUB_ID.fullmatch(str(changes["model"])):
-        raise ConfigError(
-            "an override may not name a folder as its model",
-            where=where,
-            remedy="Name a hub id, or set the folder in config.json or in a profile there.",
-        )
+    for name in ("model", "teacher"):
+        if changes.get(name) is not None and not _HUB_ID.fullmatch(str(changes[name])):
+            raise ConfigError(
+                f"an override may not name a folder as its {name}",
+                where=where,
+                remedy="Name a hub id, or set the folder in config.json or in a profile there.",
+            )
     return changes
 
 
@@ -497,11 +520,11 @@ def resolve(config: Config, profile: str, overrides: dict[str, Any], *, where: s
         changed = _settings(settings, overrides)
     except ValidationError as error:
         raise _invalid(_lines(error), where) from error
-    if settings.trust_remote_code and {"model", "revision"} & overrides.keys():
+    if settings.trust_remote_code and _FOREIGN & overrides.keys():
         raise ConfigError(
-            "an override may not choose the model where trust_remote_code is on",
+            "an override may not choose the model or the teacher where trust_remote_code is on",
             where=where,
-            remedy="Name the model in config.json or in a profile there.",
+            remedy="Name it in config.json or in a profile there.",
         )
     return changed
 

@@ -66,10 +66,9 @@ def _troubles(facts: dict[str, Any]) -> list[str]:
     said = []
     for model in facts["models"]:
         if model["cut_off"]:
-            count = f"{model['cut_off']} answers of {model['name']}"
-            said.append(f"{count} were cut off at {facts['max_new_tokens']} tokens")
+            said.append(f"cut off at {facts['max_new_tokens']} tokens: {model['cut_off']} of {model['name']}'s answers")
         if model["errors"]:
-            said.append(f"{model['errors']} questions were not answered by {model['name']}: {model['first_error']}")
+            said.append(f"not answered by {model['name']}: {model['errors']} of the questions ({model['first_error']})")
     return said
 
 

@@ -29,6 +29,8 @@ from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.reporter import Reporter
 
 if TYPE_CHECKING:
+    from finetuned.trainer.distill.found import Found
+    from finetuned.trainer.distill.teacher import Teacher
     from finetuned.trainer.loop import Task, Trained
 
 _WORTH_KEEPING = 60.0  # seconds of steps; the count behind a record takes a few itself
@@ -94,6 +96,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer.benchmark import benchmark, file_of
     from finetuned.trainer.chain import settle
     from finetuned.trainer.data import cut, read_data
+    from finetuned.trainer.distill.found import find_teacher
     from finetuned.trainer.loop import Task, train
     from finetuned.trainer.rounds import Questions, train_in_rounds
     from finetuned.trainer.trackers import reporting
@@ -107,6 +110,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         say.say(EventType.RUNG, f"tuning {tuning}: {why}", rung=rung.as_dict(), reason=why)
     base = find_base(settings, models=Path(spec.models), base_dir=Path(spec.base_dir))
     tokenizer = load_tokenizer(base, settings)
+    found = find_teacher(settings, tokenizer, models=Path(spec.models), base_dir=Path(spec.base_dir))
     data = read_data(folder, spec, settings, tokenizer, say=say, asked_to_stop=lambda: _stop_asked)
     data = cut(data, settings, rung.max_length, name=spec.name, say=say)
     settings = settings.model_copy(update={"system_prompt": data.system_prompt})
@@ -128,6 +132,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         say=say,
         asked_to_stop=lambda: _stop_asked,
         earlier=earlier,
+        teacher=_teacher(found, say) if found else None,
     )
     measured_by = file_of(task, spec)
     with reporting(
@@ -149,12 +154,18 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     write_adapter(
         folder.staged_adapter(spec.attempt), spec, task, trained, data.report, measured=measured, learned=learned
     )
-    figures = ", ".join(
-        f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(("loss", "before"))
-    )
+    told = ("loss", "before", "retained")
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(told))
     if trained.seen.seconds >= _WORTH_KEEPING and settings.recipe == "sft":  # which is all that is predicted
         _remember(task, trained, libraries=libraries, models=Path(spec.models))
     say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
+
+
+def _teacher(found: Found, say: Reporter) -> Teacher:
+    from finetuned.trainer.distill.teacher import Teacher
+
+    say.say(EventType.MESSAGE, f"teacher: {found}")
+    return Teacher(found)
 
 
 def _remember(task: Task, trained: Trained, *, libraries: int, models: Path) -> None:

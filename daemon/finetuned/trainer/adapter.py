@@ -168,6 +168,8 @@ _FIGURES = (
     ("loss of the last step", "train_loss"),
     ("held-out loss before", "valid_loss_before"),
     ("held-out loss after", "valid_loss"),
+    ("the teacher's held-out loss", "teacher_valid_loss"),
+    ("share of the teacher's gain that was retained", "retained"),
 )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from finetuned.scores import headline
 from finetuned.trainer import memory
 from finetuned.trainer.data import Source
 from finetuned.trainer.ends import StopAskedError
-from finetuned.trainer.exam import Candidate, Exam, Marks, facts_of, read_exam, sit
+from finetuned.trainer.exam import Candidate, facts_of, read_exam, sit
 from finetuned.trainer.layout import choose_layout
 from finetuned.trainer.model import load_model
 from finetuned.trainer.overlap import learned_from, overlapping
@@ -88,19 +89,18 @@ def _measure(file: Path, folder: JobFolder, spec: JobSpec, task: Task, trained: 
     learned = learned_from({"chain": chain}, own=own, archive=Home(Path(spec.base_dir)).archive)
     seen = overlapping(exam.rows, learned.files, lambda share: told("overlap", share))
     kept = Path(spec.models).parent / "evaluations"
+    sits = partial(sit, exam, kept=kept, told=told, asked_to_stop=task.asked_to_stop)
     candidate = Candidate("trained", trained.model, task.tokenizer, trained.layout)
-    base = _base(exam, candidate, task, kept=kept, told=told)
-    return facts_of(exam, [base, sit(exam, candidate, kept=kept, told=told)], learned, seen)
+    return facts_of(exam, [sits(_base(candidate, task)), sits(candidate)], learned, seen)
 
 
-def _base(exam: Exam, trained: Candidate, task: Task, *, kept: Path, told: Callable[[str, float], None]) -> Marks:
-    """Measure the base model: the trained one without its adapter, or where all of it was trained, loaded anew."""
+def _base(trained: Candidate, task: Task) -> Candidate:
+    """Give the base model: the trained one without its adapter, or where all of it was trained, loaded anew."""
     if hasattr(trained.model, "peft_config"):
-        return sit(exam, replace(trained, name="base", plain=True), kept=kept, told=told)
+        return replace(trained, name="base", plain=True)
     precision = choose(task.device, "full", task.settings.dtype)
     model = load_model(task.base, task.settings, tuning="full", precision=precision, device=task.device)
-    layout = choose_layout(model, model.dtype, name=task.base.name)
-    return sit(exam, Candidate("base", model, task.tokenizer, layout), kept=kept, told=told)
+    return Candidate("base", model, task.tokenizer, choose_layout(model, model.dtype, name=task.base.name))
 
 
 def _teller(task: Task) -> Callable[[str, float], None]:

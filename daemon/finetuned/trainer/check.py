@@ -41,7 +41,8 @@ def main() -> None:
 def _needs_torch(order: dict[str, Any]) -> bool:
     """Whether the embedded model is still packed, or a model's own code may ask for it."""
     settings = order["settings"]
-    packed = settings["model"] == embedded.NAME and not embedded.is_unpacked(Path(order["models"]))
+    named = {settings["model"], settings["teacher"] if settings["recipe"] == "distill" else None}
+    packed = embedded.NAME in named and not embedded.is_unpacked(Path(order["models"]))
     return packed or bool(settings["trust_remote_code"])
 
 

@@ -50,7 +50,7 @@ class Door:
     """Reads files for one model with one set of settings."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings, *, cache: Path) -> None:
-        self._tokenizer, self._settings, self._cache = tokenizer, settings, cache
+        self.tokenizer, self._settings, self._cache = tokenizer, settings, cache
         self._encoder = Encoder(tokenizer, max_length=settings.max_length)
         with suppress(AttributeError):  # musl has none
             ctypes.CDLL(None).malloc_trim(0)  # loading a tokenizer leaves as much behind as it keeps
@@ -90,7 +90,7 @@ class Door:
                 writer.abandon()
 
     def _key(self, sha256: str, kind: str) -> str:
-        tokenizer = self._tokenizer
+        tokenizer = self.tokenizer
         return store.cache_key(
             file=sha256,
             kind=kind,  # by which it is read
@@ -132,7 +132,7 @@ class Door:
     def _shown(self, encoded: Encoded) -> dict[str, Any]:
         pairs = zip(encoded.ids[:_SHOWN].tolist(), encoded.supervised[:_SHOWN].tolist(), strict=True)
         pieces = [
-            [self._tokenizer.decode([token for token, _ in run]), learned]
+            [self.tokenizer.decode([token for token, _ in run]), learned]
             for learned, run in groupby(pairs, key=lambda pair: pair[1])
         ]
         return {"line": encoded.row.line, "pieces": pieces}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -52,9 +52,11 @@ def _measure(training: Training) -> None:
         metrics["valid_loss_before"] = loss
     elif loss < metrics.get("best_valid_loss", float("inf")):
         metrics |= {"best_valid_loss": loss, "best_step": training.done}
+    beside: dict[str, Any] = training.recipe.measured(training)
+    metrics |= beside
     sentence = f"held-out loss {loss:.4f} after step {training.done} ({time.monotonic() - began:.1f} s)"
     metrics["evaluated_step"] = training.done
-    training.task.say.say(EventType.METRICS, sentence, step=training.done, valid_loss=loss)
+    training.task.say.say(EventType.METRICS, sentence, step=training.done, valid_loss=loss, **beside)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from finetuned.errors import DataError
 from finetuned.judges import Judge, Verdict
 from finetuned.trainer import memory, steps
 from finetuned.trainer.chat import Renderer
-from finetuned.trainer.generate import Answered, Asker, ask, generating, key_of
+from finetuned.trainer.generate import Answered, Asker, ask, generating, key_of, never
 from finetuned.trainer.layout import Layout, rows_stand_alone
 from finetuned.trainer.loss import each_loss
 from finetuned.trainer.model import evaluating
@@ -232,15 +232,17 @@ def _compared(one: Marks, other: Marks) -> dict[str, Any]:
     }
 
 
-def sit(exam: Exam, candidate: Candidate, *, kept: Path, told: Told) -> Marks:
+def sit(
+    exam: Exam, candidate: Candidate, *, kept: Path, told: Told, asked_to_stop: Callable[[], bool] = never
+) -> Marks:
     """Measure a model. Its answers are kept in the folder `kept`, so that a killed process has asked none in vain.
 
-    Raises OSError, and RuntimeError where memory does not hold a single row.
+    Raises StopAskedError, OSError, and RuntimeError where memory does not hold a single row.
     """
     began = time.monotonic()
     with candidate.itself():
         losses = _losses(exam.examples, candidate, told)
-        answers = _answers(exam, candidate, kept, told)
+        answers = _answers(exam, candidate, kept, told, asked_to_stop)
     verdicts = [
         exam.judge.verdict(answered.text, question.expected)
         for question, answered in zip(exam.questions, answers, strict=True)
@@ -280,7 +282,9 @@ def _losses(examples: Sequence[Example], candidate: Candidate, told: Told) -> li
     return [found[row] for row in range(len(examples))]
 
 
-def _answers(exam: Exam, candidate: Candidate, kept: Path, told: Told) -> list[Answered]:
+def _answers(
+    exam: Exam, candidate: Candidate, kept: Path, told: Told, asked_to_stop: Callable[[], bool]
+) -> list[Answered]:
     """Give the answer to each question."""
     texts = {key_of(question.text): question.text for question in exam.questions}
     kept.mkdir(parents=True, exist_ok=True)
@@ -289,7 +293,9 @@ def _answers(exam: Exam, candidate: Candidate, kept: Path, told: Told) -> list[A
     file.touch()  # it was used
     found: dict[str, Answered] = {}
     with generating(candidate.model, candidate.tokenizer):
-        asker = Asker(candidate.model, candidate.tokenizer, max_new_tokens=exam.max_new_tokens)
+        asker = Asker(
+            candidate.model, candidate.tokenizer, max_new_tokens=exam.max_new_tokens, asked_to_stop=asked_to_stop
+        )
         for batch in ask(asker, texts, file):
             found |= batch
             told(f"{candidate.name}: answers", len(found) / max(1, len(texts)))

@@ -39,6 +39,7 @@ class Footprint:
     activations: int  # kept from the forward to the backward pass of the largest micro-batch
     working: int  # above that: a chunk of logits, what a layer or the optimizer needs for a moment
     libraries: int  # what the process holds before there is a model
+    teacher: int = 0  # the weights of one beside the model; what it needs at work is not counted
 
     @property
     def peak(self) -> int:
@@ -118,6 +119,11 @@ def count(work: Work, rows: Sequence[Example], *, accumulated: bool, libraries: 
         head,
         run.method,
     )
+
+
+def weights(work: Work) -> int:
+    """Give the bytes of a base model alone. Raises ModelError if there is no such model."""
+    return _stored(empty_model(work.base, work.settings, work.precision.weights), work)
 
 
 def _stored(model: PreTrainedModel, work: Work) -> int:

@@ -18,8 +18,9 @@ from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Report, rows_of
 from finetuned.errors import DataError, ModelError
 from finetuned.trainer import embedded, history, store
-from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer
+from finetuned.trainer.base import HubUnreachableError, choose_tuning, find_base, load_tokenizer
 from finetuned.trainer.data import Source, held_out_file, read_sides
+from finetuned.trainer.distill.found import find_teacher
 from finetuned.trainer.door import Door, Progress
 from finetuned.trainer.quality import Quality
 from finetuned.trainer.steps import plan_steps
@@ -48,11 +49,16 @@ def examine(order: dict[str, Any], say: Say) -> dict[str, Any]:
     own = Source(Path(order["file"]), Path(order["file"]).name)
     beside = Source(Path(order["beside"]), Path(order["beside"]).name) if order["beside"] else None
     reader, model, unchecked = _reader(settings, base_dir, models, say)
+    teacher, missing = _teacher(settings, reader, base_dir, models)
+    if isinstance(missing, HubUnreachableError):
+        unchecked = f"{unchecked} {missing}".strip()
 
     def read(source: Source) -> tuple[Examples, Report]:
         return reader.read(source.file, name=source.name, progress=_teller(source.name, say))
 
     answer: dict[str, Any] = {"file": own.name, "model": model, "unchecked": unchecked, "verdict": "usable"}
+    if teacher:
+        answer["teacher"] = teacher
     source = held_out_file(settings, base_dir=base_dir, beside=beside)
     try:
         sides = read_sides(own, source, settings, read=read)
@@ -63,6 +69,8 @@ def examine(order: dict[str, Any], say: Say) -> dict[str, Any]:
     except DataError as error:
         answer |= {"verdict": "refused", "reason": error.as_dict()}
     answer |= sides.facts()
+    if missing is not None and not isinstance(missing, HubUnreachableError):
+        answer |= {"verdict": "refused", "reason": missing.as_dict()}
     train = sides.train
     return answer | _training(train, settings, model=model, device=order["device"], models=models)
 
@@ -76,6 +84,19 @@ def _reader(settings: TrainingSettings, base_dir: Path, models: Path, say: Say) 
         return Door(load_tokenizer(base, settings), settings, cache=models.parent / "tokens"), base.name, ""
     except ModelError as error:
         return _WithoutModel(settings), settings.model, f"{error} Templates, tokens and lengths were not checked."
+
+
+def _teacher(settings: TrainingSettings, reader: Reader, base_dir: Path, models: Path) -> tuple[str, ModelError | None]:
+    """Give the teacher's name and whether it speaks in the student's tokens, where one is wanted; and why there is
+    none. Without a model there is nothing to compare it with.
+    """
+    if not isinstance(reader, Door):
+        return "", None
+    try:
+        found = find_teacher(settings, reader.tokenizer, models=models, base_dir=base_dir)
+    except ModelError as error:
+        return "", error
+    return str(found or ""), None
 
 
 class _WithoutModel:

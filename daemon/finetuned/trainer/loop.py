@@ -41,6 +41,7 @@ from finetuned.trainer.tokens import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from finetuned.trainer.distill.teacher import Teacher
     from finetuned.trainer.recipes.contract import Objective
 
 _FULL_RATE, _ADAPTER_RATE = 1e-5, 2e-4  # peak learning rates where config.json leaves it to us
@@ -63,6 +64,7 @@ class Task:
     asked_to_stop: Callable[[], bool]
     earlier: Earlier | None = None  # what the adapter builds on
     asked: list[Row] = field(default_factory=list)  # held-out rows whose questions are put to the model
+    teacher: Teacher | None = None  # of recipe distill
 
 
 @dataclass
@@ -124,8 +126,12 @@ def train(task: Task) -> Trained:
 
 
 def begin(task: Task, precision: Precision) -> Training:
-    """Load the model in the number formats that the hardware likes, with an adapter or whole."""
+    """Load the model in the number formats that the hardware likes, with an adapter or whole; a teacher first, so that
+    what is wrong with it is told before.
+    """
     with fitting(task):
+        if task.teacher is not None:
+            task.teacher.load(task.device)
         return Training(task, *load(task, precision), precision)
 
 

@@ -21,6 +21,7 @@ from finetuned.fallback import Rung, next_rung
 from finetuned.trainer import bounds, footprint, history, memory, steps
 from finetuned.trainer.base import Base, choose_tuning, find_base, load_tokenizer, quiet_libraries
 from finetuned.trainer.data import Source, held_out_file, read_sides
+from finetuned.trainer.distill.found import Found, find_teacher
 from finetuned.trainer.door import Door
 from finetuned.trainer.precision import choose
 from finetuned.trainer.store import Examples
@@ -47,6 +48,7 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     file, models = Path(order["file"]), Path(order["models"])
     base = find_base(settings, models=models, base_dir=Path(order["base_dir"]))
     door = Door(load_tokenizer(base, settings), settings, cache=models.parent / "tokens")
+    found = find_teacher(settings, door.tokenizer, models=models, base_dir=Path(order["base_dir"]))
     held_out = held_out_file(settings, base_dir=Path(order["base_dir"]), beside=_beside(order))
     sides = read_sides(Source(file, file.name), held_out, settings, read=lambda one: door.read(one.file, name=one.name))
     sides.judge(settings)
@@ -58,6 +60,7 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     ratio, corrected_by = history.correction(records, **kind)
     room = order.get("memory") or memory.available_bytes()
     forecast = Forecast(settings, base, device, examples, memory.resident_bytes())
+    forecast.teacher = teacher_bytes(found, device)
     rung = forecast.settled(replace(settings.first_rung(), tuning=tuning), room / ratio)
     rung, reason, fits = walk(rung, settings, lambda rung: forecast.peak(rung) * ratio <= room * _MARGIN)
     counted, examples = forecast.counted(rung), examples.cut_to(rung.max_length)
@@ -72,7 +75,7 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     return {
         "file": file.name,
         **kind,
-        "parts_bytes": asdict(counted.footprint),
+        "parts_bytes": {name: part for name, part in asdict(counted.footprint).items() if part or name != "teacher"},
         "predicted_bytes": counted.footprint.peak,
         "correction": ratio,
         "corrected_by": corrected_by,
@@ -114,14 +117,30 @@ def walk(rung: Rung, settings: TrainingSettings, fits: Callable[[Rung], bool]) -
     return rung, reason, True
 
 
+def teacher_bytes(found: Found | None, device: torch.device) -> int:
+    """Give the bytes of a teacher's weights, where it is on the same device."""
+    own = device if found is None or found.device == "auto" else torch.device(found.device)
+    if found is None or own.type != device.type or (own.index or 0):
+        return 0
+    precision = choose(own, found.settings.tuning, found.settings.dtype)
+    work = footprint.Work(found.base, found.settings, found.settings.tuning, precision, own, False)
+    return footprint.weights(work)
+
+
 class Forecast:
     """Footprints of one training, rung by rung."""
 
     def __init__(
-        self, settings: TrainingSettings, base: Base, device: torch.device, examples: Examples, libraries: int
+        self,
+        settings: TrainingSettings,
+        base: Base,
+        device: torch.device,
+        examples: Examples,
+        libraries: int,
     ) -> None:
         self.settings, self.base, self.device, self.examples = settings, base, device, examples
         self.libraries = libraries
+        self.teacher = 0  # bytes of one beside the model
         self._found: dict[Any, footprint.Counted] = {}
 
     def steps(self, examples: Examples) -> steps.Plan:
@@ -166,9 +185,10 @@ class Forecast:
             work = footprint.Work(
                 self.base, self.settings, rung.tuning, precision, self.device, rung.activation_checkpointing
             )
-            self._found[key] = footprint.count(
+            counted = footprint.count(
                 work, [examples[row] for row in largest], accumulated=accumulated, libraries=self.libraries
             )
+            self._found[key] = replace(counted, footprint=replace(counted.footprint, teacher=self.teacher))
         return self._found[key]
 
 

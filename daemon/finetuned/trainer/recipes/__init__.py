@@ -7,4 +7,5 @@ RECIPES = {
     "sft": "finetuned.trainer.recipes.sft",
     "rft": "finetuned.trainer.recipes.sft",  # on answers that `rounds.py` has made first
     "hybrid": "finetuned.trainer.recipes.hybrid",
+    "distill": "finetuned.trainer.recipes.distill",
 }

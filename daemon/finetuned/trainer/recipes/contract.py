@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from finetuned.trainer.batches import Batch
     from finetuned.trainer.layout import Layout
+    from finetuned.trainer.loop import Training
     from finetuned.trainer.parts import Part
 
 
@@ -38,6 +39,9 @@ class Objective(Protocol):
 
     def figures(self) -> dict[str, float]:
         """Give what is to be told about the step that was begun last, beside its loss."""
+
+    def measured(self, training: Training) -> dict[str, float]:
+        """Give what is to be told beside the held-out loss that was just taken down in `training.metrics`."""
 
     def metrics(self) -> dict[str, Any]:
         """Give what is to be told about the training so far, beside its losses; it goes into the adapter's story."""

@@ -34,7 +34,7 @@ from finetuned.trainer.tokens import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from finetuned.trainer.loop import Task
+    from finetuned.trainer.loop import Task, Training
 
 POLICY, PROMPT = "policy", "soft_prompt"  # parts beside the model
 _SHARES = {
@@ -99,6 +99,10 @@ class Objective(torch.nn.Module):
 
     def metrics(self) -> dict[str, Any]:
         """Tell nothing beside the losses."""
+        return {}
+
+    def measured(self, _: Training) -> dict[str, float]:
+        """Measure nothing beside the held-out loss."""
         return {}
 
     def save(self, folder: Path) -> None:

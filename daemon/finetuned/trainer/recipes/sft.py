@@ -15,7 +15,7 @@ from finetuned.trainer.parts import MODEL, Part
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from finetuned.trainer.loop import Task
+    from finetuned.trainer.loop import Task, Training
 
 
 def build(_: Task, model: PreTrainedModel, layout: Layout) -> Objective:
@@ -45,6 +45,10 @@ class Objective(torch.nn.Module):
 
     def figures(self) -> dict[str, float]:
         """Tell nothing beside the loss."""
+        return {}
+
+    def measured(self, _: Training) -> dict[str, float]:
+        """Measure nothing beside the held-out loss."""
         return {}
 
     def metrics(self) -> dict[str, Any]:
