@@ -41,7 +41,6 @@ SETTINGS = {
     "dtype": "float32", "tuning": "lora", "lora_r": 4, "batch_size": BATCH, "epochs": EPOCHS, "learning_rate": 2e-3,
     "checkpoint_steps": 2, "eval_steps": 3, "predictions": {"samples": 1, "max_new_tokens": 2},
 }  # fmt: skip
-ASKED = (("user", "Say the number 100"), ("assistant", "The number is 100."))
 PLACES = ("probe", "forward", "backward", "optimizer", "evaluation", "prediction", "checkpoint")
 KINDS: tuple[Callable[[], Exception], ...] = (
     lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.05 GiB."),
@@ -227,7 +226,9 @@ class Job:
             tokenizer=self.world.tokenizer,
             train=self.world.train,
             held_out=self.world.held_out if self.settings.eval_steps else [],
-            asked=[row_of(*ASKED)] if self.settings.eval_steps else [],
+            asked=[row_of(("user", "Say the number 100"), ("assistant", "The number is 100."))]
+            if self.settings.eval_steps
+            else [],
             device=torch.device("cpu"),
             checkpoints=self.folder / "checkpoints",
             bounds=self.folder / "bounds.json",

@@ -34,6 +34,8 @@ def unmet(row: Row, settings: TrainingSettings) -> Problem | None:
     """Say what the row lacks for the recipe, or nothing."""
     if len(row.messages) < 2 or row.messages[-1].role != "assistant":
         return Problem("answer_not_checkable", "the row does not end with an answer to a question")
+    if not row.messages[-1].content.strip():
+        return Problem("answer_not_checkable", "its answer is empty")
     chosen = settings.judge
     if chosen.kind == "auto":
         return None

@@ -18,8 +18,8 @@ from finetuned.curves import Series, note_all
 from finetuned.ledger import Ledger
 
 NAMES = ("train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory")
-OF_RECIPES = ("loss_", "grad_norm_", "reward")  # how the names of a recipe's own figures begin
 OF_A_GPU = ("utilization", "memory_used", "power", "temperature", "sm_clock")
+OF_RECIPES = ("loss_", "grad_norm_", "reward")  # how the names of a recipe's own figures begin
 POINTS = 2000  # of a curve, at most
 _OF_GPUS = 500  # for each of five figures of each GPU
 _KEPT = 1_500_000  # points of jobs that were looked at lately, 16 bytes each
@@ -53,7 +53,7 @@ class Curves:
             series = drawn.of.setdefault("", {name: Series() for name in NAMES})
             for number, figures in ledger.metrics(job_id, after=int(drawn.seen)):
                 drawn.seen = number
-                series |= {name: Series() for name in figures if name.startswith(OF_RECIPES) and name not in series}
+                series |= {name: Series() for name in figures.keys() - series.keys() if name.startswith(OF_RECIPES)}
                 note_all(series, figures)
             return {name: thin(one, points=points, whole=True) for name, one in series.items() if one.steps}
 

@@ -105,6 +105,10 @@ class Objective(torch.nn.Module):
         """Tell nothing beside the losses."""
         return {}
 
+    def measured(self, _: Training) -> dict[str, float]:
+        """Measure nothing beside the held-out loss."""
+        return {}
+
     def save(self, folder: Path) -> None:
         """Write the policy beside the adapter."""
         if self.policy is not None:
