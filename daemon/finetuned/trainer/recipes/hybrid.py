@@ -97,10 +97,6 @@ class Objective(torch.nn.Module):
         """Tell the terms in nats a token, the mean reward, and the shares of right answers, plain and refined."""
         return {name: self._told[name] / self._told[of] for name, of in _SHARES.items() if self._told[of]}
 
-    def measured(self, _: Training) -> dict[str, float]:
-        """Measure nothing beside the held-out loss."""
-        return {}
-
     def metrics(self) -> dict[str, Any]:
         """Tell nothing beside the losses."""
         return {}
