@@ -13,12 +13,17 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-export function say(text, bad = false) {
+// A sentence at the top, where it is seen however far down the page is; `more` may hold links.
+export function say(text, bad = false, ...more) {
   const place = $("#said");
-  place.textContent = text;
+  const close = element("button", { type: "button", class: "close", "aria-label": "Close", onclick: () => say("") }, "×");
+  place.replaceChildren(close, text, ...more);
   place.hidden = !text;
   place.className = bad ? "bad" : "";
 }
+
+// An error as a text; some sentences hold their remedy already.
+export const told = ({ message, remedy }) => (remedy && !message.endsWith(remedy) ? `${message}\n${remedy}` : message);
 
 // Ask the server; an error becomes a sentence on the page, and undefined.
 export async function ask(path, options) {
@@ -26,7 +31,7 @@ export async function ask(path, options) {
     const answer = await fetch(path, options);
     const content = await answer.json();
     if (answer.ok) return content;
-    say([content.error.message, content.error.remedy].filter(Boolean).join("\n"), true);
+    say(told(content.error), true);
   } catch (error) {
     say(`The server does not answer: ${error.message}`, true);
   }
@@ -45,6 +50,19 @@ export function renew(place, facts, make) {
   if (shown.get(place) === told) return;
   shown.set(place, told);
   place.replaceChildren(...make());
+}
+
+// Streams that broke off: what the page shows may be old then, and says so unless they are back in a moment.
+const lost = new Set();
+let waited = null;
+function reached(path, well) {
+  if (well) lost.delete(path);
+  else lost.add(path);
+  if (!lost.size) $("#lost").hidden = true;
+  else waited ??= setTimeout(() => {
+    waited = null;
+    $("#lost").hidden = !lost.size;
+  }, 2000);
 }
 
 // Follow a stream while the page is looked at; one that comes back goes on behind the last number it saw.
@@ -67,7 +85,9 @@ export function listen(path, handlers) {
       });
     }
     source.addEventListener("end", close);
+    source.addEventListener("open", () => reached(path, true));
     source.addEventListener("error", () => {
+      reached(path, false);
       if (source?.readyState === EventSource.CLOSED) {
         source = null;
         setTimeout(open, 2000);
@@ -77,6 +97,7 @@ export function listen(path, handlers) {
   const shut = () => {
     source?.close();
     source = null;
+    reached(path, true);
   };
   const looked = () => (document.hidden ? shut() : open());
   function close() {
@@ -99,7 +120,12 @@ export function duration(seconds) {
 export const time = (seconds) => new Date(seconds * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 export const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
 export const moment = (seconds) => new Date(seconds * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
-export const bytes = (count) => (count >= 2 ** 30 ? `${(count / 2 ** 30).toFixed(1)} GiB` : `${(count / 2 ** 20).toFixed(1)} MiB`);
+export function bytes(count) {
+  const units = ["bytes", "KiB", "MiB", "GiB"];
+  const unit = Math.min(Math.floor(Math.log2(Math.max(count, 1)) / 10), 3);
+  return `${unit ? (count / 2 ** (10 * unit)).toFixed(1) : count} ${units[unit]}`;
+}
+export const counted = (number, noun) => `${number.toLocaleString()} ${noun}${number === 1 ? "" : "s"}`;
 export const badge = (status) => element("span", { class: `badge ${status}` }, status.replaceAll("_", " "));
 export const jobLink = (id, text = id) => element("a", { draggable: "false", href: `/jobs/${encodeURIComponent(id)}` }, text);
 export const orderButton = (id, verb, text) =>
