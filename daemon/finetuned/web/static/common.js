@@ -125,6 +125,11 @@ export function bytes(count) {
   const unit = Math.min(Math.floor(Math.log2(Math.max(count, 1)) / 10), 3);
   return `${unit ? (count / 2 ** (10 * unit)).toFixed(1) : count} ${units[unit]}`;
 }
+export const LOSSES = { train_loss: "training loss", valid_loss: "held-out loss" };
+// The held-out loss if there is one: [words, figure].
+export function lossOf({ valid_loss: held, train_loss: trained }) {
+  return held != null ? [LOSSES.valid_loss, held.toFixed(4)] : trained != null ? [LOSSES.train_loss, trained.toFixed(4)] : null;
+}
 export const counted = (number, noun) => `${number.toLocaleString()} ${noun}${number === 1 ? "" : "s"}`;
 export const badge = (status) => element("span", { class: `badge ${status}` }, status.replaceAll("_", " "));
 export const jobLink = (id, text = id) => element("a", { draggable: "false", href: `/jobs/${encodeURIComponent(id)}` }, text);
@@ -147,6 +152,12 @@ export function append(log, line, most = 500) {
   log.append(line);
   while (log.childElementCount > most) log.firstElementChild.remove();
   if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
+// Where a page is narrow its cells stand below one another; each is named then.
+export function headed(head, row) {
+  [...row.cells].forEach((cell, place) => cell.setAttribute("data-head", head[place]));
+  return row;
 }
 
 // A table of an object, tables within it for objects.
