@@ -195,6 +195,10 @@ def test_on_a_telephone_the_cells_of_a_table_stand_below_one_another(visit, ledg
     answers = visit("/jobs/units-1", width=390).locator("#predictions td")
     answers.nth(1).wait_for()
     assert answers.nth(1).bounding_box()["y"] > answers.nth(0).bounding_box()["y"]
+    history = visit("/history", width=390)
+    history.locator("tr", has_text="units-1.jsonl").get_by_text("training").wait_for()
+    ends = [cell["x"] + cell["width"] for one in history.locator("tbody td").all() if (cell := one.bounding_box())]
+    assert max(ends) <= 390
 
 
 def test_a_curve_that_grows_all_night_is_thinned_again_and_a_step_done_again_counts_anew(visit, ledger):

@@ -1,22 +1,24 @@
 // The page History: every job, a page at a time; the address keeps what is asked for.
 
-import { $, ask, badge, duration, element, jobLink, listen, lossOf, moment } from "./common.js";
+import { $, ask, badge, duration, element, headed, jobLink, listen, lossOf, moment } from "./common.js";
 
 const PAGE = 50;
 const wanted = new URLSearchParams(location.search);
 const offset = () => Number(wanted.get("offset") ?? 0);
 
+const HEAD = [...document.querySelectorAll("#jobs th")].map((cell) => cell.textContent.trim());
+
 function row(job) {
   const [kind, loss] = lossOf(job.progress) ?? ["", ""];
-  return element("tr", {},
+  return headed(HEAD, element("tr", {},
     element("td", {}, jobLink(job.id, job.training_file)),
     element("td", {}, badge(job.status)),
     element("td", {}, moment(job.created_at)),
     element("td", {}, job.finished_at ? moment(job.finished_at) : ""),
     element("td", { class: "number" }, job.seconds == null ? "" : duration(job.seconds)),
-    element("td", { class: "number" }, loss, element("small", {}, kind && ` ${kind.replace(" loss", "")}`)),
+    element("td", { class: "number" }, loss, kind ? element("small", {}, ` ${kind.replace(" loss", "")}`) : null),
     element("td", {}, job.profile ?? ""),
-    element("td", {}, job.error?.message ?? job.fine_tuned_model ?? ""));
+    element("td", {}, job.error?.message ?? job.fine_tuned_model ?? "")));
 }
 
 let turn = 0;
