@@ -100,6 +100,13 @@ def test_the_page_now_follows_the_job_without_reloading(visit, ledger):
     assert page.evaluate("window.stillHere")
 
 
+def test_a_file_that_was_trained_before_says_so(visit, ledger):
+    done = {"outcome": Outcome.SUCCEEDED, "finished_at": 1_795_000_300.0}
+    ledger.add(job("again-1", State.FINISHED, adapter="night", duplicate_of="night-1", **done))
+    for path in ("/", "/history"):
+        visit(path).get_by_text("night, trained before as night-1").wait_for()
+
+
 def test_buttons_give_orders(visit, ledger):
     page = visit("/")
     page.locator('[data-job="second-1"] [data-verb="first"]').click()

@@ -125,6 +125,8 @@ export function bytes(count) {
   const unit = Math.min(Math.floor(Math.log2(Math.max(count, 1)) / 10), 3);
   return `${unit ? (count / 2 ** (10 * unit)).toFixed(1) : count} ${units[unit]}`;
 }
+// What came of a job: why there is nothing, or its adapter.
+export const resultOf = (job) => job.error?.message ?? [job.fine_tuned_model, job.duplicate_of && `trained before as ${job.duplicate_of}`].filter(Boolean).join(", ");
 export const LOSSES = { train_loss: "training loss", valid_loss: "held-out loss" };
 // The held-out loss if there is one: [words, figure].
 export function lossOf({ valid_loss: held, train_loss: trained }) {

@@ -1,6 +1,6 @@
 // The page History: every job, a page at a time; the address keeps what is asked for.
 
-import { $, ask, badge, duration, element, headed, jobLink, listen, lossOf, moment } from "./common.js";
+import { $, ask, badge, duration, element, headed, jobLink, listen, lossOf, moment, resultOf } from "./common.js";
 
 const PAGE = 50;
 const wanted = new URLSearchParams(location.search);
@@ -18,7 +18,7 @@ function row(job) {
     element("td", { class: "number" }, job.seconds == null ? "" : duration(job.seconds)),
     element("td", { class: "number" }, loss, kind ? element("small", {}, ` ${kind.replace(" loss", "")}`) : null),
     element("td", {}, job.profile ?? ""),
-    element("td", {}, job.error?.message ?? job.fine_tuned_model ?? "")));
+    element("td", {}, resultOf(job))));
 }
 
 let turn = 0;

@@ -19,9 +19,9 @@ function summary(job) {
   const loss = Object.entries(LOSSES).filter(([name]) => job.progress[name] != null).map(([name, words]) => `${words} ${job.progress[name].toFixed(4)}`);
   const facts = [
     `${job.training_file} (${bytes(job.bytes)})${job.validation_file ? `, held out: ${job.validation_file}` : ""}${job.profile ? `, profile ${job.profile}` : ""}`,
-    `${job.model}, dropped ${moment(job.created_at)}${took}, attempt ${job.attempt}`,
-    [`step ${job.progress.step ?? 0} of ${job.progress.total_steps ?? "?"}`, ...loss].join(", "),
+    `${job.model}, dropped ${moment(job.created_at)}${took}${job.attempt ? `, attempt ${job.attempt}` : ""}`,
   ];
+  if (job.progress.total_steps) facts.push([`step ${job.progress.step ?? 0} of ${job.progress.total_steps}`, ...loss].join(", "));
   const lines = facts.map((text) => element("p", {}, text));
   if (job.duplicate_of) lines.push(element("p", {}, "trained before as ", jobLink(job.duplicate_of)));
   if (job.error) lines.push(element("p", { class: "bad" }, [job.error.param, job.error.message].filter(Boolean).join(": ")));

@@ -1,6 +1,6 @@
 // The page Now: renewed by a stream, without reloading.
 
-import { $, append, ask, badge, bytes, clock, duration, element, jobLink, listen, logLine, lossOf, order, orderButton, renew, rungText } from "./common.js";
+import { $, append, ask, badge, bytes, clock, duration, element, jobLink, listen, logLine, lossOf, order, orderButton, renew, resultOf, rungText } from "./common.js";
 import { drawGpus, JobCharts } from "./charts.js";
 
 let followed = null;
@@ -125,7 +125,7 @@ document.addEventListener("dragend", () => {
 function finished(now) {
   renew($("#finished"), now.finished, () => now.finished.map((job) => {
     const took = job.seconds == null ? "" : duration(job.seconds);
-    const said = job.error?.message ?? [job.fine_tuned_model, lossOf(job.progress)?.join(" "), took].filter(Boolean).join(", ");
+    const said = [resultOf(job), ...(job.error ? [] : [lossOf(job.progress)?.join(" "), took])].filter(Boolean).join(", ");
     const retry = ["failed", "cancelled"].includes(job.status) ? orderButton(job.id, "retry", "Retry") : null;
     return element("li", { "data-job": job.id }, badge(job.status), element("span", { class: "grow" }, jobLink(job.id, job.training_file), " ", element("small", {}, said)), retry);
   }));
