@@ -93,6 +93,11 @@ def test_what_is_no_utf8_is_refused(tmp_path):
         load_config(path)
 
 
+def test_a_setting_that_is_given_twice_is_refused(tmp_path):
+    for content in ('{"epochs": 1, "epochs": 2}', '{"profiles": {"x": {"epochs": 1, "epochs": 1}}}'):
+        assert "epochs is given twice" in refused(tmp_path, content)
+
+
 def test_json_nested_too_deep_is_a_config_error(tmp_path):
     """An override comes from anyone who can write to the inbox: no content may end the daemon."""
     with pytest.raises(ConfigError):

@@ -14,6 +14,7 @@ import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -64,9 +65,11 @@ def test_without_a_ledger_everything_is_empty_and_well(web):
 
 def test_a_job_has_the_fields_of_openai_s_api(web, ledger):
     ledger.add(job("units-1", State.FINISHED, **DONE))
-    ledger.add(job("bad-1", State.FINISHED, outcome=Outcome.FAILED, reason={"code": "c", "what": "w", "where": "x:1"}))
+    reason = {"code": "c", "what": "w", "where": "x:1", "remedy": "Mend it."}
+    ledger.add(job("bad-1", State.FINISHED, outcome=Outcome.FAILED, reason=reason))
     server = web()
     found = server.json("/api/jobs/units-1")
+    assert found["seconds"] == pytest.approx(59.9)
     expected = {
         "object": "fine_tuning.job",
         "id": "units-1",
@@ -82,7 +85,7 @@ def test_a_job_has_the_fields_of_openai_s_api(web, ledger):
     }
     assert found | expected == found
     assert found["hyperparameters"]["n_epochs"] == 2.0
-    assert server.json("/api/jobs/bad-1")["error"] == {"code": "c", "message": "w", "param": "x:1"}
+    assert server.json("/api/jobs/bad-1")["error"] == {"code": "c", "message": "w. Mend it.", "param": "x:1"}
 
 
 @pytest.mark.parametrize(
@@ -180,6 +183,18 @@ def test_an_adapter_is_downloaded_as_a_zip(web, ledger, home):
         assert archive.testzip() is None
         assert sorted(archive.namelist()) == ["units/finetuned.json", "units/inner/weights"]
     assert server.ask("/api/jobs/other-1/adapter.zip")[0] == 404
+
+
+def test_a_job_names_the_base_model_that_its_adapter_is_to_be_loaded_with(web, ledger, home):
+    """Not the alias in the settings, which no hub knows; and none where the adapter is gone."""
+    folder = home.adapters / "units"
+    folder.mkdir(parents=True)
+    (folder / "finetuned.json").write_text('{"job_id": "units-1", "base_model": "org/Model"}')
+    ledger.add(job("units-1", State.FINISHED, **DONE))
+    ledger.add(job("other-1", State.FINISHED, **DONE))
+    server = web()
+    assert server.json("/api/jobs/units-1")["base_model"] == "org/Model"
+    assert server.json("/api/jobs/other-1")["base_model"] is None
 
 
 def test_what_no_text_can_hold_is_told_all_the_same(web, ledger):
@@ -396,7 +411,8 @@ def test_a_port_in_use_is_an_error_that_names_the_holder(home):
 def test_the_token_is_taken_by_a_form_and_kept_as_a_cookie_that_no_script_reads(web, home):
     server = web("--host", "0.0.0.0")
     status, headers, _ = server.ask("/", Accept="text/html")
-    assert (status, headers["location"]) == (303, "/login")
+    assert (status, headers["location"]) == (303, "/login?next=%2F")
+    assert server.ask("/jobs/x?with=y", Accept="text/html")[1]["location"] == "/login?next=%2Fjobs%2Fx%3Fwith%3Dy"
     token = home.web_token.read_text().strip()
     assert server.ask("/login", method="POST", body=b"token=wrong")[0] == 401
     assert server.ask("/login", method="POST", body=b"token=" + b"x" * 9999)[0] == 413
@@ -406,6 +422,16 @@ def test_the_token_is_taken_by_a_form_and_kept_as_a_cookie_that_no_script_reads(
     assert "HttpOnly" in cookie
     assert "SameSite=strict" in cookie
     assert server.ask("/", Cookie=cookie.partition(";")[0])[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("wanted", "place"), [("/jobs/x?with=y", "/jobs/x?with=y"), ("//evil.example", "/"), ("x", "/")]
+)
+def test_the_token_leads_to_the_page_that_was_asked_for_and_never_to_another_site(web, home, wanted, place):
+    server = web("--host", "0.0.0.0")
+    path = f"/login?next={quote(wanted, safe='')}"
+    token = home.web_token.read_text().strip()
+    assert server.ask(path, method="POST", body=f"token={token}".encode())[1]["location"] == place
 
 
 def test_an_empty_token_opens_nothing(home):

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -434,13 +435,23 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 def _object(content: bytes, *, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(content)
+        value = json.loads(content, object_pairs_hook=partial(_pairs, where=where))
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"is not JSON: {error}", where=where, remedy="Mend the file; commas are the usual suspects."
         ) from error
     if not isinstance(value, dict):
         raise ConfigError("must hold one JSON object", where=where, remedy='It begins with "{" and ends with "}".')
+    return value
+
+
+def _pairs(pairs: list[tuple[str, Any]], *, where: str) -> dict[str, Any]:
+    """Make an object; a key that is there twice would silently be the last one."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"{twice} is given twice", where=where, remedy="Keep one of them.")
     return value
 
 

@@ -27,7 +27,7 @@ def test_a_dropped_file_is_checked_confirmed_and_its_bar_moves_without_reloading
     file = write_jsonl(home.root / "staged", chat_rows(60))
     page.evaluate(DROP, ["night.jsonl", file.read_text()])
     page.get_by_text("night.jsonl is usable").wait_for()
-    page.get_by_text("60 rows,").wait_for()
+    page.get_by_text("60 rows of OpenAI chat,").wait_for()
     page.locator("#profile").select_option("fast")
     page.get_by_text("night.jsonl is usable").wait_for()
     page.get_by_text("Settings for this file alone").click()
@@ -113,7 +113,8 @@ def test_a_file_that_is_refused_says_why_and_can_be_thrown_away(visit, home, tin
     page = visit("/drop")
     page.evaluate(DROP, ["bad.jsonl", '{"messages": []}\n'])
     page.get_by_text("bad.jsonl is refused").wait_for()
-    page.get_by_role("button", name="Do not").click()
+    assert page.get_by_role("button", name="Train it").is_disabled()
+    page.get_by_role("button", name="Throw it away").click()
     page.get_by_text("bad.jsonl is not trained").wait_for()
     assert not any(home.uploads.iterdir())
 
@@ -125,3 +126,31 @@ def test_config_is_saved_from_its_page(visit, home):
     page.get_by_role("button", name="Save").click()
     page.get_by_text("config.json is saved").wait_for()
     assert json.loads(home.config_file.read_text())["epochs"] == 5
+
+
+def test_what_is_odd_in_a_file_is_seen_at_once_and_a_held_out_file_comes_with_its_data(visit, home, tiny_model):
+    write_config(home, model=str(tiny_model))
+    page = visit("/drop", fine=False)
+    rows = write_jsonl(home.root / "staged", chat_rows(60)).read_text()
+    spoiled = rows + rows.splitlines()[0] + "\n"
+    page.evaluate(DROP, ["x.eval.jsonl", rows])
+    page.get_by_text("x.eval.jsonl is held-out data by its name").wait_for()
+    both = DROP.replace("([name, text])", "(files)").replace(
+        "data.items.add(new File([text], name));",
+        "for (const [name, text] of files) data.items.add(new File([text], name));",
+    )
+    page.evaluate(both, [["x.eval.jsonl", rows], ["x.jsonl", spoiled]])
+    page.get_by_text("x.jsonl is usable").wait_for()
+    page.get_by_text("held out: 60 rows of x.eval.jsonl").wait_for()
+    page.locator("#report li", has_text="exact_duplicates: 1 row").get_by_text("Take the copies out").wait_for()
+    page.get_by_text("Settings for this file alone").click()
+    page.locator('[name="epochs"]').fill("-1")
+    page.get_by_role("button", name="Check again").click()
+    page.get_by_text("epochs: Input should be greater than 0").wait_for()
+    page.locator('[name="epochs"]').fill("1")
+    page.get_by_role("button", name="Check again").click()
+    page.get_by_text(", 1 epoch").wait_for()
+    assert page.locator("#said").is_hidden()  # what was wrong is not said any longer
+    page.get_by_role("button", name="Train it").click()
+    page.get_by_text("x.jsonl is in the inbox").wait_for()
+    assert (home.inbox / "x.eval.jsonl").exists()

@@ -12,13 +12,14 @@ from finetuned.attempts import began, ended
 from finetuned.events import Ending, Event, EventType
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import Ledger
+from fixtures_web import WebServer
 
 SETTINGS = {"model": "smollm2-135m", "epochs": 2.0, "seed": 42}
 PAGES = {  # and what is there once a page is drawn
     "/": "#loss .main-svg",
     "/drop": "#file",
     "/history": "tbody tr",
-    "/config": "tbody tr",
+    "/config": "tbody td",
     "/jobs/units-1": "#loss .main-svg",
     "/jobs/units-1?with=night-1": "#loss .main-svg",
 }
@@ -99,6 +100,13 @@ def test_the_page_now_follows_the_job_without_reloading(visit, ledger):
     assert page.evaluate("window.stillHere")
 
 
+def test_a_file_that_was_trained_before_says_so(visit, ledger):
+    done = {"outcome": Outcome.SUCCEEDED, "finished_at": 1_795_000_300.0}
+    ledger.add(job("again-1", State.FINISHED, adapter="night", duplicate_of="night-1", **done))
+    for path in ("/", "/history"):
+        visit(path).get_by_text("night, trained before as night-1").wait_for()
+
+
 def test_buttons_give_orders(visit, ledger):
     page = visit("/")
     page.locator('[data-job="second-1"] [data-verb="first"]').click()
@@ -163,7 +171,41 @@ def test_no_more_than_five_jobs_are_laid_over_one_another(visit, ledger):
     page.get_by_text("5 jobs are all that a chart holds").wait_for()
     assert page.evaluate("document.querySelector('#learning_rate').data.length") == 5
     page.get_by_role("button", name="Alone").click()
+    assert "with=" not in page.url
     eventually(lambda: page.evaluate("document.querySelector('#learning_rate').data.length") == 1)
+
+
+def test_a_job_that_there_is_not_is_not_compared(visit, ledger):
+    page = visit("/jobs/units-1", fine=False)
+    page.locator("#other").fill("nobody")
+    page.get_by_role("button", name="Add").click()
+    page.get_by_text("There is no job nobody.").wait_for()
+    assert "nobody" not in page.url
+
+
+def test_a_page_says_when_the_control_centre_is_gone_and_when_it_is_back(visit, ledger, server, home):
+    page = visit("/", fine=False)
+    page.locator("#loss .main-svg").first.wait_for()
+    server.stop()
+    page.get_by_text("The control centre does not answer").wait_for()
+    again = WebServer(home, "--port", str(server.port))
+    try:
+        page.locator("#lost").wait_for(state="hidden")
+    finally:
+        again.stop()
+
+
+def test_on_a_telephone_the_cells_of_a_table_stand_below_one_another(visit, ledger):
+    page = visit("/config", width=390)
+    row = page.locator("tr", has_text="lora_alpha").last
+    assert row.locator("td").last.bounding_box()["width"] > 300
+    answers = visit("/jobs/units-1", width=390).locator("#predictions td")
+    answers.nth(1).wait_for()
+    assert answers.nth(1).bounding_box()["y"] > answers.nth(0).bounding_box()["y"]
+    history = visit("/history", width=390)
+    history.locator("tr", has_text="units-1.jsonl").get_by_text("training").wait_for()
+    ends = [cell["x"] + cell["width"] for one in history.locator("tbody td").all() if (cell := one.bounding_box())]
+    assert max(ends) <= 390
 
 
 def test_a_curve_that_grows_all_night_is_thinned_again_and_a_step_done_again_counts_anew(visit, ledger):
@@ -209,6 +251,8 @@ def test_the_token_is_given_once_in_the_browser(visit, server, home, ledger):
     page.get_by_text("This is not it.").wait_for()
     page.locator("[name=token]").fill(home.web_token.read_text())
     page.get_by_role("button", name="Go on").click()
+    page.locator("tbody a", has_text="units-1.jsonl").wait_for()  # the page that was asked for
+    page.goto(server.address)
     page.get_by_text("units-1.jsonl: step 120 of 300").wait_for()
     page.get_by_role("button", name="Pause the queue").click()
     page.get_by_text("Asked for: pause").wait_for()

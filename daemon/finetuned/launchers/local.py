@@ -139,14 +139,14 @@ def trainer_environment(gpu: str | None) -> tuple[dict[str, str], str]:
     }
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen:
-        return quiet, f"GPU {chosen}, as CUDA_VISIBLE_DEVICES says"
+        return quiet, f"on GPU {chosen}, as CUDA_VISIBLE_DEVICES says"
     if gpu is not None and chosen is None:
-        return {**quiet, "CUDA_VISIBLE_DEVICES": gpu}, f"GPU {gpu}"
+        return {**quiet, "CUDA_VISIBLE_DEVICES": gpu}, f"on GPU {gpu}"
     library = find_jemalloc()
     if library is None:
-        return quiet, "no GPU; glibc's allocator (with libjemalloc2 more memory would come back after an out-of-memory)"
+        return quiet, "on the CPU, with glibc's allocator (libjemalloc2 gives more memory back after an out-of-memory)"
     preload = " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
-    return {**quiet, **_JEMALLOC, "LD_PRELOAD": preload}, "no GPU; jemalloc, which can give freed memory back"
+    return {**quiet, **_JEMALLOC, "LD_PRELOAD": preload}, "on the CPU, with jemalloc, which gives freed memory back"
 
 
 @cache

@@ -243,6 +243,7 @@ class Training:
     def prepare(self) -> None:
         """Evaluate once to have a "before", and find out what does not fit before hours have gone into it."""
         if self.done == 0:
+            self.task.say.phase("evaluating", "evaluating before the first step")
             self._evaluate(measure=True, ask=True)
         else:
             self._evaluate_where_due()

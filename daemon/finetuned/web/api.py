@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from finetuned.adapters import read_story
 from finetuned.attempts import TOLD, timeline
 from finetuned.control import order
 from finetuned.events import EventType
@@ -27,7 +28,7 @@ from finetuned.web.reading import look, newest_gpus
 from finetuned.web.records import STATUSES, job_record
 from finetuned.web.replies import Json, Refused, job_of, number
 from finetuned.web.stream import job_events, now_events
-from finetuned.web.zipped import zipped
+from finetuned.web.zipped import adapter_of, zipped
 
 _MOST = 200  # jobs a page
 _JOB_VERBS = (Verb.CANCEL, Verb.RETRY, Verb.FIRST, Verb.LAST, Verb.BEFORE)
@@ -91,6 +92,8 @@ def job(request: Request) -> Response:
     """Give one job, with its data report, plan, benchmark and result."""
     with job_in(request) as (ledger, found):
         record = {**job_record(found, now=time.time()), **_story(ledger, found)}
+        folder = adapter_of(home_of(request), found)
+        record["base_model"] = folder and (read_story(folder).get("base_model") or record["model"])
         plan, epochs = record["plan"] or {}, found.progress.get("epoch")
         if "tokens" in plan and epochs is not None:
             record["trained_tokens"] = round(plan["tokens"] * epochs)

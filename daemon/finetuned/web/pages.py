@@ -104,8 +104,9 @@ async def tell(request: Request, error: Exception) -> Response:
 
 async def login(request: Request) -> Response:
     """Ask for the token, and keep it as a cookie that no script and no other site can use."""
+    wanted = request.query_params.get("next", "/")
     if request.method != "POST":
-        return page(request, "login.html", wrong=False)
+        return page(request, "login.html", wrong=False, wanted=wanted)
     body = b""
     async for piece in request.stream():
         body += piece
@@ -113,8 +114,8 @@ async def login(request: Request) -> Response:
             raise Refused(413, "no token is as long")
     given = parse_qs(body.decode("utf-8", "replace")).get("token", [""])[0].strip()
     if not is_token(given, request.app.state.token or ""):
-        return page(request, "login.html", status=401, wrong=True)
-    answer = RedirectResponse("/", 303)
+        return page(request, "login.html", status=401, wrong=True, wanted=wanted)
+    answer = RedirectResponse(wanted if re.match(r"/(?![/\\])", wanted) else "/", 303)  # no other site's page
     answer.set_cookie(COOKIE, given, max_age=365 * 86400, httponly=True, samesite="strict")
     return answer
 

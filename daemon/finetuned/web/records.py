@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from finetuned.errors import FinetunedError
 from finetuned.events import Event
 from finetuned.home import printable
 from finetuned.jobs import Job, Outcome, State
@@ -49,6 +50,7 @@ def job_record(job: Job, *, now: float | None = None) -> dict[str, Any]:
         "metadata": None,
         # ours
         "started_at": job.started_at,
+        "seconds": job.finished_at - job.started_at if job.started_at and job.finished_at else None,
         "profile": job.profile or None,
         "priority": job.priority,
         "attempt": job.attempt,
@@ -73,7 +75,7 @@ def _error(job: Job) -> dict[str, Any] | None:
         return None
     return {
         "code": job.reason.get("code"),
-        "message": " ".join(filter(None, (job.reason.get("what"), job.reason.get("remedy")))),
+        "message": FinetunedError(job.reason.get("what") or "", remedy=job.reason.get("remedy") or "").sentence(),
         "param": job.reason.get("where") or None,
     }
 

@@ -116,4 +116,4 @@ def job_of(request: Request, ledger: Ledger | None, job_id: str | None = None) -
             return ledger.job(name)
         except KeyError:
             pass
-    raise Refused(404, "there is no such job", code="not_found")
+    raise Refused(404, "there is no such job", code="not_found", remedy="The page History has them all.")

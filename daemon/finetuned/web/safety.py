@@ -11,7 +11,7 @@ import ipaddress
 import socket
 from contextlib import suppress
 from http.cookies import CookieError, SimpleCookie
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import RedirectResponse, Response
@@ -90,7 +90,7 @@ class Guarded:
             if is_token(_given(headers), self._token):
                 return None
             if "text/html" in headers.get("accept", ""):
-                return RedirectResponse("/login", 303)
+                return RedirectResponse(f"/login?{urlencode({'next': _wanted(scope)})}", 303)
             return _no(
                 401, "no_token", "a token is needed", "It is in .finetuned/web-token; send Authorization: Bearer."
             )
@@ -126,6 +126,11 @@ def _given(headers: Headers) -> str:
     except CookieError:
         return ""
     return cookie.value if cookie else ""
+
+
+def _wanted(scope: Scope) -> str:
+    query = scope["query_string"].decode("latin-1")
+    return f"{scope['path']}?{query}" if query else str(scope["path"])
 
 
 def _no(status: int, code: str, message: str, remedy: str = "") -> Response:

@@ -48,7 +48,18 @@ async def save(request: Request) -> Response:
             remedy="Change them in config.json itself.",
         )
     write_file(file, content, mode=stat.S_IMODE(file.stat().st_mode))
-    return Json({"said": "config.json is saved; the next job uses it", "version": version_of(content)})
+    said = f"config.json is saved; the next job uses it{_moves(_known(before), wanted)}"
+    return Json({"said": said, "version": version_of(content)})
+
+
+def _moves(before: Config, wanted: Config) -> str:
+    """Say what becomes of the control centre, where it is the daemon's."""
+    if before.web == wanted.web:
+        return ""
+    if not wanted.web.enabled:
+        return ". The daemon's control centre ends, as web.enabled is false"
+    host = wanted.web.host
+    return f". The daemon's control centre moves to http://{f'[{host}]' if ':' in host else host}:{wanted.web.port}/"
 
 
 def _programs(config: Config) -> list[Any]:

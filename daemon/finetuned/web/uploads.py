@@ -46,7 +46,13 @@ _checking = asyncio.Semaphore(1)  # a check may take a gigabyte
 async def upload(request: Request) -> Response:
     """Take the request's body as the file `name`; 201 with the number under which it waits."""
     name = _name(request)
-    if is_held_out(name) or not is_data(name):
+    if is_held_out(name):
+        raise Refused(
+            400,
+            f"{name} is held-out data by its name",
+            remedy="Send the file that is to be trained on first, or rename it.",
+        )
+    if not is_data(name):
         raise Refused(400, f"{name} is not a training file", remedy=f"finetuned takes {', '.join(EXTENSIONS)}.")
     home = home_of(request)
     await asyncio.to_thread(forget_old, home)

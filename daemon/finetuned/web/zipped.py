@@ -17,11 +17,18 @@ from finetuned.web.replies import Refused
 _PIECE = 2**20  # bytes
 
 
-def zipped(home: Home, job: Job) -> Response:
-    """Answer with the adapter of a job. Raises Refused if there is none."""
+def adapter_of(home: Home, job: Job) -> Path | None:
+    """Give the folder of a job's adapter; None if there is none, or none any more."""
     folder = home.adapters / Path(job.adapter or "").name
     whose = job.duplicate_of or job.id
-    if job.outcome is not Outcome.SUCCEEDED or not job.adapter or not belongs_to(folder, whose):
+    there = job.outcome is Outcome.SUCCEEDED and job.adapter and belongs_to(folder, whose)
+    return folder if there else None
+
+
+def zipped(home: Home, job: Job) -> Response:
+    """Answer with the adapter of a job. Raises Refused if there is none."""
+    folder = adapter_of(home, job)
+    if folder is None:
         raise Refused(404, "this job has no adapter in adapters/", code="not_found")
     headers = {"Content-Disposition": f'attachment; filename="{folder.name}.zip"'}
     return StreamingResponse(_pieces(folder), media_type="application/zip", headers=headers)

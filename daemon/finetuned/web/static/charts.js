@@ -29,6 +29,7 @@ function layout(title, more) {
 export function draw(node, title, traces, more = {}) {
   if (!window.Plotly || !traces.some((trace) => trace.x.length)) return;
   node.classList.add("drawn");
+  node.closest("section").classList.add("drawn");
   drawn.set(node, [title, traces, more]);
   window.Plotly.react(node, traces, layout(title, more), { displayModeBar: false, responsive: true });
 }
@@ -38,7 +39,7 @@ dark.addEventListener("change", () => {
 });
 
 const line = (curve, name, number, more = {}) => ({
-  x: curve.step, y: curve.value, name, type: "scatter", mode: "lines", line: { color: COLOURS[number % COLOURS.length], width: 1.5 }, ...more,
+  x: curve.step, y: curve.value, name, type: "scatter", mode: curve.step.length < 2 ? "markers" : "lines", line: { color: COLOURS[number % COLOURS.length], width: 1.5 }, ...more,
 });
 
 const LEGEND = { showlegend: true, legend: { orientation: "h", y: -0.15 } };
@@ -62,15 +63,17 @@ export class JobCharts {
     this.waiting = null;
   }
 
+  // Whether there is such a job.
   async load(job) {
-    if (this.coming.has(job)) return;
+    if (this.coming.has(job)) return true;
     this.coming.set(job, []);
     const answer = await ask(`/api/jobs/${encodeURIComponent(job)}/curves`);
     const missed = this.coming.get(job);
     this.coming.delete(job);
-    if (!answer) return;
+    if (!answer) return false;
     this.set(job, answer.curves);
     for (const figures of missed) this.add(job, figures);
+    return true;
   }
 
   set(job, curves) {

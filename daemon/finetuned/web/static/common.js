@@ -13,12 +13,17 @@ export function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-export function say(text, bad = false) {
+// A sentence at the top, where it is seen however far down the page is; `more` may hold links.
+export function say(text, bad = false, ...more) {
   const place = $("#said");
-  place.textContent = text;
+  const close = element("button", { type: "button", class: "close", "aria-label": "Close", onclick: () => say("") }, "×");
+  place.replaceChildren(close, text, ...more);
   place.hidden = !text;
   place.className = bad ? "bad" : "";
 }
+
+// An error as a text; some sentences hold their remedy already.
+export const told = ({ message, remedy }) => (remedy && !message.endsWith(remedy) ? `${message}\n${remedy}` : message);
 
 // Ask the server; an error becomes a sentence on the page, and undefined.
 export async function ask(path, options) {
@@ -26,7 +31,7 @@ export async function ask(path, options) {
     const answer = await fetch(path, options);
     const content = await answer.json();
     if (answer.ok) return content;
-    say([content.error.message, content.error.remedy].filter(Boolean).join("\n"), true);
+    say(told(content.error), true);
   } catch (error) {
     say(`The server does not answer: ${error.message}`, true);
   }
@@ -45,6 +50,19 @@ export function renew(place, facts, make) {
   if (shown.get(place) === told) return;
   shown.set(place, told);
   place.replaceChildren(...make());
+}
+
+// Streams that broke off: what the page shows may be old then, and says so unless they are back in a moment.
+const lost = new Set();
+let waited = null;
+function reached(path, well) {
+  if (well) lost.delete(path);
+  else lost.add(path);
+  if (!lost.size) $("#lost").hidden = true;
+  else waited ??= setTimeout(() => {
+    waited = null;
+    $("#lost").hidden = !lost.size;
+  }, 2000);
 }
 
 // Follow a stream while the page is looked at; one that comes back goes on behind the last number it saw.
@@ -67,7 +85,9 @@ export function listen(path, handlers) {
       });
     }
     source.addEventListener("end", close);
+    source.addEventListener("open", () => reached(path, true));
     source.addEventListener("error", () => {
+      reached(path, false);
       if (source?.readyState === EventSource.CLOSED) {
         source = null;
         setTimeout(open, 2000);
@@ -77,6 +97,7 @@ export function listen(path, handlers) {
   const shut = () => {
     source?.close();
     source = null;
+    reached(path, true);
   };
   const looked = () => (document.hidden ? shut() : open());
   function close() {
@@ -99,7 +120,19 @@ export function duration(seconds) {
 export const time = (seconds) => new Date(seconds * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 export const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
 export const moment = (seconds) => new Date(seconds * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
-export const bytes = (count) => (count >= 2 ** 30 ? `${(count / 2 ** 30).toFixed(1)} GiB` : `${(count / 2 ** 20).toFixed(1)} MiB`);
+export function bytes(count) {
+  const units = ["bytes", "KiB", "MiB", "GiB"];
+  const unit = Math.min(Math.floor(Math.log2(Math.max(count, 1)) / 10), 3);
+  return `${unit ? (count / 2 ** (10 * unit)).toFixed(1) : count} ${units[unit]}`;
+}
+// What came of a job: why there is nothing, or its adapter.
+export const resultOf = (job) => job.error?.message ?? [job.fine_tuned_model, job.duplicate_of && `trained before as ${job.duplicate_of}`].filter(Boolean).join(", ");
+export const LOSSES = { train_loss: "training loss", valid_loss: "held-out loss" };
+// The held-out loss if there is one: [words, figure].
+export function lossOf({ valid_loss: held, train_loss: trained }) {
+  return held != null ? [LOSSES.valid_loss, held.toFixed(4)] : trained != null ? [LOSSES.train_loss, trained.toFixed(4)] : null;
+}
+export const counted = (number, noun) => `${number.toLocaleString()} ${noun}${number === 1 ? "" : "s"}`;
 export const badge = (status) => element("span", { class: `badge ${status}` }, status.replaceAll("_", " "));
 export const jobLink = (id, text = id) => element("a", { draggable: "false", href: `/jobs/${encodeURIComponent(id)}` }, text);
 export const orderButton = (id, verb, text) =>
@@ -121,6 +154,12 @@ export function append(log, line, most = 500) {
   log.append(line);
   while (log.childElementCount > most) log.firstElementChild.remove();
   if (atEnd) log.scrollTop = log.scrollHeight;
+}
+
+// Where a page is narrow its cells stand below one another; each is named then.
+export function headed(head, row) {
+  [...row.cells].forEach((cell, place) => cell.setAttribute("data-head", head[place]));
+  return row;
 }
 
 // A table of an object, tables within it for objects.

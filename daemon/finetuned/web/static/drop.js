@@ -1,6 +1,7 @@
 // The page Drop: send a file, read what the check says of it, then let it be trained.
 
-import { $, ask, element, say, table } from "./common.js";
+import { $, ask, counted, duration, element, say, told } from "./common.js";
+import { figures, findings, sample } from "./report.js";
 
 let waiting = null; // the file that was sent: {id, file, bytes}
 
@@ -22,7 +23,7 @@ function send(path, file) {
       } catch {
         answer = { error: { message: "The upload broke off: the server is gone, or there is no room for the file on its disk." } };
       }
-      if (answer.error) say([answer.error.message, answer.error.remedy].filter(Boolean).join("\n"), true);
+      if (answer.error) say(told(answer.error), true);
       done(answer.error ? undefined : answer);
     });
     $("#uploading").textContent = `sending ${file.name}`;
@@ -32,7 +33,18 @@ function send(path, file) {
   });
 }
 
-async function take(file) {
+const isHeldOut = (file) => /\.eval\.(jsonl(\.gz|\.zst)?|json)$/i.test(file.name);
+
+// Of files that are dropped together one is the data, and one may be its held-out rows.
+async function takeAll(files) {
+  const held_out = files.find(isHeldOut);
+  const data = files.filter((file) => !isHeldOut(file));
+  if (!data.length && waiting) await hold(held_out);
+  else await take(data[0] ?? held_out, data.length ? held_out : null);
+  if (data.length > 1) say(`One file at a time: of these ${data.length} it is ${data[0].name}.`, true);
+}
+
+async function take(file, held_out) {
   if (!file) return;
   say("");
   const answer = await send("/api/drops", file);
@@ -42,37 +54,59 @@ async function take(file) {
   $("#name").textContent = answer.file;
   $("#held-out").value = "";
   $("#choices").hidden = false;
+  if (held_out) await hold(held_out);
+  else check();
+}
+
+async function hold(file) {
+  if (!file) return;
+  await send(`/api/drops/${waiting.id}/eval`, file);
   check();
 }
 
 let turn = 0;
+let wrong = false; // whether what is said at the top is of the last check
 async function check() {
   const mine = (turn += 1);
   $("#report-section").hidden = false;
   $("#verdict").textContent = "checking ...";
   $("#report").replaceChildren(element("progress", { "aria-label": "checking" }));
+  $("#confirm").disabled = false;
   const chosen = { profile: $("#profile").value, settings: settings() };
   const facts = await ask(`/api/drops/${waiting.id}/check`, { method: "POST", body: JSON.stringify(chosen) });
   if (mine !== turn) return;
   $("#report").replaceChildren();
-  $("#verdict").textContent = facts ? (facts.verdict === "usable" ? `${facts.file} is usable` : `${facts.file} is refused`) : "not checked";
-  if (facts) $("#report").replaceChildren(...report(facts));
+  $("#verdict").textContent = facts ? (facts.verdict === "usable" ? `${facts.file} is usable` : `${facts.file} is refused`) : "Not checked: mend what is said above, and check again";
+  if (wrong && facts) say("");
+  wrong = !facts;
+  if (!facts) return;
+  $("#confirm").disabled = facts.verdict !== "usable"; // it would fail; other settings may change that
+  $("#report").replaceChildren(...report(facts));
+}
+
+// What it says of the kinds of errors stands in the report below.
+function refusal({ reason: { where, what, remedy }, errors }) {
+  const said = `${where ? `${where}: ` : ""}${Object.keys(errors ?? {}).length ? what.replace(/:\n[^]*$/, "") : what}`;
+  return element("p", { class: "bad" }, `${said.replace(/\.$/, "")}. ${remedy}`);
 }
 
 function report(facts) {
   const shown = [];
-  if (facts.reason) shown.push(element("p", { class: "bad" }, [facts.reason.where, facts.reason.what, facts.reason.remedy].filter(Boolean).join(". ")));
+  if (facts.reason) shown.push(refusal(facts));
   if (facts.unchecked) shown.push(element("p", { class: "quiet" }, facts.unchecked));
   if (facts.training) {
-    const { rows, tokens, supervised, steps, epochs } = facts.training;
-    shown.push(element("p", {}, `${rows} rows, ${tokens} tokens of which ${supervised} are learned, ${steps} steps, ${epochs} epochs`));
+    const { rows, tokens, supervised, steps, rows_a_step: each, epochs } = facts.training;
+    const share = tokens ? ` (${((100 * supervised) / tokens).toFixed(1)}%)` : "";
+    const left = facts.bad_rows ? ` (${facts.bad_rows.toLocaleString()} bad ${facts.bad_rows === 1 ? "one is" : "ones are"} left out)` : "";
+    const lines = [
+      `${counted(rows, "row")}${facts.format ? ` of ${facts.format}` : ""}${left}, ${counted(tokens, "token")} of which ${supervised.toLocaleString()}${share} are learned`,
+      `${counted(steps, "step")} of ${counted(each, "row")}, ${counted(epochs, "epoch")}`,
+    ];
+    if (facts.held_out) lines.push(`held out: ${counted(facts.held_out.rows, "row")} of ${facts.held_out.file}`);
+    if (facts.estimate) lines.push(`about ${duration(60 * facts.estimate.minutes)}, as ${facts.estimate.jobs === 1 ? "the earlier job" : `${facts.estimate.jobs} earlier jobs`} of this model`);
+    shown.push(...lines.map((line) => element("p", {}, line)));
   }
-  if (facts.sample?.pieces) {
-    const pieces = facts.sample.pieces.map(([text, learned]) => (learned ? element("mark", {}, text) : text));
-    shown.push(element("p", { class: "quiet" }, `line ${facts.sample.line} as the model sees it; what is learned is marked`), element("pre", {}, ...pieces));
-  }
-  const { sample, reason, training, ...rest } = facts;
-  shown.push(element("details", {}, element("summary", {}, "The whole report"), element("div", { class: "wide" }, table(rest))));
+  shown.push(...findings(facts), ...sample(facts), element("details", {}, element("summary", {}, "The whole report"), figures(facts)));
   return shown;
 }
 
@@ -99,9 +133,10 @@ function clear() {
 $("#file").addEventListener("change", () => take($("#file").files[0]));
 $("#again").addEventListener("click", check);
 $("#profile").addEventListener("change", check);
-$("#held-out").addEventListener("change", async () => {
-  if ($("#held-out").files[0] && (await send(`/api/drops/${waiting.id}/eval`, $("#held-out").files[0]))) check();
+$("#settings").addEventListener("change", () => {
+  $("#confirm").disabled = false;
 });
+$("#held-out").addEventListener("change", () => hold($("#held-out").files[0]));
 $("#confirm").addEventListener("click", async () => {
   const chosen = { profile: $("#profile").value, settings: settings() };
   $("#confirm").disabled = true;
@@ -109,7 +144,7 @@ $("#confirm").addEventListener("click", async () => {
   $("#confirm").disabled = false;
   if (!answer) return;
   clear();
-  say(`${answer.said}; the page Now shows it.`);
+  say(`${answer.said}; `, false, element("a", { href: "/" }, "the page Now"), " shows it.");
 });
 $("#forget").addEventListener("click", async () => {
   const answer = await ask(`/api/drops/${waiting.id}`, { method: "DELETE" });
@@ -128,5 +163,5 @@ document.addEventListener("dragleave", (event) => {
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   $("#target").classList.remove("over");
-  take(event.dataTransfer.files[0]);
+  takeAll([...event.dataTransfer.files]);
 });

@@ -1,23 +1,24 @@
 // The page History: every job, a page at a time; the address keeps what is asked for.
 
-import { $, ask, badge, duration, element, jobLink, listen, moment } from "./common.js";
+import { $, ask, badge, duration, element, headed, jobLink, listen, lossOf, moment, resultOf } from "./common.js";
 
 const PAGE = 50;
 const wanted = new URLSearchParams(location.search);
 const offset = () => Number(wanted.get("offset") ?? 0);
 
+const HEAD = [...document.querySelectorAll("#jobs th")].map((cell) => cell.textContent.trim());
+
 function row(job) {
-  const loss = job.progress.valid_loss ?? job.progress.train_loss;
-  const took = job.started_at && job.finished_at ? duration(job.finished_at - job.started_at) : "";
-  return element("tr", {},
+  const [kind, loss] = lossOf(job.progress) ?? ["", ""];
+  return headed(HEAD, element("tr", {},
     element("td", {}, jobLink(job.id, job.training_file)),
     element("td", {}, badge(job.status)),
     element("td", {}, moment(job.created_at)),
     element("td", {}, job.finished_at ? moment(job.finished_at) : ""),
-    element("td", { class: "number" }, took),
-    element("td", { class: "number" }, loss == null ? "" : loss.toFixed(4)),
+    element("td", { class: "number" }, job.seconds == null ? "" : duration(job.seconds)),
+    element("td", { class: "number" }, loss, kind ? element("small", {}, ` ${kind.replace(" loss", "")}`) : null),
     element("td", {}, job.profile ?? ""),
-    element("td", {}, job.error?.message ?? job.fine_tuned_model ?? ""));
+    element("td", {}, resultOf(job))));
 }
 
 let turn = 0;
@@ -29,7 +30,7 @@ async function show() {
   if (!answer || mine !== turn) return;
   $("#jobs tbody").replaceChildren(...answer.data.map(row));
   const from = offset();
-  $("#where").textContent = answer.total ? `${from + 1} to ${from + answer.data.length} of ${answer.total.toLocaleString()}` : "none";
+  $("#where").textContent = answer.total ? `${from + 1} to ${from + answer.data.length} of ${answer.total.toLocaleString()}` : wanted.has("text") || wanted.has("status") ? "No such job." : "No job yet.";
   $("#newer").disabled = from === 0;
   $("#older").disabled = !answer.has_more;
   const sort = wanted.get("sort") ?? "-created_at";

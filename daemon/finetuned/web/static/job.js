@@ -1,7 +1,8 @@
 // The page of one job: everything that is known of it, and it grows while the job runs.
 
-import { $, append, ask, badge, bytes, duration, element, jobLink, listen, logLine, moment, orderButton, renew, rungText, say, table } from "./common.js";
+import { $, append, ask, badge, bytes, duration, element, headed, jobLink, listen, logLine, LOSSES, moment, orderButton, renew, rungText, say, table } from "./common.js";
 import { JobCharts } from "./charts.js";
+import { figures, findings, sample } from "./report.js";
 
 const MOST = 5; // jobs in one chart
 const COLUMNS = 12; // steps in the table of answers
@@ -10,14 +11,17 @@ const path = `/api/jobs/${encodeURIComponent(id)}`;
 const charts = new JobCharts();
 const compared = new Set(new URLSearchParams(location.search).getAll("with").filter((other) => other !== id).slice(0, MOST - 1));
 
+const shell = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`);
+
 function summary(job) {
-  const took = job.started_at ? duration((job.finished_at ?? Date.now() / 1000) - job.started_at) : null;
-  const loss = ["train_loss", "valid_loss"].filter((name) => job.progress[name] != null).map((name) => `${name.replace("_", " ")} ${job.progress[name].toFixed(4)}`);
+  const runs = job.status === "running" && job.started_at;
+  const took = runs ? `, for ${duration(Date.now() / 1000 - job.started_at)}` : job.seconds == null ? "" : `, took ${duration(job.seconds)}`;
+  const loss = Object.entries(LOSSES).filter(([name]) => job.progress[name] != null).map(([name, words]) => `${words} ${job.progress[name].toFixed(4)}`);
   const facts = [
     `${job.training_file} (${bytes(job.bytes)})${job.validation_file ? `, held out: ${job.validation_file}` : ""}${job.profile ? `, profile ${job.profile}` : ""}`,
-    `${job.model}, dropped ${moment(job.created_at)}${took ? `, took ${took}` : ""}, attempt ${job.attempt}`,
-    [`step ${job.progress.step ?? 0} of ${job.progress.total_steps ?? "?"}`, ...loss].join(", "),
+    `${job.model}, dropped ${moment(job.created_at)}${took}${job.attempt ? `, attempt ${job.attempt}` : ""}`,
   ];
+  if (job.progress.total_steps) facts.push([`step ${job.progress.step ?? 0} of ${job.progress.total_steps}`, ...loss].join(", "));
   const lines = facts.map((text) => element("p", {}, text));
   if (job.duplicate_of) lines.push(element("p", {}, "trained before as ", jobLink(job.duplicate_of)));
   if (job.error) lines.push(element("p", { class: "bad" }, [job.error.param, job.error.message].filter(Boolean).join(": ")));
@@ -31,13 +35,20 @@ function adapter(job) {
   $("#adapter").hidden = !job.fine_tuned_model;
   if (!job.fine_tuned_model) return;
   $("#download").href = `${path}/adapter.zip`;
-  const base = job.model;
-  $("#load").textContent = [
-    "from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
-    `model = AutoModelForCausalLM.from_pretrained(${JSON.stringify(base)})`,
-    `model = PeftModel.from_pretrained(model, ${JSON.stringify(`adapters/${job.fine_tuned_model}`)})`, "",
-    "# or", `vllm serve ${base} --enable-lora --lora-modules ${job.fine_tuned_model}=adapters/${job.fine_tuned_model}`,
-  ].join("\n");
+  $("#download").hidden = !job.base_model;
+  const base = job.base_model;
+  const folder = `${$("#job").dataset.base}/adapters/${job.fine_tuned_model}`;
+  if (!base) $("#load").textContent = `${folder} is not there any more`;
+  else if (job.plan?.method === "full") {
+    $("#load").textContent = ["# a whole model:", "from transformers import AutoModelForCausalLM", "",
+      `model = AutoModelForCausalLM.from_pretrained(${JSON.stringify(folder)})`, "",
+      "# or, in a shell:", `vllm serve ${shell(folder)}`].join("\n");
+  } else {
+    $("#load").textContent = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM", "",
+      `model = AutoModelForCausalLM.from_pretrained(${JSON.stringify(base)})`,
+      `model = PeftModel.from_pretrained(model, ${JSON.stringify(folder)})`, "",
+      "# or, in a shell:", `vllm serve ${shell(base)} --enable-lora --lora-modules ${shell(`${job.fine_tuned_model}=${folder}`)}`].join("\n");
+  }
 }
 
 // A row an attempt, and one for each rung that it climbed down.
@@ -53,7 +64,7 @@ function timeline(job) {
       element("td", { class: "number" }, row.step ?? ""), element("td", {}, rungText(row.rung)), element("td", {}, changed.join("\n")));
   });
   $("#timeline-section").hidden = !rows.length;
-  renew($("#timeline"), [job.timeline, job.status], () => [element("tr", {}, ...head.map((text) => element("th", {}, text))), ...rows]);
+  renew($("#timeline"), [job.timeline, job.status], () => [element("tr", {}, ...head.map((text) => element("th", {}, text))), ...rows.map((row) => headed(head, row))]);
 }
 
 // A row a model; words and intervals come from the API as people read them.
@@ -78,7 +89,9 @@ async function show() {
   adapter(job);
   benchmark(job.benchmark);
   $("#settings").replaceChildren(table(job.hyperparameters));
-  for (const name of ["data_report", "plan"]) $(`#${name}`).replaceChildren(job[name] ? table(job[name]) : "not there yet");
+  const report = job.data_report;
+  $("#data_report").replaceChildren(...(report ? [...findings(report), ...sample(report), figures(report)] : ["not there yet"]));
+  $("#plan").replaceChildren(job.plan ? table(job.plan) : "not there yet");
 }
 
 // A row a question, a column a step; an answer that differs from the one before is marked.
@@ -101,20 +114,23 @@ async function predictions() {
     });
     return element("tr", {}, element("td", {}, answers[0].prompt), element("td", {}, answers[0].expected), ...cells);
   });
-  $("#predictions").replaceChildren(element("tr", {}, ...head.map((text) => element("th", {}, text))), ...rows);
+  $("#predictions").replaceChildren(element("tr", {}, ...head.map((text) => element("th", {}, text))), ...rows.map((row) => headed(head, row)));
   const exact = (step) => answer.data.filter((one) => one.step === step && one.exact).length;
   const some = steps.length < every.length ? `; ${steps.length} of ${every.length} times are shown` : "";
   $("#score").textContent = `${exact(steps[0])} of ${questions.size} right at first, ${exact(steps.at(-1))} now${some}`;
 }
 
-function compare(other) {
+async function compare(other) {
   if (compared.size >= MOST - 1) {
     say(`${MOST} jobs are all that a chart holds; Alone takes the others out.`, true);
     return;
   }
   compared.add(other);
-  history.replaceState(null, "", `?${[...compared].map((one) => `with=${encodeURIComponent(one)}`).join("&")}`);
-  charts.load(other);
+  if (!(await charts.load(other))) {
+    compared.delete(other);
+    say(`There is no job ${other}.`, true);
+  }
+  history.replaceState(null, "", `${location.pathname}?${[...compared].map((one) => `with=${encodeURIComponent(one)}`).join("&")}`);
 }
 
 $("#compare").addEventListener("submit", (event) => {
@@ -158,7 +174,7 @@ function follow() {
 }
 
 await Promise.all([charts.load(id), predictions(), show()]);
-for (const other of compared) charts.load(other);
+for (const other of compared) charts.load(other).then((there) => there || compared.delete(other));
 follow();
 // Everything is asked for anew when the job has come further, its figures alone are told.
 listen("/api/now/events", {

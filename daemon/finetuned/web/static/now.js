@@ -1,6 +1,6 @@
 // The page Now: renewed by a stream, without reloading.
 
-import { $, append, ask, badge, bytes, clock, duration, element, jobLink, listen, logLine, order, orderButton, renew, rungText } from "./common.js";
+import { $, append, ask, badge, bytes, clock, duration, element, jobLink, listen, logLine, lossOf, order, orderButton, renew, resultOf, rungText } from "./common.js";
 import { drawGpus, JobCharts } from "./charts.js";
 
 let followed = null;
@@ -124,12 +124,12 @@ document.addEventListener("dragend", () => {
 
 function finished(now) {
   renew($("#finished"), now.finished, () => now.finished.map((job) => {
-    const loss = job.progress.valid_loss ?? job.progress.train_loss;
-    const took = job.started_at ? duration(job.finished_at - job.started_at) : "";
-    const said = job.error?.message ?? [loss != null ? `loss ${loss.toFixed(4)}` : "", took].filter(Boolean).join(", ");
+    const took = job.seconds == null ? "" : duration(job.seconds);
+    const said = [resultOf(job), ...(job.error ? [] : [lossOf(job.progress)?.join(" "), took])].filter(Boolean).join(", ");
     const retry = ["failed", "cancelled"].includes(job.status) ? orderButton(job.id, "retry", "Retry") : null;
-    return element("li", { "data-job": job.id }, badge(job.status), element("span", { class: "grow" }, jobLink(job.id), " ", element("small", {}, said)), retry);
+    return element("li", { "data-job": job.id }, badge(job.status), element("span", { class: "grow" }, jobLink(job.id, job.training_file), " ", element("small", {}, said)), retry);
   }));
+  $("#none").hidden = now.finished.length > 0;
 }
 
 function gpus(now) {
