@@ -84,6 +84,18 @@ def test_base_and_adapter_answer_one_after_the_other(adapter, tiny_model, tmp_pa
     assert done.stdout == f"> {QUESTIONS[0]}\n[base]\n{base}\n[adapter]\n{tuned}\n\n"
 
 
+def test_on_a_terminal_base_and_adapter_answer_side_by_side(adapter, tmp_path):
+    master, slave = pty.openpty()
+    words = command(adapter, "--compare", "--max-new-tokens", LENGTH)
+    wide = {**os.environ, "COLUMNS": "80"}
+    said = f"{QUESTIONS[0]}\n"
+    subprocess.run(words, input=said, stdout=slave, text=True, cwd=tmp_path, env=wide, check=True, timeout=120)
+    os.close(slave)
+    shown = os.read(master, 2**16).decode().splitlines()
+    os.close(master)
+    assert f"{'[base]':<38} | [adapter]" in shown
+
+
 def test_a_full_fine_tune_is_compared_with_the_model_that_it_was(tmp_path, tiny_model):
     data = write_jsonl(tmp_path / "data.jsonl", chat_rows(16))
     settings = {"tuning": "full", "learning_rate": 1e-2, "epochs": 2, "system_prompt": None}
@@ -129,7 +141,7 @@ def test_what_begins_with_a_space_after_a_line_s_end_keeps_it(capsys):
     words = ["<unk>", "\u2581def", "\n", "\u2581\u2581", "\u2581x"]
     core = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
     core.decoder = decoders.Metaspace()
-    streamer = _Streamer(PreTrainedTokenizerFast(tokenizer_object=core))
+    streamer = _Streamer(PreTrainedTokenizerFast(tokenizer_object=core), shown=True)
     for tokens in ([0, 0], [1], [2], [3], [4]):
         streamer.put(torch.tensor(tokens))
     streamer.end()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from finetuned.events import ExitCode
 from finetuned.trainer import memory
 from finetuned.trainer.base import find_base, quiet_libraries
 from finetuned.trainer.chat import Renderer
+from finetuned.trainer.columns import LEAST, side_by_side
 from finetuned.trainer.generate import turn_ends
 from finetuned.trainer.merge import base_settings
 from finetuned.trainer.model import load_model
@@ -138,12 +140,15 @@ class Voice:
         self.said.clear()
 
     @torch.no_grad()
-    def answer(self, question: str, interrupts: Interrupts) -> None:
-        """Write the answer to standard output as it comes. Raises what the template or the memory refuses."""
+    def answer(self, question: str, interrupts: Interrupts, *, shown: bool = True) -> str:
+        """Give the answer, and write it to standard output as it comes if it is to be `shown`.
+
+        Raises what the template or the memory refuses.
+        """
         self.said.append(Message("user", question))
         try:
             inputs = self._inputs()
-            streamer = _Streamer(self.tokenizer)
+            streamer = _Streamer(self.tokenizer, shown=shown)
             drawn = self.temperature > 0
             without = self.model.disable_adapter() if self.plain else nullcontext()
             with without, interrupts.heard():
@@ -163,6 +168,7 @@ class Voice:
             self.said.pop()
             raise
         self.said.append(Message("assistant", streamer.text.strip()))
+        return streamer.text.strip()
 
     def _inputs(self) -> Any:
         """Give the chat as tokens; where it is too long for the model the oldest questions are forgotten."""
@@ -185,8 +191,8 @@ class Voice:
 class _Streamer(BaseStreamer):  # type: ignore[misc]
     """Writes an answer as it comes, whole characters only."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, shown: bool) -> None:
+        self._tokenizer, self._shown = tokenizer, shown
         self._prompt_is_next = True
         self._tokens: list[int] = []
         self.text = ""  # of them, as far as it is shown
@@ -204,8 +210,9 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]
     def end(self) -> None:
         """Write what is left."""
         self._show(self._decoded())
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        if self._shown:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
 
     def _decoded(self) -> str:
         """Decode all of it: some tokenizers drop the space that what they decode begins with."""
@@ -215,9 +222,14 @@ class _Streamer(BaseStreamer):  # type: ignore[misc]
     def _show(self, text: str) -> None:
         new = text[len(self.text) :]
         self.text += new
-        letters = sys.stdout.encoding
-        sys.stdout.write(harmless(new).encode(letters, "replace").decode(letters))
-        sys.stdout.flush()
+        if self._shown:
+            sys.stdout.write(_writable(new))
+            sys.stdout.flush()
+
+
+def _writable(text: str) -> str:
+    letters = sys.stdout.encoding
+    return harmless(text).encode(letters, "replace").decode(letters)
 
 
 class Interrupts:
@@ -264,23 +276,29 @@ def _talk(voices: list[Voice]) -> None:
             if live:
                 continue
             click.echo(f"> {harmless(question)}")
-        for voice in voices:
-            if len(voices) > 1:
-                click.secho(f"[{voice.name}]", bold=True)
-            _answer(voice, question, interrupts)
+        width = shutil.get_terminal_size().columns
+        if len(voices) > 1 and sys.stdout.isatty() and width >= LEAST:
+            texts = [f"[{voice.name}]\n{_answer(voice, question, interrupts, shown=False)}" for voice in voices]
+            click.echo("\n".join(side_by_side([_writable(text) for text in texts], width)))
+        else:
+            for voice in voices:
+                if len(voices) > 1:
+                    click.secho(f"[{voice.name}]", bold=True)
+                _answer(voice, question, interrupts)
         click.echo()
 
 
-def _answer(voice: Voice, question: str, interrupts: Interrupts) -> None:
+def _answer(voice: Voice, question: str, interrupts: Interrupts, *, shown: bool = True) -> str:
     """Answer, or say why not. Raises BrokenPipeError."""
     try:
-        voice.answer(question, interrupts)
+        return voice.answer(question, interrupts, shown=shown)
     except BrokenPipeError:
         raise
     except Exception as error:  # noqa: BLE001, templates raise anything; the next question may do
         full = memory.out_of_memory(error) if isinstance(error, RuntimeError | MemoryError) else None
         click.echo(f"no answer: {harmless(full or str(error) or type(error).__name__)}", err=True)
         memory.give_back()
+        return ""
 
 
 def _questions() -> Iterator[str]:
