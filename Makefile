@@ -30,8 +30,9 @@ demo: .venv
 demo-web: .venv
 	$(BIN)/finetuned demo --web
 
+# Three at a time on two cores: many tests wait for a daemon that waits.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist worksteal
 
 # As root, with debootstrap and systemd-container: the units under a real systemd, in a container. The first time it
 # makes a Debian in ~/.cache/finetuned.

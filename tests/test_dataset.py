@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from conftest import chat_rows, write_jsonl
@@ -500,6 +500,10 @@ def test_no_bytes_end_in_anything_but_rows_and_faults_on_their_lines(tmp_path_fa
     numbered = [(number, line) for number, line in enumerate(lines, start=1)]
     if numbered and numbered[0][1].startswith(b"\xef\xbb\xbf"):
         numbered[0] = (1, numbered[0][1][3:])
+    first = numbered[0][1].strip() if numbered else b""
+    assume(
+        not first.startswith(b"[") or first.endswith(b"]")
+    )  # an array over several lines, which has a test of its own
     numbered = [(number, line) for number, line in numbered if line.strip()]
     cut_off = numbered and numbered[-1][0] == len(lines) and not last and not parses(numbered[-1][1])
     if cut_off or not numbered:

@@ -24,6 +24,9 @@ TEXT = {
     "revision": "a branch, tag or commit alone",
     "resume_adapter": "refused",
     "eval_file": "refused",
+    "benchmark": "refused",
+    "teacher": "a hub id alone",
+    "teacher_revision": "a branch, tag or commit alone",
     "system_prompt": "is only shown to the model",
     "target_modules": "is only compared with names",
 }
@@ -47,7 +50,7 @@ def test_every_setting_that_takes_text_is_judged():
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("setting", ["model", "revision", "resume_adapter", "eval_file"])
+@pytest.mark.parametrize("setting", sorted(name for name, why in TEXT.items() if not why.startswith("is only")))
 def test_an_override_names_no_place(setting, place):
     with pytest.raises(ConfigError):
         overridden(**{setting: place})

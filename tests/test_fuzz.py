@@ -207,7 +207,7 @@ def test_the_trainer_gets_every_good_row_of_a_damaged_file_and_no_bad_one(tmp_pa
         with told(seed):
             path = written(tmp_path, make(Random(seed)))
             door = doors[seed % len(doors)]
-            trained += check_door(door, door._tokenizer, path)
+            trained += check_door(door, door.tokenizer, path)
         if seed % 50 == 0:
             for door in doors:
                 shutil.rmtree(door._cache, ignore_errors=True)

@@ -45,13 +45,21 @@ def make(model, tokenizer, tmp_path):
     def one(chosen: TrainingSettings, rows=ROWS) -> Yield:
         told = make_told(one.told)
         return ask_and_keep(
-            model, tokenizer, rows, chosen, seed=1, answers=tmp_path / "answers.jsonl", out=one.out, tell=told
+            model,
+            tokenizer,
+            rows,
+            chosen,
+            seed=1,
+            made_by=one.model,
+            answers=tmp_path / "answers.jsonl",
+            out=one.out,
+            tell=told,
         )
 
     def make_told(counts: list[int]):
         return lambda made, _: counts.append(made)
 
-    one.out, one.told, one.answers = tmp_path / "kept.jsonl", [], tmp_path / "answers.jsonl"
+    one.out, one.told, one.answers, one.model = tmp_path / "kept.jsonl", [], tmp_path / "answers.jsonl", "tiny"
     return one
 
 
@@ -93,6 +101,32 @@ def test_after_a_kill_no_answer_is_asked_for_twice(make):
     make.answers.write_bytes(b"".join(lines))
     assert make(settings()) == whole
     assert make.out.read_bytes() == kept
+
+
+def test_what_another_model_answered_or_at_another_temperature_is_asked_anew(make):
+    make(settings())
+    for made_by, temperature in (("another", 1.0), ("tiny", 0.5)):
+        make.told.clear()
+        make.model = made_by
+        make(settings(temperature=temperature))
+        assert make.told[0] == 0
+
+
+def test_a_row_that_the_template_refuses_is_named_by_its_line(make, tokenizer):
+    tokenizer.chat_template = (
+        CHATML + "{% if messages[-1]['content'] == 'Question 3?' %}{{ raise_exception('no') }}{% endif %}"
+    )
+    with pytest.raises(DataError, match=r"line 4: .*refuses the question: no"):
+        make(settings())
+
+
+def test_a_model_that_cannot_answer_is_no_low_yield(make, model, monkeypatch):
+    def broken(**_):
+        raise ValueError("no such kernel")
+
+    monkeypatch.setattr(model, "generate", broken)
+    with pytest.raises(RuntimeError, match="72 of 72 answers could not be made: no such kernel"):
+        make(settings())
 
 
 def test_a_template_without_a_system_role_gets_the_prompt_in_the_question(make, tokenizer):

@@ -7,6 +7,7 @@ from typing import Any
 
 from finetuned.asking import ask, terms
 from finetuned.by_hand import first_gpu
+from finetuned.errors import ConfigError
 from finetuned.live import DoingLine
 
 
@@ -17,6 +18,8 @@ def make_file(
 
     What was broken off goes on from `OUT.answers`. Raises FinetunedError.
     """
+    if out.exists() and out.samefile(file):
+        raise ConfigError("is the file of the questions itself", where=str(out), remedy="Name another with -o.")
     gpu = first_gpu()
     line = DoingLine()
     try:

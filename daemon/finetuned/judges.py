@@ -34,7 +34,7 @@ _NUMBER = re.compile(
     r"|\s*(?:x|\*|\u00d7|\u00b7|\\times|\\cdot)\s*10\s*\^\s*\{?(?P<power>[-+\u2212]?\d{1,3})(?!\d)\}?)?"
     r"(?:\s*/\s*(?P<below>\d+)(?![\d.,]*[\d/]))?"
 )
-_COMMAS = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?")  # 1,234.5
+_COMMAS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")  # 1,234.5; but 0,125 is little
 _POINTS = re.compile(r"\d{1,3}(?:\.\d{3}){2,}(?:,\d+)?|\d{1,3}\.\d{3},\d+")  # 1.234,5; but 1.234 is little
 
 
@@ -171,14 +171,14 @@ def _json(text: str) -> str | None:
     for candidate in (answer, *reversed(_FENCE.findall(answer))):
         try:
             return _written(_DECODER.decode(candidate))
-        except (ValueError, RecursionError):
+        except (ValueError, ArithmeticError, RecursionError):
             continue
     found, place = None, 0
     while start := _STRUCTURE.search(answer, place):
         try:
             value, place = _DECODER.raw_decode(answer, start.start())
             found = _written(value)
-        except (ValueError, RecursionError):
+        except (ValueError, ArithmeticError, RecursionError):
             place = start.end()
     return found
 
@@ -212,12 +212,12 @@ def _choice(choices: tuple[str, ...], text: str) -> str | None:
         if alone == one.casefold():
             return one
     names = {one if len(one) == 1 else one.casefold(): one for one in choices}
-    flat = " ".join(word if len(word.strip("()[]*.:,;\"'!?")) == 1 else word.casefold() for word in answer.split())
+    flat = " ".join(re.sub(r"\w\w+", lambda word: word[0].casefold(), answer).split())
     either = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     one = rf"\(?\*{{0,2}}(?P<name>{either})(?!\w)"
     if first := re.match(rf"{one}\*{{0,2}}[).:]", flat):
         return names[first["name"]]
-    said = list(re.finditer(rf"\banswer(?: is)?:?\*{{0,2}} {one}", flat))
+    said = list(re.finditer(rf"\banswer(?: is)?:?\*{{0,2}} ?{one}", flat))
     if said:
         return names[said[-1]["name"]]
     found = {match[0] for match in re.finditer(rf"(?<!\w)(?:{either})(?!\w)", flat)}

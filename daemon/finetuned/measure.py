@@ -12,7 +12,7 @@ import click
 from finetuned.asking import Terms, ask, find_adapter
 from finetuned.by_hand import first_gpu, models_folder
 from finetuned.config import Config, load_config, settings_from
-from finetuned.errors import HomeError, harmless
+from finetuned.errors import ConfigError, HomeError, harmless
 from finetuned.home import Home, find_home
 from finetuned.live import DoingLine
 from finetuned.scores import sentences, table
@@ -34,6 +34,10 @@ def measure(
     """
     home = _home(base_dir)
     alone = model is not None and adapter is None
+    if alone and against:
+        raise ConfigError(
+            "--against needs an adapter beside it", where="the command line", remedy="Name ADAPTER first."
+        )
     folders = [] if alone else [find_adapter(adapter, home)]
     folders += [find_adapter(against, home)] if against else []
     config = load_config(home.config_file) if home else Config()

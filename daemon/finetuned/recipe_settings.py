@@ -60,7 +60,7 @@ class Hybrid(Strict):
     """Labels and rewards in one step: the model learns the rows' answers, and from its own by what a judge says."""
 
     reward_weight: float = Field(
-        0.3, ge=0, le=1, description="Share of the reward in the loss, the rest is the labels'; 0 is sft and no more."
+        0.3, ge=0, lt=1, description="Share of the reward in the loss, the rest is the labels'; 0 is sft and no more."
     )
     ambiguity: float = Field(
         0.1, ge=0, description="Weight of the predicted answer's entropy beside its cross-entropy, both in nats."

@@ -436,7 +436,7 @@ class Service:
             self._never_began = job, f"it could not be started: {error}"
             self._queue_again()
         else:
-            _log.info("training starts", job=job.id, attempt=job.attempt, pid=self._attempt.trainer.pid, on=why)
+            _log.info("training starts", job=job.id, attempt=job.attempt, pid=self._attempt.trainer.pid, where=why)
             self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
 
     def _queue_again(self) -> None:

@@ -125,7 +125,7 @@ def test_the_guard_can_be_switched_off(home, daemon, drop, standin):
 
 
 def on(one, gpu: str) -> None:
-    one.says(f'on="GPU {gpu}"')
+    one.says(f'where="on GPU {gpu}"')
 
 
 @pytest.mark.parametrize("trouble", ["0.xid=79", "0.lost=1"])

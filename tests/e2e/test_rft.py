@@ -12,7 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from conftest import eventually, write_config, write_jsonl
+from finetuned.control import order
 from finetuned.jobs import Outcome
+from finetuned.spool.orders import Verb
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": str(n % 10)}]}
@@ -99,6 +101,31 @@ def test_too_few_right_answers_fail_the_job_with_advice_and_keep_what_was_made(h
     assert "rft." in job.reason["remedy"]
     kept = home.failed / job.id / "checkpoints" / "rft"
     assert len((kept / "round-1.answers.jsonl").read_bytes().splitlines()) == 72
+
+
+def test_a_retry_with_other_settings_makes_other_answers(home, daemon, settings):
+    settings(least_yield=1.0)
+    one = daemon()
+    drop(home, "sums.jsonl")
+    job = one.job("sums.jsonl")
+    settings(least_yield=0.0, temperature=1.5)
+    order(home, Verb.RETRY, job.id)
+    job = eventually(lambda: next((j for j in one.jobs() if j.outcome is Outcome.SUCCEEDED), None))
+    story = json.loads((home.adapters / job.adapter / "finetuned.json").read_bytes())
+    assert story["settings"]["rft"]["temperature"] == 1.5
+    assert home.job_log(job.id).read_text().count("round 1 of 1: ") == 2
+
+
+def test_rows_that_are_held_back_are_not_learned(home, daemon, settings, tiny_model):
+    settings()
+    config = json.loads(home.config_file.read_bytes())
+    write_config(home, **{**config, "eval_fraction": 0.4})
+    one = daemon()
+    drop(home, "sums.jsonl")
+    job = one.job("sums.jsonl")
+    assert job.outcome is Outcome.SUCCEEDED, job.reason
+    story = json.loads((home.adapters / job.adapter / "finetuned.json").read_bytes())
+    assert story["metrics"]["rft"][0]["questions"] == 12 - story["data"]["held_out"]["rows"] < 12
 
 
 def test_rows_without_a_checkable_answer_are_refused_before_any_is_made(home, daemon, settings):

@@ -23,7 +23,7 @@ from finetuned.ledger import Ledger
 from finetuned.spool.claim import held_out_path, input_path
 
 STORY, REASON = "job.json", "reason.json"  # beside an input in archive/, and in archive/failed/
-OURS = frozenset({STORY, REASON, "overrides.json", "checkpoints", "adapter"})  # names there
+OURS = frozenset({STORY, REASON, LEARNED, "overrides.json", "checkpoints", "adapter"})  # names there
 CANCELLED = "cancelled"  # code of the reason of a job that a user did not want any longer
 _WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 _LOG_LINES, _LOG_BYTES = 200, 256 * 1024  # of a bug, kept in reason.json

@@ -99,6 +99,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer.distill.found import find_teacher
     from finetuned.trainer.loop import Task, train
     from finetuned.trainer.rounds import Questions, train_in_rounds
+    from finetuned.trainer.store import IDENTITY
     from finetuned.trainer.trackers import reporting
 
     quiet_libraries()
@@ -145,7 +146,8 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     ):
         learned = None
         if settings.recipe == "rft":
-            questions = Questions(folder.path / spec.input, spec.name)
+            learnable = frozenset(data.train.column(IDENTITY).tolist())
+            questions = Questions(folder.path / spec.input, spec.name, learnable)
             task, trained, learned = train_in_rounds(task, questions, cache=Path(spec.models).parent / "tokens")
         else:
             trained = train(task)

@@ -6,6 +6,7 @@ An attempt that it takes down with it leaves a mark, and the next one goes witho
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,22 +51,29 @@ def benchmark(file: Path | None, folder: JobFolder, spec: JobSpec, task: Task, t
     if mark.exists():
         return _left_out(task, "an attempt ended in it")
     say.phase("evaluating", f"measuring by {file.name}")
+    memory.give_back()  # the training's optimizer, which cycles keep
     try:
         mark.touch()
         facts = _measure(file, folder, spec, task, trained)
-        mark.unlink()
     except StopAskedError:
-        mark.unlink()
+        mark.unlink(missing_ok=True)
         raise
     except FinetunedError as error:
         why = error.sentence()
     except Exception as error:  # noqa: BLE001, no measurement is worth the adapter
         why = f"{type(error).__name__}: {error}"
     else:
+        _remove(mark)
         say.say(EventType.BENCHMARK, f"benchmark {headline(facts)}", **facts)
         return facts
+    _remove(mark)
     memory.give_back()  # out of the except block: the traceback there holds what did not fit
     return _left_out(task, why)
+
+
+def _remove(mark: Path) -> None:
+    with suppress(OSError):
+        mark.unlink(missing_ok=True)
 
 
 def _left_out(task: Task, why: str) -> dict[str, Any]:

@@ -73,7 +73,10 @@ def make(order: dict[str, Any]) -> dict[str, Any]:
             _say({"doing": "making answers", "share": made / wanted, "counted": f"{made:,} of {wanted:,}"})
 
     answers = out.with_name(f"{out.name}.answers")
-    found = ask_and_keep(model, tokenizer, rows, settings, seed=settings.seed, answers=answers, out=out, tell=tell)
+    made_by = f"{settings.model} {settings.revision}"
+    found = ask_and_keep(
+        model, tokenizer, rows, settings, seed=settings.seed, made_by=made_by, answers=answers, out=out, tell=tell
+    )
     answers.unlink(missing_ok=True)
     return {"found": found.as_dict(), "sentence": str(found), "bad_rows": report.bad_rows}
 

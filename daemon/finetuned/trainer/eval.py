@@ -75,7 +75,8 @@ def examine(order: dict[str, Any]) -> dict[str, Any]:
         else:
             voices = load(adapter, compare=not exams, model=order["model"], models=models)
             voices[-1].name = name
-        trained = {**settings.model_dump(), **(read_story(adapter).get("settings", {}) if adapter else {})}
+        if not exams:  # all sit the first one's exam
+            trained = {**settings.model_dump(), **(read_story(adapter).get("settings", {}) if adapter else {})}
         exam = read_exam(
             file,
             voices[-1].tokenizer,

@@ -52,7 +52,13 @@ def _measure(training: Training) -> None:
         metrics["valid_loss_before"] = loss
     elif loss < metrics.get("best_valid_loss", float("inf")):
         metrics |= {"best_valid_loss": loss, "best_step": training.done}
-    beside: dict[str, Any] = training.recipe.measured(training)
+    beside: dict[str, Any] = {}
+    try:
+        beside = training.recipe.measured(training)
+    except (RuntimeError, MemoryError) as error:
+        if memory.out_of_memory(error) is None:
+            raise
+        training.task.say.warn("out of memory in what is measured beside the held-out loss, which is left out")
     metrics |= beside
     sentence = f"held-out loss {loss:.4f} after step {training.done} ({time.monotonic() - began:.1f} s)"
     metrics["evaluated_step"] = training.done

@@ -51,7 +51,8 @@ def weighted_loss(
     """Give the cross-entropy at a temperature, each position's times its weight, summed; else as `summed_loss`."""
 
     def chunk(hidden: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(head(hidden).float() / temperature, wanted, reduction="none") @ weights
+        # No product of vectors: autocast would do that in 16 bits.
+        return (cross_entropy(head(hidden).float() / temperature, wanted, reduction="none") * weights).sum()
 
     return _gathered(chunk, hidden, head, targets, weights)
 

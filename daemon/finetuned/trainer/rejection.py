@@ -75,6 +75,7 @@ def ask_and_keep(
     settings: TrainingSettings,
     *,
     seed: int,
+    made_by: str,
     answers: Path,
     out: Path,
     tell: Callable[[int, int], None],
@@ -82,8 +83,8 @@ def ask_and_keep(
 ) -> Yield:
     """Answer each row's question `rft.samples` times and write those that are right, as chats, to `out`.
 
-    `answers` keeps every answer as it comes, so that after a kill none is asked for twice. `tell` hears how many there
-    are, of how many. Raises OSError, and StopAskedError once `asked_to_stop`.
+    `answers` keeps every answer as it comes, so that after a kill none is asked for twice; `made_by` names the model.
+    `tell` hears how many there are, of how many. Raises DataError, OSError, and StopAskedError once `asked_to_stop`.
     """
     rft = settings.rft
     judge, _ = settings.judge.settle(row.messages[-1].content for row in rows)
@@ -97,10 +98,21 @@ def ask_and_keep(
             for shot in rft.examples
             for turn in (Message("user", shot.question), Message("assistant", shot.answer))
         ]
-        asked = renderer.render(_posed(row, rft, shots, system=takes_system), row.tools, add_generation_prompt=True)
-        keys.append([key_of(asked, str(sample), str(seed)) for sample in range(rft.samples)])
+        turns = _posed(row, rft, shots, system=takes_system)
+        try:
+            asked = renderer.render(turns, row.tools, add_generation_prompt=True)
+        except Exception as error:  # a template may raise anything
+            raise DataError(
+                f"the model's chat template refuses the question: {error}",
+                where=f"line {row.line}",
+                remedy="Mend the row, or take it out.",
+                code="template_refuses_row",
+            ) from error
+        drawn = (str(seed), made_by, str(rft.temperature), str(rft.max_new_tokens))
+        keys.append([key_of(asked, str(sample), *drawn) for sample in range(rft.samples)])
         texts |= dict.fromkeys(keys[-1], asked)
     found: dict[str, str] = {}
+    failed: list[str] = []
     with generating(model, tokenizer):
         asker = Asker(
             model,
@@ -112,7 +124,10 @@ def ask_and_keep(
         )
         for batch in ask(asker, texts, answers):
             found |= {key: one.text for key, one in batch.items() if one.error is None}
+            failed += [one.error for one in batch.values() if one.error is not None]
             tell(len(found), len(texts))
+    if 2 * len(failed) > len(texts):  # the model does not work here, which no yield would tell
+        raise RuntimeError(f"{len(failed)} of {len(texts)} answers could not be made: {failed[0]}")
     said = [[found.get(key, "") for key in own] for own in keys]
     return _keep(rows, said, judge, rft, out, system=takes_system)
 

@@ -19,10 +19,13 @@ from finetuned.dataset import needs
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Report, rows_of
 from finetuned.dataset.rows import Row
-from finetuned.durable import make_folder, write_file
+from finetuned.durable import make_folder, sha256_of, write_file
 from finetuned.events import EventType
+from finetuned.findings import WARNINGS
 from finetuned.trainer import memory
+from finetuned.trainer.data import check_sides
 from finetuned.trainer.door import Door
+from finetuned.trainer.generate import key_of
 from finetuned.trainer.loop import Task, Trained, fitting, load, train
 from finetuned.trainer.precision import choose
 from finetuned.trainer.rejection import Yield, ask_and_keep
@@ -39,20 +42,23 @@ class Questions:
 
     file: Path
     name: str
+    learnable: frozenset[int]  # identities of the rows that may be trained on
 
     def rows(self, settings: TrainingSettings) -> list[Row]:
         """Read them; what is wrong has been told before. Raises DataError or OSError."""
-        report = Report()
-        return list(
-            needs.suited(rows_of(RowFile(self.file, name=self.name), report, system_prompt=None), settings, report)
-        )
+        rows = rows_of(RowFile(self.file, name=self.name), Report(), system_prompt=None)
+        return [row for row in needs.suited(rows, settings, Report()) if row.hashes()[0] in self.learnable]
 
 
 class Round:
     """What a round keeps on disk."""
 
-    def __init__(self, number: int, folder: Path) -> None:
+    def __init__(self, number: int, folder: Path, settings: TrainingSettings) -> None:
         self.number = number
+        # What a retry may have changed: then its answers are others, and are judged and chosen in another way.
+        self._settings = key_of(settings.model_dump_json(exclude={"rft": {"least_yield", "rounds"}}))
+        first = f"{settings.model} {settings.revision} {settings.resume_adapter}"
+        self.made_by = first if number == 1 else self._settings
         self.answers = folder / f"round-{number}.answers.jsonl"  # as they come
         self.kept = folder / f"round-{number}.jsonl"  # what is learned from
         self._yield = folder / f"round-{number}.json"
@@ -60,15 +66,15 @@ class Round:
     @property
     def done(self) -> bool:
         """Whether all its answers are made and chosen."""
-        return self._yield.exists()
+        return self._yield.exists() and json.loads(self._yield.read_bytes())["settings"] == self._settings
 
     def conclude(self, found: Yield) -> None:
         """Keep what came of it, last."""
-        write_file(self._yield, json.dumps(found.as_dict()).encode())
+        write_file(self._yield, json.dumps({"settings": self._settings, "found": found.as_dict()}).encode())
 
     def found(self) -> Yield:
         """Give what came of it."""
-        return Yield(**json.loads(self._yield.read_bytes()))
+        return Yield(**json.loads(self._yield.read_bytes())["found"])
 
 
 def train_in_rounds(task: Task, questions: Questions, *, cache: Path) -> tuple[Task, Trained, Path]:
@@ -79,7 +85,7 @@ def train_in_rounds(task: Task, questions: Questions, *, cache: Path) -> tuple[T
     settings = task.settings
     folder = task.checkpoints / "rft"
     make_folder(folder)
-    rounds = [Round(number, folder) for number in range(1, settings.rft.rounds + 1)]
+    rounds = [Round(number, folder, settings) for number in range(1, settings.rft.rounds + 1)]
     door = Door(task.tokenizer, settings.model_copy(update={"recipe": "sft"}), cache=cache)
     # A round that is done does not need the one before it any more.
     number = max((one.number for one in rounds if one.done), default=1)
@@ -92,12 +98,15 @@ def train_in_rounds(task: Task, questions: Questions, *, cache: Path) -> tuple[T
         found = this.found()
         task.say.say(EventType.MESSAGE, f"round {this.number} of {len(rounds)}: {found}", found=found.as_dict())
         found.judge(settings.rft, name=questions.name)
-        examples, _ = door.read(this.kept, name=f"{questions.name}, round {this.number}")
+        examples, report = door.read(this.kept, name=f"{questions.name}, round {this.number}")
+        if cut := report.warnings.get("rows_cut"):
+            task.say.warn(cut.sentence("rows_cut", WARNINGS["rows_cut"].remedy, rows=report.good_rows))
+        check_sides(examples.cut_to(of_round.rung.max_length), None, settings, name=questions.name)
         of_round = replace(
             of_round,
             train=examples.cut_to(of_round.rung.max_length),
             held_out=[],  # its loss is that of other answers than those that are learned
-            checkpoints=task.checkpoints / f"round-{this.number}",
+            checkpoints=task.checkpoints / f"round-{this.number}-{sha256_of(this.kept)[:8]}",
         )
         trained = train(of_round)
         trained.metrics["rft"] = [one.found().as_dict() for one in rounds if one.done]
@@ -123,17 +132,19 @@ def _make_answers(this: Round, task: Task, questions: Questions, model: PreTrain
             say.phase("generating", f"round {this.number}: {made:,} of {wanted:,} answers made")
 
     rows, seed = questions.rows(settings), settings.seed * 1_000_003 + this.number
-    found = ask_and_keep(
-        model,
-        task.tokenizer,
-        rows,
-        settings,
-        seed=seed,
-        answers=this.answers,
-        out=this.kept,
-        tell=tell,
-        asked_to_stop=task.asked_to_stop,
-    )
+    with fitting(task):
+        found = ask_and_keep(
+            model,
+            task.tokenizer,
+            rows,
+            settings,
+            seed=seed,
+            made_by=this.made_by,
+            answers=this.answers,
+            out=this.kept,
+            tell=tell,
+            asked_to_stop=task.asked_to_stop,
+        )
     this.conclude(found)
 
 

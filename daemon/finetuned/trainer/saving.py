@@ -97,6 +97,8 @@ class Saver:
             return
         self._put(checkpoint.load(found, device=training.task.device)[0])
         training.metrics |= {"published_step": step, "valid_loss": training.metrics["best_valid_loss"]}
+        if "teacher_valid_loss" in training.metrics:
+            training.metrics |= training.recipe.measured(training)  # what follows from that loss
         say.say(EventType.MESSAGE, f"step {step} is published, whose held-out loss was the lowest", step=step)
 
     def last_before(self, step: int) -> int | None:

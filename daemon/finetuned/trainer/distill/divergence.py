@@ -72,7 +72,8 @@ def summed_divergence(
     """
     vocabulary = getattr(head, "out_features", hidden.shape[-1])
     size = max(1, _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) // (4 * vocabulary))
-    chunks = [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
+    # One at least, if empty: a sum over nothing has a gradient too.
+    chunks = [slice(start, start + size) for start in range(0, max(1, hidden.shape[0]), size)]
 
     def of(part: torch.Tensor, where: slice) -> torch.Tensor:
         with torch.no_grad():

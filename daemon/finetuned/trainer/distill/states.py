@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -43,9 +43,16 @@ def watching(model: PreTrainedModel, layers: Iterable[int], attention: Iterable[
             hook.remove()
 
 
+def layers_of(model: PreTrainedModel) -> Sequence[torch.nn.Module]:
+    """Give the model's layers; none where they cannot be told apart."""
+    decoder = model.get_decoder()
+    found: Sequence[torch.nn.Module] = getattr(decoder, "layers", None) or getattr(decoder, "h", None) or ()
+    return found
+
+
 def depth(model: PreTrainedModel) -> int:
     """Count the model's layers."""
-    return len(getattr(model.get_decoder(), "layers", ()))
+    return len(layers_of(model))
 
 
 def check(model: PreTrainedModel, name: str, layers: Iterable[int], attention: Iterable[int]) -> None:
@@ -71,8 +78,7 @@ def _layer(model: PreTrainedModel, number: int, name: str = "the model") -> torc
             where="distill",
             remedy="Mend hidden_layers or attention_layers, or set the weight of the term to 0.",
         )
-    found: torch.nn.Module = model.get_decoder().layers[number - 1]
-    return found
+    return layers_of(model)[number - 1]
 
 
 def _projection(model: PreTrainedModel, number: int, projection: str, name: str = "the model") -> torch.nn.Module:

@@ -217,10 +217,10 @@ class Objective(torch.nn.Module):
         all terms go, for a copy of all weights for each term would not fit.
         """
         own = self.parts()[MODEL].parameters
-        if self._task.rung.tuning != "full":
+        layers = states.layers_of(causal(self.model))
+        if self._task.rung.tuning != "full" or not layers:
             return list(own.values())
-        first = causal(self.model).get_decoder().layers[0]
-        return [p for p in first.parameters() if p.requires_grad]
+        return [p for p in layers[0].parameters() if p.requires_grad]
 
     def figures(self) -> dict[str, float]:
         """Give each term a target, what its weight makes of its gradient now and then, and what changes by itself."""
@@ -266,7 +266,8 @@ class _Pairs:
 
     def __init__(self, settings: Distill, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
         mine, theirs = states.depth(student), states.depth(teacher)
-        spread = [(layer, max(1, round(layer * theirs / mine))) for layer in range(1, mine + 1)]
+        # Where there are no layers the first is asked for, so that the check below says so.
+        spread = [(layer, max(1, round(layer * theirs / max(1, mine)))) for layer in range(1, max(1, mine) + 1)]
         last = [(max(1, mine), max(1, theirs))]
         self.hidden = (settings.hidden_layers or spread) if curriculum.highest(settings.hidden_weight) else []
         self.attention = (settings.attention_layers or last) if curriculum.highest(settings.attention_weight) else []
