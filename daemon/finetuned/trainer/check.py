@@ -11,6 +11,7 @@ from typing import Any
 
 from finetuned.errors import DataError, FinetunedError
 from finetuned.trainer import embedded
+from finetuned.trainer.saying import say
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     quiet_libraries()
     try:
         try:
-            answer: dict[str, Any] = {"answer": examine(order, _say)}
+            answer: dict[str, Any] = {"answer": examine(order, say)}
         except OSError as error:
             raise DataError(
                 f"cannot be read, or its tokens cannot be kept: {error.strerror or error}",
@@ -35,7 +36,7 @@ def main() -> None:
             ) from error
     except FinetunedError as error:
         answer = {"error": error.as_dict()}
-    _say(answer)
+    say(answer)
 
 
 def _needs_torch(order: dict[str, Any]) -> bool:
@@ -44,10 +45,6 @@ def _needs_torch(order: dict[str, Any]) -> bool:
     named = {settings["model"], settings["teacher"] if settings["recipe"] == "distill" else None}
     packed = embedded.NAME in named and not embedded.is_unpacked(Path(order["models"]))
     return packed or bool(settings["trust_remote_code"])
-
-
-def _say(said: dict[str, Any]) -> None:
-    print("\n" + json.dumps(said), flush=True)  # noqa: T201, standard output is the answer
 
 
 if __name__ == "__main__":

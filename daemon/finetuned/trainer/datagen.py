@@ -23,6 +23,7 @@ from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer, qui
 from finetuned.trainer.model import load_model
 from finetuned.trainer.precision import choose
 from finetuned.trainer.rejection import ask_and_keep
+from finetuned.trainer.saying import say
 
 _TOLD_SECONDS = 0.2  # at most so often it is said how far the asking is
 
@@ -41,7 +42,7 @@ def main() -> None:
         said = {"error": no_room.as_dict()}
     except FinetunedError as error:
         said = {"error": error.as_dict()}
-    _say(said)
+    say(said)
 
 
 def make(order: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def make(order: dict[str, Any]) -> dict[str, Any]:
     report = Report()
     rows = list(needs.suited(rows_of(RowFile(file, name=file.name), report, system_prompt=None), settings, report))
     judge(report, name=file.name, max_bad_rows=settings.max_bad_rows, fail_on=settings.fail_on)
-    _say({"doing": f"loading {settings.model}"})
+    say({"doing": f"loading {settings.model}"})
     base = find_base(settings, models=Path(order["models"]), base_dir=Path(order["base_dir"]))
     tokenizer = load_tokenizer(base, settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +71,7 @@ def make(order: dict[str, Any]) -> dict[str, Any]:
         nonlocal told
         if time.monotonic() - told >= _TOLD_SECONDS:
             told = time.monotonic()
-            _say({"doing": "making answers", "share": made / wanted, "counted": f"{made:,} of {wanted:,}"})
+            say({"doing": "making answers", "share": made / wanted, "counted": f"{made:,} of {wanted:,}"})
 
     answers = out.with_name(f"{out.name}.answers")
     made_by = f"{settings.model} {settings.revision}"
@@ -79,10 +80,6 @@ def make(order: dict[str, Any]) -> dict[str, Any]:
     )
     answers.unlink(missing_ok=True)
     return {"found": found.as_dict(), "sentence": str(found), "bad_rows": report.bad_rows}
-
-
-def _say(said: dict[str, Any]) -> None:
-    print("\n" + json.dumps(said), flush=True)  # noqa: T201, standard output is the answer
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from finetuned.trainer.chatting import Voice, load
 from finetuned.trainer.data import Source
 from finetuned.trainer.exam import Candidate, Exam, Marks, facts_of, read_exam, sit
 from finetuned.trainer.layout import Layout, choose_layout
-from finetuned.trainer.model import load_model
+from finetuned.trainer.model import causal, load_model
 from finetuned.trainer.overlap import Learned, Seen, learned_by, overlapping
 from finetuned.trainer.precision import choose
+from finetuned.trainer.saying import say
 
 _TOLD_SECONDS = 0.2
 
@@ -52,7 +53,7 @@ def main() -> None:
             ) from error
     except FinetunedError as error:
         said = {"error": error.as_dict()}
-    _say(said)
+    say(said)
 
 
 def examine(order: dict[str, Any]) -> dict[str, Any]:
@@ -121,10 +122,10 @@ def _candidates(voices: Sequence[Voice]) -> list[Candidate]:
     layouts: dict[int, Layout] = {}
     found = []
     for voice in voices:
-        causal = voice.model.get_base_model() if hasattr(voice.model, "get_base_model") else voice.model
-        if id(causal) not in layouts:
-            layouts[id(causal)] = choose_layout(causal, causal.dtype, name=voice.name)
-        layout = layouts[id(causal)]
+        whole = causal(voice.model)
+        if id(whole) not in layouts:
+            layouts[id(whole)] = choose_layout(whole, whole.dtype, name=voice.name)
+        layout = layouts[id(whole)]
         found.append(Candidate(voice.name, voice.model, voice.tokenizer, layout, plain=voice.plain))
     return found
 
@@ -161,11 +162,7 @@ class _Teller:
         now = time.monotonic()
         if doing != self._last[0] or now - self._last[1] >= _TOLD_SECONDS:
             self._last = (doing, now)
-            _say({"doing": doing, "share": round(share, 3)})
-
-
-def _say(said: dict[str, Any]) -> None:
-    print("\n" + json.dumps(said), flush=True)  # noqa: T201, standard output is the answer
+            say({"doing": doing, "share": round(share, 3)})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from finetuned.trainer.chat import Renderer
 from finetuned.trainer.generate import Answered, Asker, ask, generating, key_of, never
 from finetuned.trainer.layout import Layout, rows_stand_alone
 from finetuned.trainer.loss import each_loss
-from finetuned.trainer.model import evaluating
+from finetuned.trainer.model import causal, evaluating
 from finetuned.trainer.overlap import Learned, Seen
 from finetuned.trainer.prompted import Prompted
 from finetuned.trainer.soft_prompt import soft_tokens
@@ -132,7 +132,7 @@ class Candidate:
     @property
     def causal(self) -> PreTrainedModel:
         """Give the model without PEFT's outer shell; the adapter stays in it."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return causal(self.model)
 
     def itself(self) -> AbstractContextManager[Any]:
         """Make the model be this candidate."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,8 +25,7 @@ def summed_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tens
             loss: torch.Tensor = _FrozenHeadLoss.apply(hidden.to(head.weight.dtype), head.weight, targets)
         return loss
     total = hidden.new_zeros((), dtype=torch.float32)
-    vocabulary = getattr(head, "out_features", hidden.shape[-1])
-    for part, wanted in _chunks(hidden, targets, vocabulary):
+    for part, wanted in _chunks(hidden, targets, _size(hidden, head)):
         if training and part.shape[0] < targets.shape[0]:
             total = total + checkpoint(_chunk_loss, part, head, wanted, use_reentrant=False)
         else:
@@ -37,12 +36,8 @@ def summed_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tens
 @torch.no_grad()
 def each_loss(hidden: torch.Tensor, head: torch.nn.Module, targets: torch.Tensor) -> torch.Tensor:
     """Give the cross-entropy in nats of each position, [positions], as float32."""
-    vocabulary = getattr(head, "out_features", hidden.shape[-1])
-    parts = [
-        cross_entropy(head(part).float(), wanted, reduction="none")
-        for part, wanted in _chunks(hidden, targets, vocabulary)
-    ]
-    return torch.cat(parts)
+    chunks = _chunks(hidden, targets, _size(hidden, head))
+    return torch.cat([cross_entropy(head(part).float(), wanted, reduction="none") for part, wanted in chunks])
 
 
 def weighted_loss(
@@ -78,14 +73,16 @@ def _gathered(
     )
 
 
+def positions_at_once(device: torch.device, vocabulary: int, sizes: Mapping[str, int] = _CHUNK) -> int:
+    """Give how many positions make a chunk whose float32 logits take so many bytes as `sizes` has for the device."""
+    return max(1, sizes.get(device.type, sizes["cuda"]) // (4 * vocabulary))
+
+
 def _size(hidden: torch.Tensor, head: torch.nn.Module) -> int:
-    """Give how many positions make a chunk."""
-    vocabulary = getattr(head, "out_features", hidden.shape[-1])
-    return max(1, _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) // (4 * vocabulary))
+    return positions_at_once(hidden.device, getattr(head, "out_features", hidden.shape[-1]))
 
 
-def _chunks(hidden: torch.Tensor, targets: torch.Tensor, vocabulary: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    size = max(1, _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) // (4 * vocabulary))
+def _chunks(hidden: torch.Tensor, targets: torch.Tensor, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(torch.split(hidden, size), torch.split(targets, size), strict=True))
 
 
@@ -105,7 +102,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         gradient = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float32)
-        chunks = _chunks(hidden, targets, weight.shape[0])
+        chunks = _chunks(hidden, targets, positions_at_once(hidden.device, weight.shape[0]))
         for (part, wanted), into in zip(chunks, torch.split(gradient, chunks[0][0].shape[0]), strict=True):
             logits = torch.mm(part, weight.t())
             log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)

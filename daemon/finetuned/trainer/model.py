@@ -134,6 +134,11 @@ def _quantisation(tuning: str, precision: Precision) -> Any:
     )
 
 
+def causal(model: PreTrainedModel) -> PreTrainedModel:
+    """Give the model without PEFT's wrapping; its layers have the adapter on all the same."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def set_checkpointing(model: PreTrainedModel, *, on: bool) -> None:
     """Switch activation checkpointing."""
     # transformers renamed it on the way to version 6.

@@ -24,6 +24,7 @@ from finetuned.trainer.data import Source, held_out_file, read_sides
 from finetuned.trainer.distill.found import Found, find_teacher
 from finetuned.trainer.door import Door
 from finetuned.trainer.precision import choose
+from finetuned.trainer.saying import say
 from finetuned.trainer.store import Examples
 
 _MARGIN = 0.9  # share of the memory there is that a prediction may take
@@ -38,7 +39,7 @@ def main() -> None:
         answer: dict[str, Any] = {"answer": plan(order)}
     except FinetunedError as error:
         answer = {"error": error.as_dict()}
-    print("\n" + json.dumps(answer), flush=True)  # noqa: T201, standard output is the answer
+    say(answer)
 
 
 def plan(order: dict[str, Any]) -> dict[str, Any]:

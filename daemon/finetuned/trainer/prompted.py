@@ -12,7 +12,7 @@ import torch
 
 from finetuned.trainer.batches import Batch
 from finetuned.trainer.layout import Layout
-from finetuned.trainer.recipes.sft import causal
+from finetuned.trainer.model import causal
 from finetuned.trainer.soft_prompt import soft_prompt
 from finetuned.trainer.tokens import Example
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from finetuned.trainer import attention
 from finetuned.trainer.batches import Batch
 from finetuned.trainer.layout import Layout
+from finetuned.trainer.model import causal
 from finetuned.trainer.recipes import sft
 from finetuned.trainer.tokens import Example
 
@@ -81,13 +82,12 @@ class Stage:
 
     def _count(self, rows: Sequence[Example], layout: Layout, *, accumulated: bool) -> tuple[int, int, int]:
         model, mode = self.model, self._mode
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        causal.set_attn_implementation(layout.attention)
+        causal(model).set_attn_implementation(layout.attention)
         objective = sft.Objective(model, layout).train()
         batch = _without_content(layout.collate(rows), mode, self.device)
         live = Live()
         live.leave_out([*model.parameters(), *model.buffers(), *batch.inputs.values(), batch.positions, batch.targets])
-        with mode, live, _half_way(causal, live.divide):
+        with mode, live, _half_way(causal(model), live.divide):
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter) if accumulated and parameter.requires_grad else None
             before = live.now

@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import log_softmax
 from torch.utils.checkpoint import checkpoint
 
+from finetuned.trainer.loss import positions_at_once
+
 Logits = Callable[[slice], torch.Tensor]  # the teacher's at some positions, in the student's vocabulary
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of two models' logits, a position each
 
@@ -71,7 +73,7 @@ def summed_divergence(
     hidden: [positions, width], of the student; `teacher` gives the logits of a slice of the positions.
     """
     vocabulary = getattr(head, "out_features", hidden.shape[-1])
-    size = max(1, _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) // (4 * vocabulary))
+    size = positions_at_once(hidden.device, vocabulary, _CHUNK)
     # One at least, if empty: a sum over nothing has a gradient too.
     chunks = [slice(start, start + size) for start in range(0, max(1, hidden.shape[0]), size)]
 

@@ -17,8 +17,9 @@ from finetuned.trainer.distill.teacher import Lesson, Teacher
 from finetuned.trainer.distill.terms import Projector, attention_loss, contrastive_loss, hidden_loss
 from finetuned.trainer.layout import Layout
 from finetuned.trainer.loss import summed_loss
+from finetuned.trainer.model import causal
 from finetuned.trainer.parts import MODEL, Part
-from finetuned.trainer.recipes.sft import causal, trainable
+from finetuned.trainer.recipes.sft import trainable
 from finetuned.trainer.steps import plan_steps
 from finetuned.trainer.store import targets_of
 

@@ -10,6 +10,7 @@ import torch
 from finetuned.trainer.batches import Batch
 from finetuned.trainer.layout import Layout
 from finetuned.trainer.loss import summed_loss
+from finetuned.trainer.model import causal
 from finetuned.trainer.parts import MODEL, Part
 
 if TYPE_CHECKING:
@@ -57,11 +58,6 @@ class Objective(torch.nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write nothing beside the model."""
-
-
-def causal(model: PreTrainedModel) -> PreTrainedModel:
-    """Give the model without PEFT's wrapping; its layers have the adapter on all the same."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
