@@ -198,14 +198,15 @@ def test_a_page_says_when_the_control_centre_is_gone_and_when_it_is_back(visit, 
 def test_on_a_telephone_the_cells_of_a_table_stand_below_one_another(visit, ledger):
     page = visit("/config", width=390)
     row = page.locator("tr", has_text="lora_alpha").last
-    assert row.locator("td").last.bounding_box()["width"] > 300
-    answers = visit("/jobs/units-1", width=390).locator("#predictions td")
-    answers.nth(1).wait_for()
-    assert answers.nth(1).bounding_box()["y"] > answers.nth(0).bounding_box()["y"]
+    assert row.locator("td").last.evaluate("(cell) => cell.getBoundingClientRect().width") > 300
+    page = visit("/jobs/units-1", width=390)
+    # Asked of the page at once: the table may be drawn anew between two questions.
+    cells = "[...document.querySelectorAll('#predictions td')].slice(0, 2).map((cell) => cell.getBoundingClientRect().y)"
+    eventually(lambda: (places := page.evaluate(cells)) == sorted(set(places)) and len(places) == 2)
     history = visit("/history", width=390)
     history.locator("tr", has_text="units-1.jsonl").get_by_text("training").wait_for()
-    ends = [cell["x"] + cell["width"] for one in history.locator("tbody td").all() if (cell := one.bounding_box())]
-    assert max(ends) <= 390
+    ends = "[...document.querySelectorAll('tbody td')].map((cell) => cell.getBoundingClientRect().right)"
+    assert max(history.evaluate(ends)) <= 390
 
 
 def test_a_curve_that_grows_all_night_is_thinned_again_and_a_step_done_again_counts_anew(visit, ledger):
