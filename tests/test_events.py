@@ -137,16 +137,16 @@ def test_a_loss_that_is_no_number_is_told_all_the_same():
     ],
 )
 def test_an_exit_means(returncode, ending):
-    assert judge(returncode, stopped_by_us=False) is ending
+    assert judge(returncode, stopped=False) is ending
 
 
 @pytest.mark.parametrize("returncode", [130, -signal.SIGKILL, -signal.SIGTERM, 1, 65, 70, 75])
 def test_whatever_ends_a_trainer_that_we_stopped_is_an_interruption(returncode):
-    assert judge(returncode, stopped_by_us=True) is Ending.INTERRUPTED
+    assert judge(returncode, stopped=True) is Ending.INTERRUPTED
 
 
 def test_a_trainer_that_was_done_before_it_was_stopped_has_succeeded():
-    assert judge(0, stopped_by_us=True) is Ending.SUCCEEDED
+    assert judge(0, stopped=True) is Ending.SUCCEEDED
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,7 @@ def test_a_ledger_from_before_there_were_held_out_files_is_brought_up_to_date(pa
     older._database.execute("DROP TABLE news")
     older._database.execute("DROP INDEX jobs_in_history")
     older._database.execute("ALTER TABLE orders DROP COLUMN before")
+    older._database.execute("ALTER TABLE jobs DROP COLUMN trainer_id")
     for statement in ("DROP COLUMN held_out", "DROP COLUMN held_out_sha256"):
         older._database.execute(f"ALTER TABLE jobs {statement}")
     older._database.execute("PRAGMA user_version=2")

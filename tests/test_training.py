@@ -430,7 +430,7 @@ def test_when_memory_runs_out_it_goes_on_with_smaller_batches_to_the_same_weight
     while status != ExitCode.DONE:
         assert status == ExitCode.OUT_OF_MEMORY, run.log[-3000:]
         assert run.error()["code"] == "out_of_memory"
-        assert judge(status, stopped_by_us=False) is Ending.RESOURCE
+        assert judge(status, stopped=False) is Ending.RESOURCE
         decision = decide(job, Ending.RESOURCE, error=run.error(), end=describe_end(status))
         assert decision.rung, decision
         assert decision.rung["batch_size"] < run.error()["rung"]["batch_size"] <= 2

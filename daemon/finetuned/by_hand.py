@@ -83,7 +83,7 @@ def train_by_hand(
         job = replace(job, attempt=job.attempt + 1)
         _write_spec(folder, job, data)
         job, status, stopped = _attempt(folder, job)
-        ending = judge(status, stopped_by_us=stopped)
+        ending = judge(status, stopped=stopped)
         decision = decide(job, ending, error=job.progress.get("error"), end=describe_end(status))
         if decision.publish:
             return _finish(folder, output, job)

@@ -58,16 +58,17 @@ class Ending(StrEnum):
     BUG = "bug"
 
 
-def judge(returncode: int, *, stopped_by_us: bool, gpu_failed: bool = False) -> Ending:
+def judge(returncode: int, *, stopped: bool, gpu_failed: bool = False) -> Ending:
     """Say what an attempt's end means.
 
-    `returncode` is as subprocess gives it: the exit code, or minus the signal's number.
+    `returncode` is as subprocess gives it: the exit code, or minus the signal's number. `stopped` says that somebody
+    wanted the end: we, or an engine that needed the machine.
     """
     if returncode == ExitCode.DONE:
         return Ending.SUCCEEDED
     if gpu_failed and returncode not in {ExitCode.BAD_DATA, ExitCode.BAD_SETTINGS}:
         return Ending.DEVICE
-    if stopped_by_us or returncode == ExitCode.STOPPED:
+    if stopped or returncode == ExitCode.STOPPED:
         return Ending.INTERRUPTED
     return {
         ExitCode.BAD_DATA: Ending.PERMANENT,

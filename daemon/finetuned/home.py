@@ -44,6 +44,13 @@ class JobFolder:
         """Where the trainer of an attempt says as its last act how it ends."""
         return self.path / f"exit.{attempt}"
 
+    def stop(self, attempt: int) -> Path:
+        """What the trainer of an attempt looks for: once it is there, it writes a checkpoint and ends.
+
+        For trainers on other machines, which no signal reaches.
+        """
+        return self.path / f"stop.{attempt}"
+
     @property
     def checkpoints(self) -> Path:
         """The folder of this job's checkpoints."""

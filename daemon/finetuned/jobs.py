@@ -87,6 +87,7 @@ class Job:
     interruptions: int = 0  # of attempts that died with the daemon or the machine; counted apart from failures
     boot_id: str | None = None
     trainer_pid: int | None = None
+    trainer_id: str = ""  # what an engine on other machines calls the trainer
     not_before: float = 0.0  # do not start again earlier than this
     events_offset: int = 0  # bytes of events.jsonl that are in the ledger already
     adapter: str | None = None  # the name of the folder in adapters/

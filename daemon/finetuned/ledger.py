@@ -126,6 +126,9 @@ CREATE TABLE news (
     tries INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 """
+_TRAINER_ID = """
+ALTER TABLE jobs ADD COLUMN trainer_id TEXT NOT NULL DEFAULT '';
+"""
 MIGRATIONS = [
     _TABLES,
     _ORDERS,
@@ -134,6 +137,7 @@ MIGRATIONS = [
     _HISTORY,
     _BEFORE,
     _NEWS,
+    _TRAINER_ID,
 ]  # each brings the file from one version to the next
 
 _LAST_CHARACTER = "\U0010ffff"

@@ -14,6 +14,8 @@ from finetuned import __version__
 from finetuned.durable import write_file
 from finetuned.home import JobFolder
 
+TAKES_LOCK = "FINETUNED_TAKES_LOCK"  # set for a trainer whose launcher could not hand it the job's lock
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -51,6 +53,17 @@ def locked(folder: JobFolder) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def take_lock(folder: JobFolder) -> bool:
+    """Take the job's lock for as long as this process lives; say whether it could be had. Raises OSError."""
+    descriptor = os.open(folder.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)  # never closed
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    return True
 
 
 def has_open(pid: int, path: Path) -> bool:

@@ -183,7 +183,7 @@ class Attempt:
         """Start the trainer of a job that is in state running (D7). Raises OSError, and then none is at work."""
         trainer = start(home.job(job.id), log=home.job_log(job.id), environment=environment)
         with suppress(sqlite3.OperationalError):  # a full disk: it is noted with what the trainer says first
-            job = ledger.update(job.id, trainer_pid=trainer.pid)
+            job = ledger.update(job.id, trainer_pid=trainer.pid, trainer_id=trainer.id)
         return cls(ledger, home, job, trainer)
 
     @classmethod
@@ -231,7 +231,8 @@ class Attempt:
         events = self._tail.read()
         if events:
             rungs = [event.data["rung"] for event in events if event.type in SETTLE_RUNG]
-            changes = {"progress": progress_after(self.job.progress, events), "trainer_pid": self.trainer.pid}
+            changes: dict[str, Any] = {"trainer_pid": self.trainer.pid, "trainer_id": self.trainer.id}
+            changes["progress"] = progress_after(self.job.progress, events)
             if rungs:
                 changes["rung"] = rungs[-1]
             try:
@@ -245,11 +246,12 @@ class Attempt:
         """Judge the end. For a job that goes back into the queue the ledger is updated; the caller publishes or fails
         it.
         """
-        ending = judge(status, stopped_by_us=self.stopping, gpu_failed=self.gpu_failed)
+        taken = self.trainer.taken
+        ending = judge(status, stopped=self.stopping or bool(taken), gpu_failed=self.gpu_failed)
         error = self.job.progress.get("error")
         if ending is Ending.TRANSIENT and error is None:  # nor room to say so
             error = {"code": "no_space", "what": "no room on the disk"}
-        how = describe_end(status)
+        how = taken or describe_end(status)
         decision = decide(self.job, ending, error=error, end=how)
         then = decision.why or (decision.reason or {}).get("what", "")
         over = ended(self.job, ending, at=time.time(), how=how, then="" if then == how else then)
@@ -266,6 +268,7 @@ class Attempt:
             not_before=time.time() + decision.delay if decision.delay else 0.0,
             progress={**progress_for_next(self.job.progress, ending), "waits": decision.why},
             trainer_pid=None,
+            trainer_id="",
         )
         return decision, ending
 

@@ -201,7 +201,9 @@ def test_on_a_telephone_the_cells_of_a_table_stand_below_one_another(visit, ledg
     assert row.locator("td").last.evaluate("(cell) => cell.getBoundingClientRect().width") > 300
     page = visit("/jobs/units-1", width=390)
     # Asked of the page at once: the table may be drawn anew between two questions.
-    cells = "[...document.querySelectorAll('#predictions td')].slice(0, 2).map((cell) => cell.getBoundingClientRect().y)"
+    cells = (
+        "[...document.querySelectorAll('#predictions td')].slice(0, 2).map((cell) => cell.getBoundingClientRect().y)"
+    )
     eventually(lambda: (places := page.evaluate(cells)) == sorted(set(places)) and len(places) == 2)
     history = visit("/history", width=390)
     history.locator("tr", has_text="units-1.jsonl").get_by_text("training").wait_for()

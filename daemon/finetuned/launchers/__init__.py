@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -13,8 +14,16 @@ class Trainer(Protocol):
     """A running trainer, whoever started it."""
 
     @property
-    def pid(self) -> int:
-        """Its process id, which is also its session's."""
+    def pid(self) -> int | None:
+        """Its process id on this machine, which is also its session's; None on another machine."""
+
+    @property
+    def id(self) -> str:
+        """What an engine calls it, so that a later daemon finds it again; empty on this machine."""
+
+    @property
+    def taken(self) -> str:
+        """Why somebody else ended it, a preemption say, once `poll` has said that it ended; empty otherwise."""
 
     def poll(self) -> int | None:
         """Give its exit status as subprocess does (minus the number of a signal), or None while it runs."""
@@ -24,6 +33,28 @@ class Trainer(Protocol):
 
     def kill(self) -> None:
         """End it and its children at once."""
+
+
+class Launcher(Protocol):
+    """An engine that runs trainers on other machines, which see the base directory at the same path.
+
+    What cannot be done at the moment (the engine does not answer) raises OSError, what never can be FinetunedError.
+    """
+
+    def start(self, folder: JobFolder, *, log: Path, environment: Mapping[str, str], needs: Needs) -> Trainer:
+        """Submit a trainer on a job's folder, its output appended to `log`."""
+
+    def find(self, folder: JobFolder, *, trainer_id: str, attempt: int) -> Trainer | None:
+        """Give the trainer that an earlier daemon submitted; None if the engine knows none by this id any more."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a trainer is to have."""
+
+    job: str  # the job's id, for the engine's own lists
+    attempt: int
+    gpus: int
 
 
 class Start(Protocol):

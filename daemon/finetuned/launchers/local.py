@@ -31,6 +31,7 @@ class LocalTrainer:
     """A running trainer."""
 
     process: subprocess.Popen[bytes]
+    id = taken = ""
 
     @property
     def pid(self) -> int:
@@ -59,6 +60,7 @@ class ForkedTrainer:
 
     pid: int
     _status: int | None = None
+    id = taken = ""
 
     def poll(self) -> int | None:
         """Give its exit status as subprocess does, or None while it runs."""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -24,7 +25,7 @@ from finetuned.events import EventType, ExitCode
 from finetuned.fallback import Rung
 from finetuned.home import JobFolder, printable
 from finetuned.jobs import JobSpec
-from finetuned.lifesigns import leave_exit_code, sign
+from finetuned.lifesigns import TAKES_LOCK, leave_exit_code, sign, take_lock
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
 from finetuned.trainer.reporter import Reporter
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from finetuned.trainer.distill.found import Found
     from finetuned.trainer.distill.teacher import Teacher
     from finetuned.trainer.loop import Task, Trained
+    from finetuned.trainer.store import Examples
 
 _WORTH_KEEPING = 60.0  # seconds of steps; the count behind a record takes a few itself
 _LAST_WAIT = 10.0  # seconds for what libraries do at the end of a process
@@ -55,6 +57,8 @@ def main(folder: JobFolder) -> int:
     signal.signal(signal.SIGTERM, _ask_to_stop)
     signal.signal(signal.SIGINT, _ask_to_stop)
     try:
+        if TAKES_LOCK in os.environ and not take_lock(folder):
+            return ExitCode.TEMPORARY  # an earlier one that its engine took for dead, and it is not
         sign(folder)
         spec = JobSpec.decode(folder.spec.read_bytes())
         sign(folder, spec.attempt)
@@ -97,11 +101,10 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer.chain import settle
     from finetuned.trainer.data import cut, read_data
     from finetuned.trainer.distill.found import find_teacher
-    from finetuned.trainer.loop import Task, train
-    from finetuned.trainer.rounds import Questions, train_in_rounds
-    from finetuned.trainer.store import IDENTITY
+    from finetuned.trainer.loop import Task
     from finetuned.trainer.trackers import reporting
 
+    asked_to_stop = partial(_is_stop_asked, folder.stop(spec.attempt))
     quiet_libraries()
     settings = settings.settled()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -112,7 +115,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     base = find_base(settings, models=Path(spec.models), base_dir=Path(spec.base_dir))
     tokenizer = load_tokenizer(base, settings)
     found = find_teacher(settings, tokenizer, models=Path(spec.models), base_dir=Path(spec.base_dir))
-    data = read_data(folder, spec, settings, tokenizer, say=say, asked_to_stop=lambda: _stop_asked)
+    data = read_data(folder, spec, settings, tokenizer, say=say, asked_to_stop=asked_to_stop)
     data = cut(data, settings, rung.max_length, name=spec.name, say=say)
     settings = settings.model_copy(update={"system_prompt": data.system_prompt})
     earlier = settle(folder, spec, settings, base.name)
@@ -131,7 +134,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         checkpoints=folder.checkpoints,
         bounds=Path(spec.models).parent / "micro-batches.json",
         say=say,
-        asked_to_stop=lambda: _stop_asked,
+        asked_to_stop=asked_to_stop,
         earlier=earlier,
         teacher=_teacher(found, say) if found else None,
     )
@@ -144,13 +147,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         folder=Path(spec.base_dir) / "logs" / "tracking",
         cpu=device.type == "cpu",
     ):
-        learned = None
-        if settings.recipe == "rft":
-            learnable = frozenset(data.train.column(IDENTITY).tolist())
-            questions = Questions(folder.path / spec.input, spec.name, learnable)
-            task, trained, learned = train_in_rounds(task, questions, cache=Path(spec.models).parent / "tokens")
-        else:
-            trained = train(task)
+        task, trained, learned = _learn(task, data.train, folder, spec)
     measured = benchmark(measured_by, folder, spec, task, trained)
     say.phase("saving", "writing the adapter")
     write_adapter(
@@ -161,6 +158,19 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     if trained.seen.seconds >= _WORTH_KEEPING and settings.recipe == "sft":  # which is all that is predicted
         _remember(task, trained, libraries=libraries, models=Path(spec.models))
     say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
+
+
+def _learn(task: Task, rows: Examples, folder: JobFolder, spec: JobSpec) -> tuple[Task, Trained, Path | None]:
+    """Train; give the task of the last round, what came of it, and where rft's own answers are."""
+    from finetuned.trainer.loop import train
+    from finetuned.trainer.rounds import Questions, train_in_rounds
+    from finetuned.trainer.store import IDENTITY
+
+    if task.settings.recipe != "rft":
+        return task, train(task), None
+    learnable = frozenset(rows.column(IDENTITY).tolist())
+    questions = Questions(folder.path / spec.input, spec.name, learnable)
+    return train_in_rounds(task, questions, cache=Path(spec.models).parent / "tokens")
 
 
 def _teacher(found: Found, say: Reporter) -> Teacher:
@@ -241,6 +251,10 @@ def _told(say: Reporter, end: _End) -> Iterator[None]:
 def _ask_to_stop(_: int, __: object) -> None:
     global _stop_asked  # noqa: PLW0603, a signal handler sets a flag
     _stop_asked = True
+
+
+def _is_stop_asked(word: Path) -> bool:
+    return _stop_asked or word.exists()
 
 
 if __name__ == "__main__":
