@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.adapters import CONFIG as ADAPTER_CONFIG
-from finetuned.by_hand import models_folder
 from finetuned.config import LATEST, Config, TrainingSettings, load_config, read_overrides, resolve, settings_from
 from finetuned.errors import ConfigError, DataError, FinetunedError, HomeError, ModelError
-from finetuned.home import Home, find_home, printable
+from finetuned.home import Home, find_home, models_folder, printable
 from finetuned.launchers.local import trainer_environment
 from finetuned.spool.inbox import Found, held_out_files
 
@@ -135,7 +134,7 @@ def environment(gpu: str | None) -> dict[str, str]:
     """Give the extra environment of a process that reads data. Jemalloc, where it is used, gives back what it does not
     need, as there is no training that would need it again; two arenas for the reader and the tokenizer's threads.
     """
-    found, _ = trainer_environment(gpu)
+    found, _ = trainer_environment(*([gpu] if gpu else []))
     return found | {"MALLOC_CONF": "narenas:2,dirty_decay_ms:500,muzzy_decay_ms:0"}
 
 

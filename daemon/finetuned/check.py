@@ -11,10 +11,10 @@ from typing import Any
 import click
 
 from finetuned.asking import ask, held_out_beside, terms
-from finetuned.by_hand import first_gpu
 from finetuned.dataset.report import Fault, Report
 from finetuned.errors import DataError, counted, harmless
 from finetuned.findings import ERRORS, WARNINGS, Finding
+from finetuned.gpu import first_gpu
 from finetuned.home import printable
 from finetuned.live import DoingLine, duration
 from finetuned.spool.inbox import TABLES, remedy_for

@@ -24,7 +24,9 @@ from finetuned.findings import Warned
 from finetuned.judges import LETTERS, TOLERANCE, Judge, Kind, judge, suits
 from finetuned.recipe_settings import Distill, Hybrid, Rft
 
-NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "benchmark", "eval_file", "resume_adapter", "priority", "report_to"})
+NOT_IN_OVERRIDES = frozenset(
+    {"launcher", "trust_remote_code", "benchmark", "eval_file", "resume_adapter", "priority", "report_to"}
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
 _FOREIGN = frozenset({"model", "revision", "teacher", "teacher_revision"})  # whose code may be run
 LATEST = "latest"  # as resume_adapter
@@ -122,6 +124,12 @@ class TrainingSettings(_Strict):
 
     priority: int = Field(
         0, ge=-100, le=100, description="Jobs of a higher priority start first; set it in a profile, inbox/high/ say."
+    )
+    launcher: Literal["local", "ray", "slurm"] = Field(
+        "local", description="Where jobs run: on this machine, or on a cluster of Ray or Slurm (docs/scale.md)."
+    )
+    gpus_per_job: PositiveInt | Literal["auto"] = Field(
+        1, description="GPUs that one job is trained on; auto: as many as `finetuned plan` says that the model needs."
     )
     recipe: Literal["sft", "distill", "rft", "hybrid"] = Field(
         "sft",
@@ -367,6 +375,17 @@ class Config(TrainingSettings):
     empty_seconds: float = Field(3600.0, ge=0, description="How long an empty file may wait for its content.")
     duplicates: Literal["skip", "run", "fail"] = Field(
         "skip", description="What to do with a file that was trained before with the same settings."
+    )
+    gpus: list[int | str] | None = Field(
+        None, description="GPUs that jobs may use, as indices of nvidia-smi or UUIDs; null: all. Others are left alone."
+    )
+    share_gpus: bool = Field(
+        False, description="Let jobs share a GPU where `finetuned plan` says that they fit on it together."
+    )
+    gpu_busy_gib: float = Field(
+        2.0,
+        ge=0,
+        description="A GPU of which others use more than so many GiB of memory is not taken until they are done.",
     )
     gpu_sample_seconds: float = Field(10.0, ge=1, description="How often the GPUs are sampled while a job runs.")
     stop_seconds: float = Field(120.0, ge=1, description="How long a trainer may take to write its last checkpoint.")

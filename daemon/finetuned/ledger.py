@@ -351,12 +351,12 @@ class Ledger:
         marks = ", ".join("?" * len(states))
         return self._database.execute(f"SELECT 1 FROM jobs WHERE state IN ({marks})", states).fetchone() is not None
 
-    def next_queued(self, now: float) -> Job | None:
-        """Give the job that is first in the queue among those that may start now."""
-        row = self._database.execute(
-            f"SELECT * FROM jobs WHERE state = ? AND not_before <= ? {_IN_TURN} LIMIT 1", (State.QUEUED, now)
-        ).fetchone()
-        return _job(row) if row else None
+    def may_start(self, now: float, *, limit: int) -> list[Job]:
+        """Give the first so many jobs of the queue among those that may start now."""
+        rows = self._database.execute(
+            f"SELECT * FROM jobs WHERE state = ? AND not_before <= ? {_IN_TURN} LIMIT ?", (State.QUEUED, now, limit)
+        )
+        return [_job(row) for row in rows]
 
     def queue(self, limit: int = -1) -> list[Job]:
         """Give the jobs that wait, or the first of them, in the order in which they start."""

@@ -42,6 +42,11 @@ def sentence(progress: dict[str, Any]) -> str:
     )
 
 
+def why_waiting(progress: dict[str, Any]) -> str:
+    """Say why a queued job does not run: how its last attempt ended, and what it waits for."""
+    return "; ".join(filter(None, (progress.get("waits"), progress.get("waits_for"))))
+
+
 class LiveLine:
     """One line on stderr that is written over, or a new line now and then where stderr is no terminal."""
 

@@ -10,10 +10,10 @@ from typing import Any
 import click
 
 from finetuned.asking import Terms, ask, find_adapter
-from finetuned.by_hand import first_gpu, models_folder
 from finetuned.config import Config, load_config, settings_from
 from finetuned.errors import ConfigError, HomeError, harmless
-from finetuned.home import Home, find_home
+from finetuned.gpu import first_gpu
+from finetuned.home import Home, find_home, models_folder
 from finetuned.live import DoingLine
 from finetuned.scores import sentences, table
 
