@@ -1,0 +1,209 @@
+"""Trainers as jobs of a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from finetuned.durable import OTHERS_NOTHING, write_file
+from finetuned.errors import FinetunedError
+from finetuned.events import Event, EventType, ExitCode
+from finetuned.home import JobFolder
+from finetuned.launchers import Needs
+from finetuned.launchers.ray_cluster import Cluster, UnsureError
+from finetuned.launchers.ray_ends import NOT_SHARED, End, end_of
+from finetuned.launchers.settings import Ray
+from finetuned.lifesigns import TAKES_LOCK, exit_code, locked
+
+_AT_MOST = 0.5  # seconds for a connection, and as many for an answer, where the daemon waits for them
+_IN_A_THREAD = 10.0  # likewise, where nobody waits
+_PAUSE = 2.0  # seconds between two questions
+_GHOST = 600.0  # seconds for which a trainer that Ray has lost may hold the job's lock
+# Seconds that Ray leaves a trainer from SIGTERM to SIGKILL: enough for a checkpoint when somebody stops it through Ray.
+_RAYS_PATIENCE = {"RAY_JOB_STOP_WAIT_TIME_S": "10"}
+
+
+class RayTrainer:
+    """A trainer as a job of Ray's. What Ray says of it is asked for in a thread, so that nobody waits for that."""
+
+    pid = None
+
+    def __init__(self, cluster: Cluster, folder: JobFolder, submission: str, attempt: int) -> None:
+        """Ask nothing yet; it may still have to be submitted."""
+        self.id = submission
+        self.taken = ""
+        self.order: dict[str, Any] | None = None  # to be given again, if the cluster turns out not to know it
+        self._cluster = cluster
+        self._folder = folder
+        self._attempt = attempt
+        self._status: int | None = None
+        self._end: End | None = None  # as Ray says
+        self._ended_at = 0.0
+        self._asked_to_stop = False
+        self._killed = False
+        self._ask_at = 0.0
+        self._asking: threading.Thread | None = None
+
+    def poll(self) -> int | None:
+        """Give its exit status as subprocess does; None while it runs, waits for its turn, or cannot be asked for."""
+        if self._status is None:
+            self._ask_if_due()
+            if self._end is not None:
+                self._status = self._conclude(self._end)
+        return self._status
+
+    def ask_to_stop(self) -> None:
+        """Ask for a checkpoint and an end; one that has not begun never will."""
+        with suppress(OSError):  # no room on the disk: it is killed in time, and Ray's first signal asks as well
+            write_file(self._folder.stop(self._attempt), b"")
+            self._asked_to_stop = True
+        self._ask_at = 0.0
+
+    def kill(self) -> None:
+        """Have it ended by Ray. That takes a few seconds; `poll` says when it is done."""
+        if not self._killed:
+            self._killed = True
+            self._ask_at = 0.0
+
+    def _ask_if_due(self) -> None:
+        busy = self._asking is not None and self._asking.is_alive()
+        if self._end is None and not busy and time.monotonic() >= self._ask_at:
+            self._ask_at = time.monotonic() + _PAUSE
+            self._asking = threading.Thread(target=self._ask, name=self.id, daemon=True)
+            self._asking.start()
+
+    def _ask(self) -> None:
+        with suppress(OSError):  # the cluster has noted it, and the next question comes
+            may_withdraw = self._asked_to_stop  # what is not running after this will find the word to stop
+            if self._killed:
+                self._cluster.stop(self.id, seconds=_IN_A_THREAD)
+            info = self._cluster.info(self.id, seconds=_IN_A_THREAD)
+            if info is None and self.order is not None:
+                self._submit_again(self.order)
+                return
+            self.order = None
+            if info is not None and info["status"] == "PENDING" and may_withdraw:
+                self._cluster.stop(self.id, seconds=_IN_A_THREAD)
+                self._ended(End(ExitCode.STOPPED))
+            else:
+                self._ended(end_of(info))
+
+    def _submit_again(self, order: dict[str, Any]) -> None:
+        if self._asked_to_stop or self._killed:
+            self._ended(End(ExitCode.STOPPED))
+            return
+        try:
+            self._cluster.submit(order, seconds=_IN_A_THREAD)
+        except FinetunedError as error:
+            self._ended(End(ExitCode.BAD_SETTINGS, error=error))
+
+    def _ended(self, end: End | None) -> None:
+        self._ended_at = time.monotonic()
+        self._end = end
+
+    def _conclude(self, end: End) -> int | None:
+        """Give the exit status; None while a trainer that Ray has lost may still be at work."""
+        if locked(self._folder) and time.monotonic() < self._ended_at + _GHOST:
+            if not self._asked_to_stop:
+                self.ask_to_stop()
+            return None
+        said = exit_code(self._folder, self._attempt)
+        if said is not None:
+            return said
+        if self._killed:
+            return -signal.SIGKILL
+        self.taken = end.taken
+        if end.error is not None:
+            _tell(self._folder, end.error)
+        return end.status
+
+
+class RayLauncher:
+    """Runs trainers on a Ray cluster."""
+
+    def __init__(self, settings: Ray) -> None:
+        """Ask nothing yet."""
+        self._settings = settings
+        self._cluster = Cluster(settings)
+
+    def start(self, folder: JobFolder, *, log: Path, environment: Mapping[str, str], needs: Needs) -> RayTrainer:
+        """Submit a trainer on a job's folder, its output appended to `log`.
+
+        Raises OSError if the cluster does not answer, FinetunedError if it refuses. Where it may have taken the job
+        and did not say so, the trainer finds out.
+        """
+        submission = submission_id(folder, needs.attempt)
+        trainer = RayTrainer(self._cluster, folder, submission, needs.attempt)
+        order = self._order(folder, log, environment, needs)
+        try:
+            self._cluster.submit(order, seconds=_AT_MOST)
+        except UnsureError:
+            trainer.order = order
+        return trainer
+
+    def find(self, folder: JobFolder, *, trainer_id: str, attempt: int) -> RayTrainer | None:
+        """Give the trainer that an earlier daemon submitted, also one whose id it had no time to note.
+
+        None if the cluster knows none, and none has left a trace. While the cluster does not answer it is taken to
+        know it.
+        """
+        submission = trainer_id or submission_id(folder, attempt)
+        trainer = RayTrainer(self._cluster, folder, submission, attempt)
+        with suppress(OSError):
+            gone = self._cluster.info(submission, seconds=_AT_MOST) is None
+            if gone and exit_code(folder, attempt) is None and not locked(folder):
+                return None
+        return trainer
+
+    def _order(self, folder: JobFolder, log: Path, environment: Mapping[str, str], needs: Needs) -> dict[str, Any]:
+        settings = self._settings
+        resources = dict(settings.resources)
+        variables = {**_RAYS_PATIENCE, **settings.runtime_env.get("env_vars", {}), **environment, TAKES_LOCK: "1"}
+        variables.pop("CUDA_VISIBLE_DEVICES", None)  # Ray knows which GPU it is
+        order = {
+            "submission_id": submission_id(folder, needs.attempt),
+            "entrypoint": self._entry_point(folder, log, needs),
+            "entrypoint_num_gpus": needs.gpus,
+            "entrypoint_num_cpus": resources.pop("CPU", 0),
+            "entrypoint_memory": int(resources.pop("memory", 0)),
+            "entrypoint_resources": resources,
+            "runtime_env": {**settings.runtime_env, "env_vars": variables},
+            "metadata": {"job_name": f"finetuned {needs.job}"},
+        }
+        return {name: value for name, value in order.items() if value}
+
+    def _entry_point(self, folder: JobFolder, log: Path, needs: Needs) -> str:
+        """Give the command for the node's shell. It does nothing where the job was stopped before its turn came."""
+        path, word, output = (shlex.quote(str(path)) for path in (folder.path, folder.stop(needs.attempt), log))
+        program = shlex.join([*self._program(), str(folder.path)])
+        return (
+            f"test -d {path} || exit {NOT_SHARED}; test -e {word} && exit {ExitCode.STOPPED:d}; "
+            f"umask {OTHERS_NOTHING:03o}; exec {program} >> {output} 2>&1"
+        )
+
+    def _program(self) -> list[str]:
+        other = os.environ.get("FINETUNED_TRAINER")
+        python = self._settings.python or sys.executable
+        return shlex.split(other) if other else [python, "-P", "-m", "finetuned.trainer"]
+
+
+def submission_id(folder: JobFolder, attempt: int) -> str:
+    """Name an attempt so that it is the same whoever asks, and no other's on a cluster that several daemons share."""
+    place = sha256(os.fsencode(folder.path)).hexdigest()[:12]
+    return f"finetuned-{folder.path.name}-{attempt}-{place}"
+
+
+def _tell(folder: JobFolder, error: FinetunedError) -> None:
+    """Say in the trainer's place why there was none."""
+    event = Event(time.time(), EventType.ERROR, error.sentence(), level="error", data=error.as_dict())
+    with suppress(OSError), folder.events.open("ab") as file:
+        file.write(event.line())

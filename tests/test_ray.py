@@ -1,0 +1,363 @@
+"""What a launcher of Ray's makes of the answers that it gets, and of those that it does not get: a server that answers
+as it is told, in Ray's place. The real Ray is in `tests/cluster`.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from pydantic import ValidationError
+from structlog.testing import capture_logs
+
+from conftest import eventually
+from finetuned.errors import FinetunedError
+from finetuned.events import ExitCode, parse_event
+from finetuned.home import JobFolder
+from finetuned.launchers import Needs, ray
+from finetuned.launchers.ray import RayLauncher
+from finetuned.launchers.ray_ends import end_of
+from finetuned.launchers.settings import Ray
+from finetuned.lifesigns import leave_exit_code, locked
+from fixtures_ray import free_ports
+
+HOLDER = """
+import fcntl, sys, time
+lock = open(sys.argv[1], "a")
+fcntl.flock(lock, fcntl.LOCK_EX)
+print(flush=True)
+time.sleep(600)
+"""
+UNKNOWN = 404, "Job x does not exist"
+
+
+class Answers:
+    """A server that gives to each method and path the answer that it holds, late if told so, and keeps the orders."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.submit = 200, "{}"
+        self.info = UNKNOWN
+        self.late = 0.0
+        self.orders: list[dict] = []
+        self.stopped = 0
+        self.headers: dict[str, str] = {}
+        answers = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                answers.headers = dict(self.headers)
+                self.reply(*answers.info)
+
+            def do_POST(self) -> None:
+                content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.path.endswith("/stop"):
+                    answers.stopped += 1
+                    self.reply(200, "{}")
+                else:
+                    answers.orders.append(json.loads(content))
+                    time.sleep(answers.late)
+                    self.reply(*answers.submit)
+
+            def reply(self, status: int, text: str) -> None:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def say(self, state: str, **more) -> None:
+        self.info = 200, json.dumps({"status": state, **more})
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@contextmanager
+def answering(port: int = 0):
+    answers = Answers(port)
+    try:
+        yield answers
+    finally:
+        answers.close()
+
+
+@pytest.fixture
+def answers():
+    with answering() as one:
+        yield one
+
+
+@pytest.fixture
+def folder(tmp_path) -> JobFolder:
+    path = tmp_path / "job-1"
+    path.mkdir()
+    return JobFolder(path)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(ray, "_PAUSE", 0.02)
+
+
+@pytest.fixture
+def hold():
+    """Let a process hold a job's lock."""
+    held = []
+
+    def start(folder: JobFolder) -> subprocess.Popen:
+        held.append(subprocess.Popen([sys.executable, "-c", HOLDER, folder.lock], stdout=subprocess.PIPE))
+        held[-1].stdout.readline()
+        return held[-1]
+
+    yield start
+    for process in held:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def start(address, folder, *, gpus=1, **settings):
+    needs = Needs(job="job-1", attempt=1, gpus=gpus)
+    log = folder.path.with_suffix(".log")
+    return RayLauncher(Ray(address=address, **settings)).start(folder, log=log, environment={"A": "b"}, needs=needs)
+
+
+def status_of(trainer) -> int:
+    eventually(lambda: trainer.poll() is not None)
+    return trainer.poll()
+
+
+def test_an_order_holds_what_was_set_and_what_the_trainer_needs(answers, folder):
+    settings = {
+        "python": "/opt/python",
+        "resources": {"CPU": 4, "memory": 2e9, "fast": 0.5},
+        "runtime_env": {"working_dir": "/x", "env_vars": {"C": "d", "A": "e"}},
+    }
+    trainer = start(answers.address, folder, gpus=1, **settings)
+    (order,) = answers.orders
+    assert order["submission_id"] == trainer.id
+    assert f"exec /opt/python -P -m finetuned.trainer {folder.path} >> {folder.path}.log 2>&1" in order["entrypoint"]
+    assert (order["entrypoint_num_gpus"], order["entrypoint_num_cpus"], order["entrypoint_memory"]) == (1, 4, 2 * 10**9)
+    assert order["entrypoint_resources"] == {"fast": 0.5}
+    assert order["runtime_env"]["working_dir"] == "/x"
+    variables = order["runtime_env"]["env_vars"]
+    assert variables.items() >= {"A": "b", "C": "d", "FINETUNED_TAKES_LOCK": "1"}.items()
+
+
+def test_two_base_directories_never_share_an_id_and_two_daemons_in_one_find_the_same(answers, folder, tmp_path):
+    other = JobFolder(tmp_path / "other" / "job-1")
+    other.path.mkdir(parents=True)
+    ids = [start(answers.address, one).id for one in (folder, other, folder)]
+    assert ids[0] == ids[2] != ids[1]
+
+
+def test_a_token_is_read_at_each_question(answers, folder, tmp_path):
+    token = tmp_path / "token"
+    token.write_text("first\n")
+    trainer = start(answers.address, folder, token_file=token)
+    answers.say("RUNNING")
+    eventually(lambda: trainer.poll() is None and answers.headers.get("Authorization") == "Bearer first")
+    token.write_text("second\n")
+    eventually(lambda: trainer.poll() is None and answers.headers.get("Authorization") == "Bearer second")
+    token.unlink()
+    with pytest.raises(OSError, match="token"):
+        start(answers.address, folder, token_file=token)
+
+
+def test_an_order_whose_answer_is_lost_is_given_again_until_the_cluster_knows_it(answers, folder, monkeypatch):
+    monkeypatch.setattr(ray, "_AT_MOST", 0.05)
+    answers.late = 0.3
+    trainer = start(answers.address, folder)
+    assert trainer.poll() is None
+    eventually(lambda: trainer.poll() is None and len(answers.orders) > 1)
+    assert len({order["submission_id"] for order in answers.orders}) == 1
+    answers.say("RUNNING")
+    eventually(lambda: trainer.poll() is None and trainer.order is None)
+    answers.info = UNKNOWN  # now it was known
+    status_of(trainer)
+    assert "knows the job no more" in trainer.taken
+
+
+def test_an_order_in_doubt_that_is_refused_fails_with_the_reason_and_one_that_is_stopped_is_given_no_more(
+    answers, folder, monkeypatch
+):
+    monkeypatch.setattr(ray, "_AT_MOST", 0.05)
+    answers.late = 0.3
+    trainer = start(answers.address, folder)
+    trainer.ask_to_stop()
+    assert status_of(trainer) == ExitCode.STOPPED
+    assert len(answers.orders) == 1
+    answers.submit = 400, "Traceback\nValueError: no such field\n"
+    assert status_of(start(answers.address, folder)) == ExitCode.BAD_SETTINGS
+    (event,) = map(parse_event, folder.events.read_bytes().splitlines())
+    assert "no such field" in event.data["what"]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, FinetunedError), (401, FinetunedError), (404, FinetunedError), (429, OSError), (500, OSError)],
+)
+def test_what_never_can_be_is_told_apart_from_what_cannot_be_now(answers, folder, status, kind):
+    answers.submit = status, "Traceback\nValueError: because\n.\n"
+    with pytest.raises(kind, match="because"):
+        start(answers.address, folder)
+
+
+def test_an_order_that_the_cluster_has_already_is_no_error(answers, folder):
+    answers.submit = 500, "ValueError: Job already exists"
+    answers.say("SUCCEEDED")
+    assert status_of(start(answers.address, folder)) == 0
+
+
+def test_a_cluster_that_does_not_answer_is_waited_for_and_logged_once(folder):
+    (port,) = free_ports(1)
+    address = f"http://127.0.0.1:{port}"
+    with pytest.raises(OSError, match="cannot be reached"):
+        start(address, folder)
+    with capture_logs() as logs:
+        with answering(port) as answers:
+            answers.say("RUNNING")
+            trainer = start(address, folder)
+            eventually(lambda: trainer.poll() is None and answers.headers)
+        eventually(lambda: trainer.poll() is None and logs)
+        ask_often(trainer)
+        with answering(port) as answers:
+            answers.info = 503, "busy"
+            eventually(lambda: trainer.poll() is None and answers.headers)
+            ask_often(trainer)
+            answers.say("SUCCEEDED")
+            assert status_of(trainer) == 0
+    assert [line["event"] for line in logs] == ["Ray does not answer", "Ray answers again"]
+
+
+def ask_often(trainer) -> None:
+    for _ in range(20):
+        assert trainer.poll() is None
+        time.sleep(0.01)
+
+
+def test_a_daemon_that_finds_a_cluster_silent_takes_the_trainer_to_be_there(answers, folder):
+    launcher = RayLauncher(Ray(address=answers.address))
+    assert launcher.find(folder, trainer_id="x", attempt=1) is None
+    answers.info = 503, "busy"
+    found = launcher.find(folder, trainer_id="x", attempt=1)
+    assert found.poll() is None
+    answers.say("SUCCEEDED")
+    assert status_of(found) == 0
+
+
+def test_a_lost_trainer_that_still_holds_its_lock_is_asked_to_stop_and_waited_for(answers, folder, hold):
+    trainer = RayLauncher(Ray(address=answers.address)).find(folder, trainer_id="x", attempt=1)
+    assert trainer is None
+    holder = hold(folder)
+    trainer = RayLauncher(Ray(address=answers.address)).find(folder, trainer_id="x", attempt=1)
+    eventually(lambda: trainer.poll() is None and folder.stop(1).exists())
+    ask_often(trainer)
+    leave_exit_code(folder, 1, ExitCode.STOPPED)
+    assert trainer.poll() is None
+    holder.kill()
+    holder.wait()
+    assert status_of(trainer) == ExitCode.STOPPED
+
+
+def test_a_lost_trainer_whose_lock_is_never_free_is_given_up_in_the_end(answers, folder, hold, monkeypatch):
+    monkeypatch.setattr(ray, "_GHOST", 0.2)
+    hold(folder)
+    trainer = RayLauncher(Ray(address=answers.address)).find(folder, trainer_id="x", attempt=1)
+    status_of(trainer)
+    assert trainer.taken
+    assert locked(folder)
+
+
+def test_one_that_waits_for_its_turn_ends_as_soon_as_it_is_asked_to(answers, folder):
+    trainer = start(answers.address, folder)
+    answers.say("PENDING")
+    ask_often(trainer)
+    trainer.ask_to_stop()
+    assert status_of(trainer) == ExitCode.STOPPED
+    assert folder.stop(1).exists()  # for the entry point, should its turn come
+    assert answers.stopped
+
+
+OOM = "Unexpected error occurred: 1 worker(s) were killed due to the node running low on memory. Memory on the node"
+DIED = "Job supervisor actor died: The actor died unexpectedly before finishing this task.\n\tclass_name: JobSupervisor"
+ERRORS = {
+    "killed": ({"driver_exit_code": -9}, -9, "", ""),
+    "killed below a shell": ({"driver_exit_code": 137}, -9, "", ""),
+    "stopped": ({"driver_exit_code": 130}, 130, "", ""),
+    "a bug": ({"driver_exit_code": 1}, 1, "", ""),
+    "memory": (
+        {"error_type": "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE", "message": OOM, "driver_node_id": "a"},
+        -9,
+        "",
+        "",
+    ),
+    "memory before it began": ({"error_type": "JOB_SUPERVISOR_ACTOR_DIED", "message": OOM}, -9, "low on memory", ""),
+    "lost": ({"error_type": "JOB_SUPERVISOR_ACTOR_DIED", "message": DIED}, -9, "before finishing this task.", ""),
+    "no turn": ({"error_type": "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "message": "in 900 s"}, -9, "in 900 s", ""),
+    "no environment": ({"error_type": "RUNTIME_ENV_SETUP_FAILURE", "message": "no pip"}, 75, "", "no pip"),
+    "no folder": ({"driver_exit_code": 72}, 78, "", "does not see"),
+    "no python": ({"driver_exit_code": 127, "message": "sh: no such python"}, 78, "", "no such python"),
+    "a worker": ({"driver_exit_code": 74}, -9, "one of its workers", ""),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_failed_job_is_the_trainers_end_or_was_taken_or_never_began(name):
+    info, status, taken, error = ERRORS[name]
+    end = end_of({"status": "FAILED", **info})
+    assert end.status == status
+    assert taken in end.taken
+    assert bool(end.taken) == bool(taken)
+    assert error in str(end.error)
+    assert (end.error is not None) == bool(error)
+
+
+@pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
+def test_what_waits_or_runs_has_no_end(state):
+    assert end_of({"status": state}) is None
+
+
+def test_what_the_trainer_said_itself_counts_more_than_what_ray_says(answers, folder):
+    leave_exit_code(folder, 1, 70)
+    answers.say("FAILED", driver_exit_code=-9)
+    assert status_of(start(answers.address, folder)) == 70
+
+
+def test_an_end_after_a_kill_is_the_kill(answers, folder):
+    trainer = start(answers.address, folder)
+    answers.say("RUNNING")
+    ask_often(trainer)
+    trainer.kill()
+    eventually(lambda: trainer.poll() is None and answers.stopped)
+    answers.say("STOPPED")
+    assert (status_of(trainer), trainer.taken) == (-signal.SIGKILL, "")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"address": "127.0.0.1:8265"},
+        {"address": "http://x:99999"},
+        {"resources": {"GPU": 1}},
+        {"resources": {"CPU": -1}},
+        {"runtime_env": {"env_vars": {"A": 1}}},
+        {"adress": "http://x"},
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(bad):
+    with pytest.raises(ValidationError):
+        Ray(**bad)
