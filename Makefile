@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo demo-web test test-systemd torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door bench-hybrid bench-distill schema clean
+.PHONY: .venv demo demo-web test test-systemd test-cluster torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door bench-hybrid bench-distill schema clean
 
 .venv: .venv/ready
 
@@ -38,6 +38,10 @@ test: lint
 # makes a Debian in ~/.cache/finetuned.
 test-systemd: .venv
 	$(BIN)/pytest -m systemd tests/systemd
+
+# Launchers on clusters of one node. The first time it makes a Ray in ~/.cache/finetuned.
+test-cluster: .venv
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster tests/cluster
 
 lint: .venv
 	$(BIN)/ruff check --quiet

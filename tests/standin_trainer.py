@@ -17,6 +17,7 @@ STANDIN_WEIGHT    bytes that are added to its weights
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -66,6 +67,9 @@ def safetensors(content: bytes) -> bytes:
 
 
 def main(folder: Path) -> int:
+    if "FINETUNED_TAKES_LOCK" in os.environ:
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o640)  # until this process ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     spec = json.loads((folder / "job.json").read_bytes())
     (folder / "lock").write_text(f"{os.getpid()} {spec['attempt']} {VERSION}\n")
     code = run(folder, spec)
@@ -100,7 +104,7 @@ def run(folder: Path, spec: dict) -> int:
     say(folder, "phase", "training", phase="training")
     hoard = b"x" * (int(os.environ.get("STANDIN_EAT_MB", "0")) << 20)  # noqa: F841
     while done < total:
-        if asked:
+        if asked or (folder / f"stop.{spec['attempt']}").exists():
             time.sleep(float(os.environ.get("STANDIN_SAVE", "0")))
             write(checkpoint, json.dumps({"step": done, "digest": digest.hex()}).encode())
             say(folder, "checkpoint", f"checkpoint after step {done}", checkpoint_step=done)
