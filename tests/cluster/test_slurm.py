@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import stat
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from conftest import chat_rows, eventually, write_jsonl
+from conftest import STANDIN, chat_rows, eventually, write_jsonl
 from finetuned.errors import FinetunedError
 from finetuned.home import Home, JobFolder
 from finetuned.launchers import Needs
@@ -23,6 +24,22 @@ from finetuned.lifesigns import exit_code, locked, signed
 from standin_trainer import safetensors, weights_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(180)]
+
+NODES = Path(__file__).parents[2] / "examples/slurm/nodes.sh"
+TWO_RANKS = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2"]
+# Rank 0 trains, the other waits for it.
+RANK = shlex.join(
+    [
+        "bash",
+        "-c",
+        """
+echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE here, by $MASTER_ADDR:$MASTER_PORT"
+[ "$RANK" = 0 ] && exec $0 "$@"
+trap 'echo rank $RANK was told to stop; exit 130' TERM
+until [ -e "$1/exit.1" ]; do sleep 0.05; done""",
+        STANDIN,
+    ]
+)
 
 
 @pytest.fixture
@@ -156,6 +173,43 @@ def test_a_signal_tells_it_too_as_a_file_may_take_its_time_on_a_shared_disk(laun
     eventually(lambda: log_of(folder).exists() and "up" in log_of(folder).read_text())
     trainer.ask_to_stop()
     assert end_of(trainer) == 130
+
+
+def test_before_its_time_limit_it_is_told_and_what_does_not_hear_was_taken(launcher, job, slurm):
+    told, deaf = job(rows=9000), job(rows=9000)
+    wise = submit(launcher(options=["--time=1"], signal_seconds=60), told, seconds=0.1)
+    late = submit(launcher(options=["--time=5"], signal_seconds=1), deaf, seconds=0.1, deaf=1)
+    begun(deaf, step=5)
+    soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 1))
+    slurm.run("scontrol", "update", f"JobId={late.id}", f"EndTime={soon}")  # Slurm looks every half minute
+    assert end_of(wise, seconds=60) == 130
+    assert wise.taken == "Slurm asked it to stop, as it does before a time limit"
+    assert end_of(late, seconds=60) == -signal.SIGTERM
+    assert late.taken == "its time limit was reached"
+    assert checkpoint_of(told) >= 5
+    assert checkpoint_of(deaf) >= 5
+
+
+def test_one_job_over_several_nodes_has_a_rank_for_each_task_and_all_are_told_to_stop(
+    launcher, job, slurm, monkeypatch
+):
+    monkeypatch.setenv("FINETUNED_TRAINER", RANK)
+    folder = job(rows=9000)
+    trainer = submit(launcher(template=str(NODES), options=TWO_RANKS), folder, seconds=0.1)
+    begun(folder, step=2)
+    trainer.ask_to_stop()
+    assert end_of(trainer) == 130
+    port = 20000 + int(trainer.id) % 20000
+    ranks = sorted(line for line in log_of(folder).read_text().splitlines() if line.startswith("rank"))
+    assert ranks[:2] == [f"rank {n} of 2, {n} of 2 here, by {slurm.host}:{port}" for n in range(2)]
+    assert ranks[2:] == ["rank 1 was told to stop"]
+
+
+def test_ranks_that_train_to_the_end_end_their_job(launcher, job, monkeypatch):
+    monkeypatch.setenv("FINETUNED_TRAINER", RANK)
+    folder = job()
+    assert end_of(submit(launcher(template=str(NODES), options=TWO_RANKS), folder)) == 0
+    assert is_trained(folder)
 
 
 def test_a_job_that_waits_is_taken_out_of_the_queue(launcher, job, slurm):

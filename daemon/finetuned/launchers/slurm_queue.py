@@ -238,7 +238,7 @@ class Queue:
             with suppress(_RefusedError):  # it has moved on: the next look sees
                 if order is Order.KILL:
                     with suppress(_RefusedError):  # it has not begun
-                        _run("scancel", "--signal=KILL", "--full", job, seconds=_SLOW)
+                        _run("scancel", "--signal=KILL", "--batch", job, seconds=_SLOW)
                     _run("scancel", job, seconds=_SLOW)
                 elif entry.state == "PENDING":
                     _run("scancel", "--state=PENDING", job, seconds=_SLOW)
