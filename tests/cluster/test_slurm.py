@@ -258,7 +258,7 @@ def test_a_job_that_slurm_puts_back_goes_on_and_nothing_has_ended(launcher, job,
     assert end_of(submit(launcher(options=["--partition=high"]), job(), gpus=2)) == 0
     eventually(lambda: exit_code(folder, 1) == 130)
     eventually(lambda: trainer.poll() is None and trainer.waits.startswith("PENDING"))
-    slurm.run("scontrol", "update", f"JobId={trainer.id}", "StartTime=now")  # it would have to wait two minutes
+    slurm.run_again(trainer.id)
     assert end_of(trainer) == 0
     assert trainer.taken == ""
     assert "resumed after step" in folder.events.read_text()
@@ -272,8 +272,7 @@ def test_the_end_of_a_run_before_a_requeue_is_not_the_end(launcher, job, slurm):
     first = signed(folder).pid
     slurm.run("scontrol", "requeue", trainer.id)
     eventually(lambda: exit_code(folder, 1) == 130)
-    eventually(lambda: "PENDING" in slurm.state(trainer.id))
-    slurm.run("scontrol", "update", f"JobId={trainer.id}", "StartTime=now")
+    slurm.run_again(trainer.id)
     eventually(lambda: locked(folder) and (now := signed(folder)) and now.pid != first, seconds=30)
     assert trainer.poll() is None
     os.kill(signed(folder).pid, signal.SIGKILL)
@@ -333,7 +332,7 @@ def test_what_slurm_will_never_take_is_refused_in_its_own_words(launcher, job):
 def test_a_machine_without_slurm_says_so(launcher, job, monkeypatch):
     with monkeypatch.context() as here:
         here.setenv("PATH", "/nowhere")
-        with pytest.raises(FinetunedError, match="this machine has no squeue"):
+        with pytest.raises(FinetunedError, match="this machine has no sbatch"):
             submit(launcher(), job())
 
 

@@ -15,7 +15,7 @@ import structlog
 
 from finetuned.home import Home, JobFolder
 from finetuned.launchers import Needs
-from finetuned.launchers.slurm_queue import Entry, Order, Queue, outcome
+from finetuned.launchers.slurm_queue import Entry, Order, Queue, outcome, require_commands
 from finetuned.launchers.slurm_script import TEMPLATE, fill, read_template
 from finetuned.launchers.slurm_settings import Slurm
 from finetuned.lifesigns import TAKES_LOCK, exit_code, locked
@@ -105,6 +105,7 @@ class SlurmLauncher:
         Raises ConnectionError if there is none, BlockingIOError if an earlier trainer of this job is in Slurm's
         queue, and FinetunedError if Slurm will never take it.
         """
+        require_commands()
         script = self._script(folder, log=log, environment=environment, needs=needs)
         self._refuse_a_second(folder)
         options = [

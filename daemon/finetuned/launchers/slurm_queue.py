@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -90,6 +91,8 @@ def outcome(entry: Entry, said: int | None) -> tuple[int, str]:
         return said, ""
     if entry.state in _INTERRUPTED:
         return 130 if said else -signal.SIGTERM, _INTERRUPTED[entry.state]
+    if said is None and entry.reason == "BadConstraints":  # sbatch says it better the next time, if it is still so
+        return -signal.SIGTERM, "Slurm has no node any more that meets its options"
     if said or entry.status == 130:
         return 130, "Slurm asked it to stop, as it does before a time limit"
     if entry.state == "OUT_OF_MEMORY":
@@ -123,6 +126,17 @@ def parse_accounting(text: str) -> dict[str, Entry]:
         how = -int(number) if number and int(number) else int(code)
         found[job] = Entry(job, state.split()[0], how, "", name, "")  # "CANCELLED by 1000"
     return found
+
+
+def require_commands() -> None:
+    """Raise FinetunedError if this machine has no Slurm."""
+    if shutil.which("sbatch") is None:
+        raise FinetunedError(
+            "this machine has no sbatch",
+            where="launcher in config.json",
+            remedy="Run the daemon where Slurm's commands are, or choose another launcher.",
+            code="no_slurm",
+        )
 
 
 class Queue:
@@ -206,7 +220,7 @@ class Queue:
         return {}
 
     def _look(self) -> None:
-        with suppress(OSError, FinetunedError):
+        with suppress(OSError):
             self._ask(_SLOW)
             self._carry_out_orders()
 
@@ -233,7 +247,10 @@ class Queue:
         assert self.listing
         for job, order in self._orders.copy().items():
             entry = self.listing.entries.get(job)
-            if entry is None or entry.ended:
+            if entry is None:  # submitted since
+                continue
+            if entry.ended:
+                self._orders.pop(job, None)
                 continue
             with suppress(_RefusedError):  # it has moved on: the next look sees
                 if order is Order.KILL:
@@ -252,8 +269,8 @@ class _RefusedError(Exception):
 
 
 def _run(*command: str, seconds: float, script: str = "", environment: Mapping[str, str] | None = None) -> str:
-    """Run a command of Slurm's and give what it prints. Raises _RefusedError, TimeoutError, and FinetunedError if this
-    machine does not have it.
+    """Run a command of Slurm's and give what it prints. Raises _RefusedError, and OSError: TimeoutError, or it is not
+    there.
     """
     try:
         done = subprocess.run(
@@ -261,13 +278,6 @@ def _run(*command: str, seconds: float, script: str = "", environment: Mapping[s
         )
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{command[0]} said nothing in {seconds:.0f} s") from None
-    except FileNotFoundError:
-        raise FinetunedError(
-            f"this machine has no {command[0]}",
-            where="launcher in config.json",
-            remedy="Run the daemon where Slurm's commands are, or choose another launcher.",
-            code="no_slurm",
-        ) from None
     if done.returncode:
         said = [line.removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in done.stderr.splitlines()]
         raise _RefusedError("; ".join(filter(None, said)) or f"{command[0]} ended with {done.returncode}")
