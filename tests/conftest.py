@@ -19,7 +19,7 @@ from finetuned.home import Home
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
 
-pytest_plugins = ["fixtures_nvml", "fixtures_web"]
+pytest_plugins = ["fixtures_nvml", "fixtures_slurm", "fixtures_web"]
 
 # A test run started in the background of a shell inherits an ignored interrupt key, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
