@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from finetuned.engine_settings import Slurm
 from finetuned.errors import ConfigError
 from finetuned.home import JobFolder
 from finetuned.launchers.slurm import last_word
 from finetuned.launchers.slurm_queue import Entry, outcome, parse_accounting, parse_queue
 from finetuned.launchers.slurm_script import TEMPLATE, fill, read_template
-from finetuned.launchers.slurm_settings import Slurm
 from finetuned.lifesigns import exit_code, leave_exit_code, sign
 
 HERE = Path("slurm.sh")

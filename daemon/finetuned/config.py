@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from finetuned.engine_settings import Ray, Slurm
 from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 from finetuned.findings import Warned
@@ -27,6 +28,7 @@ from finetuned.recipe_settings import Distill, Hybrid, Rft
 NOT_IN_OVERRIDES = frozenset(
     {"launcher", "trust_remote_code", "benchmark", "eval_file", "resume_adapter", "priority", "report_to"}
 )
+WHERE = frozenset({"launcher", "gpus_per_job"})  # where a job is trained, which makes no other training
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
 _FOREIGN = frozenset({"model", "revision", "teacher", "teacher_revision"})  # whose code may be run
 LATEST = "latest"  # as resume_adapter
@@ -379,6 +381,9 @@ class Config(TrainingSettings):
     gpus: list[int | str] | None = Field(
         None, description="GPUs that jobs may use, as indices of nvidia-smi or UUIDs; null: all. Others are left alone."
     )
+    remote_jobs: PositiveInt = Field(16, description="How many jobs Ray and Slurm have at once; others wait here.")
+    ray: Ray = Field(default_factory=Ray, description="The cluster of launcher ray: docs/scale.md.")
+    slurm: Slurm = Field(default_factory=Slurm, description="The cluster of launcher slurm: docs/scale.md.")
     share_gpus: bool = Field(
         False, description="Let jobs share a GPU where `finetuned plan` says that they fit on it together."
     )

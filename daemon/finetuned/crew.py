@@ -6,13 +6,15 @@ import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 import structlog
 
 from finetuned import gpu
 from finetuned.attempts import began, ended
 from finetuned.closer import Closer
-from finetuned.config import Config
+from finetuned.config import WHERE, Config
+from finetuned.engines import Engines
 from finetuned.errors import ConfigError, FinetunedError
 from finetuned.events import Ending, Event, EventType, ExitCode
 from finetuned.fleet import CPU, Fleet
@@ -21,11 +23,13 @@ from finetuned.guard import check_place
 from finetuned.hold import Hold
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, State
+from finetuned.launchers import Needs, Start
 from finetuned.launchers.local import start, trainer_environment
 from finetuned.launchers.warm import WarmParent
 from finetuned.ledger import Ledger
 from finetuned.live import sentence
-from finetuned.scheduler import Device, Wish, Work, schedule
+from finetuned.pulse import no_room
+from finetuned.scheduler import LOCAL, Device, Wish, Work, schedule
 from finetuned.spool.claim import settle_duplicate, write_spec
 from finetuned.supervisor import Attempt, boot_id, stop_orphan
 from finetuned.tidy import keep_ends, release
@@ -48,6 +52,7 @@ class Crew:
         self._gpus, self._wake = gpus, wake
         self.fleet = Fleet(home, gpus)
         self.attempts: list[Attempt] = []
+        self._engines = Engines(home)
         self._foresight = Foresight(home, wake=wake)
         self._warm = WarmParent()
         # The jobs whose trainers could not be started, and why, until the ledger says so too.
@@ -68,13 +73,20 @@ class Crew:
             return
         self._next_decision = now + _DECIDE_EVERY
         queue = self._ledger.may_start(time.time(), limit=_LOOKED_AT)
-        if not queue or self.fleet.all_failed:
+        if not queue:
             return
-        queue = [job for job in queue if not self._refused(config, job)]
+        jobs = {job.id: job for job in queue}
+        queue = [job for job in queue if not (self._refused(config, job) or self._unanswered(job))]
+        if self.fleet.all_failed:
+            queue = [job for job in queue if _launcher(job) != LOCAL]
         devices = self.fleet.devices(config, {device for one in self.attempts for device in _places(one.job)})
         work = [self._work(config, attempt.job) for attempt in self.attempts]
-        decided = schedule((self._wish(config, job, devices) for job in queue), devices=devices, work=work)
-        jobs = {job.id: job for job in queue}
+        decided = schedule(
+            (self._wish(config, job, devices) for job in queue),
+            devices=devices,
+            work=work,
+            most_elsewhere=config.remote_jobs,
+        )
         for job_id, places in decided.starts.items():
             if self._hold.resting:
                 return
@@ -90,10 +102,10 @@ class Crew:
                 self._note_wait(job, decided.waits.get(job.id, ""))
 
     def tend(self, config: Config, *, hurry: bool) -> None:
-        """Record what the trainers say; where one has ended, do what follows. `hurry` kills those that are stopping."""
+        """Record what the trainers say; where one has ended, do what follows. `hurry` kills those on this machine."""
+        for attempt in self.here if hurry else ():
+            attempt.hurry()
         for attempt in list(self.attempts):
-            if hurry:
-                attempt.hurry()
             self._tend(config, attempt)
 
     def sample(self, config: Config) -> None:
@@ -124,6 +136,11 @@ class Crew:
         for attempt in self.attempts:
             attempt.stop(seconds)
 
+    @property
+    def here(self) -> list[Attempt]:
+        """The attempts on this machine. Those elsewhere go on without a daemon, and the next one finds them."""
+        return [attempt for attempt in self.attempts if _launcher(attempt.job) == LOCAL]
+
     def warm_up(self, config: Config) -> None:
         """Have a parent for trainers to be forked from, or none, as config.json says."""
         if config.warm_trainer:
@@ -141,11 +158,14 @@ class Crew:
 
     # -- after a crash, or a full disk
 
-    def adopt(self, job: Job, *, stop_seconds: float) -> bool:
+    def adopt(self, config: Config, job: Job) -> bool:
         """Go on with a job whose daemon went down, if its trainer did not, or said how it ended."""
         if self.find(job.id) is not None:  # on a second try
             return True
-        attempt = Attempt.adopt(self._ledger, self._home, job, stop_seconds=stop_seconds)
+        if (name := _launcher(job)) == LOCAL:
+            attempt = Attempt.adopt(self._ledger, self._home, job, stop_seconds=config.stop_seconds)
+        else:
+            attempt = Attempt.find(self._ledger, self._home, job, self._engines.launcher(name, config))
         if attempt is not None:
             self.attempts.append(attempt)
         return attempt is not None
@@ -175,6 +195,8 @@ class Crew:
 
     def _start(self, config: Config, job: Job, devices: list[Device]) -> None:
         environment, why = trainer_environment(*(device.id for device in devices if device.id != CPU))
+        if (name := _launcher(job)) != LOCAL:
+            why = f"with {name}"
         try:
             check_place(self._home.adapters)
             following = replace(job, attempt=job.attempt + 1)
@@ -191,24 +213,32 @@ class Crew:
                 started_at=job.started_at or time.time(),
                 progress=progress,
             )
-            how = self._warm.start if config.warm_trainer else start
+            how: Start = self._warm.start if config.warm_trainer else start
+            if name != LOCAL:
+                needs = Needs(job.id, job.attempt, gpus=_gpus_elsewhere(job))
+                how = partial(self._engines.launcher(name, config).start, needs=needs)
             attempt = Attempt.launch(self._ledger, self._home, job, start=how, environment=environment)
         except FinetunedError as error:
             self._closer.fail(job, error.as_dict())
         except (sqlite3.OperationalError, OSError) as error:
-            self._hold.begin(error, doing=f"starting {job.id}")
+            if name != LOCAL and isinstance(error, OSError) and not no_room(error):
+                self._engines.failed(name, error)
+            else:
+                self._hold.begin(error, doing=f"starting {job.id}")
             self._never_began.append((job, f"it could not be started: {error}"))
             self.queue_again()
         else:
+            self._engines.answered(name)
             self.attempts.append(attempt)
-            _log.info("training starts", job=job.id, attempt=job.attempt, pid=attempt.trainer.pid, where=why)
+            who = {"pid": attempt.trainer.pid} if name == LOCAL else {"id": attempt.trainer.id}
+            _log.info("training starts", job=job.id, attempt=job.attempt, **who, where=why)
             self._next_decision = 0.0
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
 
     def _refused(self, config: Config, job: Job) -> bool:
         """Fail a job that wants more GPUs than there are."""
         wanted, there = job.settings.get("gpus_per_job", 1), self.fleet.count(config)
-        if wanted == "auto" or not there or wanted <= there:
+        if wanted == "auto" or not there or wanted <= there or _launcher(job) != LOCAL:
             return False
         remedy = "Lower gpus_per_job, or leave fewer GPUs alone with `gpus`."
         what = f"gpus_per_job is {wanted}, and this machine has {there} for jobs"
@@ -216,11 +246,18 @@ class Crew:
         self._closer.fail(job, error.as_dict())
         return True
 
+    def _unanswered(self, job: Job) -> bool:
+        """Whether a job is for an engine that does not answer; it lets others pass."""
+        why = self._engines.why_not(_launcher(job))
+        if why:
+            self._note_wait(job, why)
+        return bool(why)
+
     def _wish(self, config: Config, job: Job, devices: Sequence[Device]) -> Wish:
         """Say what a job needs here. Without GPUs to choose from there is one device, whatever is done on it."""
         memory = min((one.memory for one in devices if one.memory), default=None)
-        if memory is None:
-            return Wish(job.id, same_as=_same_as(job))
+        if memory is None or _launcher(job) != LOCAL:
+            return Wish(job.id, _launcher(job), same_as=_same_as(job))
         wanted = job.settings.get("gpus_per_job", 1)
         shares = config.share_gpus and wanted in {1, "auto"}
         gpus: int | None = None if wanted == "auto" else wanted
@@ -231,9 +268,9 @@ class Crew:
         return Wish(job.id, gpus=gpus, memory=self._foresight.of(job.id), shares=shares, same_as=_same_as(job))
 
     def _work(self, config: Config, job: Job) -> Work:
-        places = _places(job)
+        places, memory = _places(job), self._foresight.of(job.id)
         shares = config.share_gpus and len(places) == 1
-        return Work(job.id, places, memory=self._foresight.of(job.id), shares=shares, same_as=_same_as(job))
+        return Work(job.id, places, _launcher(job), memory=memory, shares=shares, same_as=_same_as(job))
 
     def _note_wait(self, job: Job, why: str) -> None:
         """Keep for `finetuned status` why a job does not start, of those that would start next."""
@@ -281,14 +318,27 @@ def _visible(job: Job) -> str:
     return str(job.progress.get("gpu", ""))
 
 
+def _launcher(job: Job) -> str:
+    return str(job.settings.get("launcher", LOCAL))
+
+
+def _gpus_elsewhere(job: Job) -> int:
+    """Give the GPUs to ask an engine for: of those nobody here knows how many a model needs."""
+    wanted = job.settings.get("gpus_per_job", 1)
+    return 1 if wanted == "auto" else int(wanted)
+
+
 def _places(job: Job) -> tuple[str, ...]:
-    """Give the devices that a job was started on, also by an earlier daemon."""
+    """Give the devices of this machine that a job was started on, also by an earlier daemon."""
+    if _launcher(job) != LOCAL:
+        return ()
     return tuple(job.progress.get("devices", [])) or tuple(filter(None, _visible(job).split(","))) or (CPU,)
 
 
 def _same_as(job: Job) -> str:
     """Name what makes a job the same training as another."""
-    return f"{job.sha256} {job.held_out_sha256} {sorted(job.settings.items(), key=str)}"
+    settings = sorted((key, value) for key, value in job.settings.items() if key not in WHERE)
+    return f"{job.sha256} {job.held_out_sha256} {settings}"
 
 
 def _relay(job: Job, event: Event) -> None:

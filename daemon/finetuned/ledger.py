@@ -442,10 +442,11 @@ class Ledger:
         *,
         held_out_sha256: str | None = None,
         defaults: Mapping[str, Any] | None = None,
+        apart: Collection[str] = (),
     ) -> Job | None:
         """Give the newest job that succeeded on the same content, held-out data included, with the same settings.
 
-        `defaults` stand for settings that did not exist when a job was done.
+        `defaults` stand for settings that did not exist when a job was done; those in `apart` may differ.
         """
         rows = self._database.execute(
             "SELECT * FROM jobs WHERE sha256 = ? AND held_out_sha256 IS ? AND outcome = ? AND duplicate_of IS NULL"
@@ -453,7 +454,8 @@ class Ledger:
             (sha256, held_out_sha256, Outcome.SUCCEEDED),
         )
         jobs = (_job(row) for row in rows)
-        return next((job for job in jobs if {**(defaults or {}), **job.settings} == settings), None)
+        ours = {key: settings[key] for key in apart if key in settings}
+        return next((job for job in jobs if {**(defaults or {}), **job.settings, **ours} == settings), None)
 
     def events(self, job_id: str, *kinds: EventType) -> list[Event]:
         """Give what was said of a job, or of these kinds only, in order."""

@@ -140,7 +140,7 @@ class Service:
         if self._stop:
             self._stop_attempts()
             # Where the disk is full their ends cannot be recorded, and are left to recovery.
-            return all(self._hold.on and one.trainer.poll() is not None for one in self._crew.attempts)
+            return all(self._hold.on and one.trainer.poll() is not None for one in self._crew.here)
         if not self._once or self._crew.attempts or self._intake.empty is None:
             return False
         if self._telling is not None or self._ledger.next_news():
@@ -414,7 +414,7 @@ class Service:
         return why_paused(self._home) is not None
 
     def _stop_attempts(self) -> None:
-        for attempt in self._crew.attempts:
+        for attempt in self._crew.here:
             if not attempt.stopping:
                 _log.info(
                     "stopping, with a checkpoint",
@@ -424,10 +424,10 @@ class Service:
                 )
                 notify(stopping=1)
                 self._next_word = 0.0
-        self._crew.stop(self._config.stop_seconds)
+            attempt.stop(self._config.stop_seconds)
 
     def _adopt(self, job: Job) -> bool:
-        return self._crew.adopt(job, stop_seconds=self._config.stop_seconds)
+        return self._crew.adopt(self._config, job)
 
     def _stop_orphan(self, job: Job) -> None:
         self._crew.stop_orphan(job, seconds=self._config.stop_seconds)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from conftest import chat_rows, eventually, write_jsonl
+from finetuned.engine_settings import Ray
 from finetuned.errors import FinetunedError
 from finetuned.events import ExitCode
 from finetuned.home import JobFolder
 from finetuned.launchers import Needs
 from finetuned.launchers.ray import RayLauncher
-from finetuned.launchers.settings import Ray
 from finetuned.lifesigns import locked
 from fixtures_ray import RayCluster
 from standin_trainer import safetensors, weights_of

@@ -14,12 +14,12 @@ import pytest
 import structlog
 
 from conftest import STANDIN, chat_rows, eventually, write_jsonl
+from finetuned.engine_settings import Slurm
 from finetuned.errors import FinetunedError
 from finetuned.home import Home, JobFolder
 from finetuned.launchers import Needs
 from finetuned.launchers.slurm import SlurmLauncher, SlurmTrainer
 from finetuned.launchers.slurm_queue import Queue
-from finetuned.launchers.slurm_settings import Slurm
 from finetuned.lifesigns import exit_code, locked, signed
 from standin_trainer import safetensors, weights_of
 

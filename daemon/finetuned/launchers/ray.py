@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.durable import OTHERS_NOTHING, write_file
+from finetuned.engine_settings import Ray
 from finetuned.errors import FinetunedError
 from finetuned.events import Event, EventType, ExitCode
 from finetuned.home import JobFolder
 from finetuned.launchers import Needs
 from finetuned.launchers.ray_cluster import Cluster, UnsureError
 from finetuned.launchers.ray_ends import NOT_SHARED, End, end_of
-from finetuned.launchers.settings import Ray
 from finetuned.lifesigns import TAKES_LOCK, exit_code, locked
 
 _AT_MOST = 0.5  # seconds for a connection, and as many for an answer, where the daemon waits for them

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import structlog
 
+from finetuned.engine_settings import Slurm
 from finetuned.home import Home, JobFolder
 from finetuned.launchers import Needs
 from finetuned.launchers.slurm_queue import Entry, Order, Queue, outcome, require_commands
 from finetuned.launchers.slurm_script import TEMPLATE, fill, read_template
-from finetuned.launchers.slurm_settings import Slurm
 from finetuned.lifesigns import TAKES_LOCK, exit_code, locked
 
 _log = structlog.get_logger()

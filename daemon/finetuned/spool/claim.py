@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.adapters import belongs_to
-from finetuned.config import Config, TrainingSettings, read_overrides, resolve
+from finetuned.config import WHERE, Config, TrainingSettings, read_overrides, resolve
 from finetuned.durable import NO_ROOM, make_folder, move, sync_file, sync_folder, write_file
 from finetuned.errors import ConfigError, DataError
 from finetuned.home import Home, JobFolder, data_extension, printable, safe_name
@@ -309,7 +309,7 @@ def settle_duplicate(ledger: Ledger, home: Home, config: Config, job: Job) -> Jo
     if config.duplicates != "run":
         defaults = columns_of(TrainingSettings())["settings"]
         before = ledger.trained_before(
-            str(job.sha256), job.settings, held_out_sha256=job.held_out_sha256, defaults=defaults
+            str(job.sha256), job.settings, held_out_sha256=job.held_out_sha256, defaults=defaults, apart=WHERE
         )
     kept = before and belongs_to(home.adapters / str(before.adapter), before.id)  # it may have been thrown away
     if before is None or not kept:
