@@ -200,7 +200,8 @@ class Crew:
         try:
             check_place(self._home.adapters)
             following = replace(job, attempt=job.attempt + 1)
-            write_spec(self._home, following)
+            told_apart = name == LOCAL and self.fleet.count(config)
+            write_spec(self._home, following, processes=len(devices) if told_apart else _wanted(job))
             progress = {key: value for key, value in job.progress.items() if key != "waits_for"}
             progress |= {"gpu": environment.get("CUDA_VISIBLE_DEVICES", ""), "devices": [one.id for one in devices]}
             job = self._ledger.record(
@@ -215,7 +216,7 @@ class Crew:
             )
             how: Start = self._warm.start if config.warm_trainer else start
             if name != LOCAL:
-                needs = Needs(job.id, job.attempt, gpus=_gpus_elsewhere(job))
+                needs = Needs(job.id, job.attempt, gpus=_wanted(job))
                 how = partial(self._engines.launcher(name, config).start, needs=needs)
             attempt = Attempt.launch(self._ledger, self._home, job, start=how, environment=environment)
         except FinetunedError as error:
@@ -322,8 +323,8 @@ def _launcher(job: Job) -> str:
     return str(job.settings.get("launcher", LOCAL))
 
 
-def _gpus_elsewhere(job: Job) -> int:
-    """Give the GPUs to ask an engine for: of those nobody here knows how many a model needs."""
+def _wanted(job: Job) -> int:
+    """Give how many GPUs, or processes where there are none, a job is to have where nobody can say what it needs."""
     wanted = job.settings.get("gpus_per_job", 1)
     return 1 if wanted == "auto" else int(wanted)
 

@@ -142,8 +142,8 @@ def _regular(path: Path) -> os.stat_result:
     return facts
 
 
-def write_spec(home: Home, job: Job, beside: Beside | None = None) -> None:
-    """Write job.json with the job as it now is (D2, and again before each attempt)."""
+def write_spec(home: Home, job: Job, beside: Beside | None = None, *, processes: int = 1) -> None:
+    """Write job.json with the job as it now is (D2, and again before each attempt, which is of so many processes)."""
     folder = home.job(job.id)
     make_folder(folder.path)
     held_out = held_out_path(home, job)
@@ -168,6 +168,7 @@ def write_spec(home: Home, job: Job, beside: Beside | None = None) -> None:
         place=job.place,
         base_dir=str(home.root),
         models=str(home.models),
+        processes=processes,
     )
     write_file(folder.spec, spec.encode())
 
