@@ -371,6 +371,9 @@ def datagen(base_dir: Path | None, file: Path, out: Path, profile: str, model: s
         click.echo(f"finetuned: {error}", err=True)
         sys.exit(1)
     click.echo(f"{out}: {made['sentence']}")
+    if made["advice"]:
+        click.echo(f"finetuned: {out}: nothing was kept. {made['advice']}", err=True)
+        sys.exit(1)
 
 
 @cli.command()

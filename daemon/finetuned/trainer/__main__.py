@@ -102,6 +102,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer.data import cut, read_data
     from finetuned.trainer.distill.found import find_teacher
     from finetuned.trainer.loop import Task
+    from finetuned.trainer.rejection import Yield
     from finetuned.trainer.trackers import reporting
 
     asked_to_stop = partial(_is_stop_asked, folder.stop(spec.attempt))
@@ -157,6 +158,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     figures = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(told))
     if trained.seen.seconds >= _WORTH_KEEPING and settings.recipe == "sft":  # which is all that is predicted
         _remember(task, trained, libraries=libraries, models=Path(spec.models))
+    figures += f"; {Yield(**trained.metrics['rft'][-1])}" if "rft" in trained.metrics else ""
     say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
 
 
