@@ -184,6 +184,11 @@ def test_texts_have_a_loss_and_no_accuracy(home, seven, tmp_path):
     [
         (("seven", "--judge", "json"), (1, "held.jsonl:1: 3 of 3 expected answers cannot be judged by json")),
         (("seven", "--judge", "regex"), (78, "kind regex needs a pattern")),
+        (("seven", "--judge", "exact", "--tolerance", "0.1"), (78, "--tolerance is for judge number")),
+        (
+            ("seven", "--pattern", "x", "--choices", "a,b"),
+            (78, "--choices is for judge choice, and the judge is regex"),
+        ),
         (("eight",), (78, "there is no adapter in such a folder")),
     ],
     ids=str,
@@ -192,6 +197,20 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(home, seven, tmp_path,
     code, said = refused
     held = write_jsonl(tmp_path / "held.jsonl", rows("seven", count=3))
     assert said in measured(home, *words, "--data", held, code=code)["said"]
+
+
+def test_an_option_of_one_judge_alone_names_the_judge(home, seven, tmp_path):
+    held = write_jsonl(tmp_path / "held.jsonl", rows("7", count=3))
+    facts = measured(home, "seven", "--data", held, "--pattern", r"<answer>(\d)", "--max-new-tokens", 24)
+    assert facts["judge"]["kind"] == "regex"
+
+
+def test_without_an_adapter_or_a_base_directory_it_says_what_to_name(tmp_path):
+    held = write_jsonl(tmp_path / "held.jsonl", rows("7", count=3))
+    words = [sys.executable, "-m", "finetuned", "eval", "--data", held]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 78
+    assert done.stderr.startswith(f"finetuned: {tmp_path}: there is no adapter yet. This is no base directory")
 
 
 def test_every_row_must_be_good(home, seven, tmp_path):

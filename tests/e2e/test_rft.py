@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from conftest import eventually, write_config, write_jsonl
 from finetuned.control import order
 from finetuned.jobs import Outcome
+from finetuned.live import sentence
 from finetuned.spool.orders import Verb
 
 ROWS = [
@@ -54,7 +55,12 @@ def test_two_rounds_are_trained_and_what_was_learned_is_kept(home, daemon, setti
     assert len(learned.splitlines()) == rounds[-1]["kept"] > 0
     [folder] = home.archive.glob(f"20*/{job.id}")
     assert (folder / "learned.jsonl").read_bytes() == learned
-    assert "round 1 of 2: " in home.job_log(job.id).read_text()
+    story = home.job_log(job.id).read_text()
+    assert "round 1 of 2: " in story
+    assert "judged by number (as set)" in story
+    told = "of 12 questions answered right at least once"
+    assert told in next(line for line in story.splitlines() if " trained: " in line)
+    assert told in (adapter / "README.md").read_text()
 
 
 def test_killed_while_it_makes_answers_it_makes_none_twice(home, daemon, settings):
@@ -63,6 +69,7 @@ def test_killed_while_it_makes_answers_it_makes_none_twice(home, daemon, setting
     drop(home, "sums.jsonl")
     answers = eventually(lambda: next(iter(home.jobs.glob("*/checkpoints/rft/round-1.answers.jsonl")), None))
     eventually(lambda: len(answers.read_bytes().splitlines()) >= 32)
+    eventually(lambda: "making answers, round 1: " in sentence(one.jobs()[0].progress))
     [job] = one.jobs()
     os.killpg(job.trainer_pid, signal.SIGKILL)
     kept = answers.read_bytes()
@@ -99,6 +106,7 @@ def test_too_few_right_answers_fail_the_job_with_advice_and_keep_what_was_made(h
     job = one.job("sums.jsonl")
     assert (job.outcome, job.reason["code"]) == (Outcome.FAILED, "yield_too_low")
     assert "rft." in job.reason["remedy"]
+    assert "checkpoints/rft/" in job.reason["remedy"]
     kept = home.failed / job.id / "checkpoints" / "rft"
     assert len((kept / "round-1.answers.jsonl").read_bytes().splitlines()) == 72
 
@@ -143,5 +151,20 @@ def test_the_answers_alone_are_made_by_a_verb_of_its_own(home, settings, tmp_pat
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "of 12 questions answered right" in done.stdout
+    assert "judged by number (as set)" in done.stdout
     assert {json.loads(line)["messages"][0]["role"] for line in out.read_text().splitlines()} == {"system"}
     assert sorted(path.name for path in tmp_path.glob("kept*")) == ["kept.jsonl"]
+
+
+def test_where_nothing_is_right_the_verb_says_what_to_do_and_keeps_the_answers(home, settings, tmp_path):
+    settings(samples=1)
+    out = tmp_path / "kept.jsonl"
+    impossible = [{"question": "Question?", "answer": "123456789123456789"}]
+    file = write_jsonl(tmp_path / "hard.jsonl", impossible)
+    command = [sys.executable, "-m", "finetuned", "datagen", "--base-dir", home.root, file, "-o", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert "nothing was kept" in done.stderr
+    assert "rft." in done.stderr
+    assert "kept.jsonl.answers" in done.stderr
+    assert len((tmp_path / "kept.jsonl.answers").read_bytes().splitlines()) == 1

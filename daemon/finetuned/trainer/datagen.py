@@ -73,13 +73,17 @@ def make(order: dict[str, Any]) -> dict[str, Any]:
             told = time.monotonic()
             say({"doing": "making answers", "share": made / wanted, "counted": f"{made:,} of {wanted:,}"})
 
+    by, why = settings.judge.settle(row.messages[-1].content for row in rows)
     answers = out.with_name(f"{out.name}.answers")
     made_by = f"{settings.model} {settings.revision}"
     found = ask_and_keep(
         model, tokenizer, rows, settings, seed=settings.seed, made_by=made_by, answers=answers, out=out, tell=tell
     )
-    answers.unlink(missing_ok=True)
-    return {"found": found.as_dict(), "sentence": str(found), "bad_rows": report.bad_rows}
+    if found.kept:
+        answers.unlink(missing_ok=True)
+    sentence = f"{found}, judged by {by.kind} ({why})"
+    advice = "" if found.kept else f"{found.advice} What it answered is in {answers.name}."
+    return {"found": found.as_dict(), "sentence": sentence, "advice": advice, "bad_rows": report.bad_rows}
 
 
 if __name__ == "__main__":
