@@ -103,6 +103,23 @@ def test_a_batch_that_memory_did_not_hold_makes_the_ones_after_it_smaller(
     assert sizes == [4, 2, 2, 2, 2, 2]
 
 
+def test_a_half_that_was_kept_moves_no_question_into_another_batch(posed, model, tmp_path, monkeypatch):
+    posed(tmp_path / "undisturbed", rows=4)
+    undisturbed, posed.batches = posed.batches, []
+    generate = model.generate
+
+    def short_of_memory(*, input_ids, **options):
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(input_ids=input_ids, **options)
+
+    with monkeypatch.context() as short:
+        short.setattr(model, "generate", short_of_memory)
+        posed(tmp_path / "kept", rows=4, batches=2)  # the first is what was kept, which is nothing
+    posed(tmp_path / "kept", rows=4)
+    assert posed.batches == [undisturbed[0][:2], undisturbed[0][2:], *undisturbed[1:]]
+
+
 def test_an_error_is_told_and_not_kept(posed, model, tmp_path, monkeypatch):
     file = tmp_path / "kept"
     one = dict(list(TEXTS.items())[:1])
