@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -120,10 +121,10 @@ class Asker:
             return
         encoded = self._tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"]
         lengths = {key: len(ids) for key, ids in zip(texts, encoded, strict=True)}
-        left = sorted(texts, key=lambda key: -lengths[key])
+        left = deque(sorted(texts, key=lambda key: -lengths[key]))
         while left:
-            size = min(self._rows, max(1, _TOKENS // (lengths[left[0]] + self._options["max_new_tokens"])))
-            batch, left = left[:size], left[size:]
+            size = min(self._rows, len(left), max(1, _TOKENS // (lengths[left[0]] + self._options["max_new_tokens"])))
+            batch = [left.popleft() for _ in range(size)]
             if asked := [key for key in batch if key not in known]:
                 yield from self._batch(asked, texts)
 
