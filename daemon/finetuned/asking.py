@@ -119,6 +119,8 @@ def ask(
             return answer
         complaints.seek(0)
         why = complaints.read().strip()[-2000:] or f"exit status {process.returncode}"
+    if process.returncode == -signal.SIGKILL:
+        why = "it was killed, as a system does that is out of memory"
     if "error" not in said:
         raise FinetunedError(
             f"the process that was asked broke off: {why}",
