@@ -134,12 +134,17 @@ def _recover_run(ledger: Ledger, home: Home, job: Job) -> None:
         except FinetunedError as error:
             fail(ledger, home, job, error.as_dict())
     else:
-        if job.boot_id:  # a row that was made again does not know whether it was at work
+        launcher = job.settings.get("launcher", "local")
+        # A row that was made again does not know whether it was at work.
+        if job.boot_id and launcher == "local":
             note_crash(home, job.id, time.time())
-        _count_interruption(ledger, home, job)
+        lost = "the daemon or the machine went down"
+        _count_interruption(
+            ledger, home, job, how=lost if launcher == "local" else f"{launcher} does not know it any more"
+        )
 
 
-def _count_interruption(ledger: Ledger, home: Home, job: Job) -> None:
+def _count_interruption(ledger: Ledger, home: Home, job: Job, *, how: str) -> None:
     if job.interruptions + 1 >= MOST_INTERRUPTIONS:
         fail(
             ledger,
@@ -147,7 +152,7 @@ def _count_interruption(ledger: Ledger, home: Home, job: Job) -> None:
             job,
             {
                 "code": "interrupted_too_often",
-                "what": f"the daemon or the machine went down {MOST_INTERRUPTIONS} times while this job ran",
+                "what": f"this job was interrupted {MOST_INTERRUPTIONS} times while it ran; the last time {how}",
                 "where": printable(job.name),
                 "remedy": "Look into the job's log and the machine's; drop the file again when the cause is gone.",
             },
@@ -156,6 +161,6 @@ def _count_interruption(ledger: Ledger, home: Home, job: Job) -> None:
         _log.warning(
             "job was interrupted", job=job.id, attempt=job.attempt, then="it resumes from its newest checkpoint"
         )
-        over = ended(job, Ending.INTERRUPTED, at=time.time(), how="the daemon or the machine went down")
-        changes = {"state": State.QUEUED, "interruptions": job.interruptions + 1, "trainer_pid": None}
+        over = ended(job, Ending.INTERRUPTED, at=time.time(), how=how)
+        changes = {"state": State.QUEUED, "interruptions": job.interruptions + 1, "trainer_pid": None, "trainer_id": ""}
         ledger.record(job.id, [over], offset=job.events_offset, **changes)
