@@ -57,6 +57,7 @@ class Crew:
         self._warm = WarmParent()
         # The jobs whose trainers could not be started, and why, until the ledger says so too.
         self._never_began: list[tuple[Job, str]] = []
+        self._unfound: dict[str, Job] = {}  # with an engine that does not answer
         self._next_decision = 0.0
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
 
@@ -90,6 +91,8 @@ class Crew:
         for job_id, places in decided.starts.items():
             if self._hold.resting:
                 return
+            if self._unanswered(jobs[job_id]):  # since the one before it
+                continue
             job = settle_duplicate(self._ledger, self._home, config, jobs[job_id])
             if job.state is State.QUEUED:
                 self._start(config, job, [device for device in devices if device.id in places])
@@ -165,10 +168,22 @@ class Crew:
         if (name := _launcher(job)) == LOCAL:
             attempt = Attempt.adopt(self._ledger, self._home, job, stop_seconds=config.stop_seconds)
         else:
-            attempt = Attempt.find(self._ledger, self._home, job, self._engines.launcher(name, config))
+            try:
+                attempt = Attempt.find(self._ledger, self._home, job, self._engines.launcher(name, config))
+            except OSError as error:
+                self._engines.failed(name, error)
+                self._unfound[job.id] = job
+                return True
         if attempt is not None:
             self.attempts.append(attempt)
         return attempt is not None
+
+    def unfound(self) -> list[Job]:
+        """Give the jobs whose engines could not say whether they have them, and may be asked again."""
+        due = [job for job in self._unfound.values() if not self._engines.why_not(_launcher(job))]
+        for job in due:
+            del self._unfound[job.id]
+        return due
 
     def stop_orphan(self, job: Job, *, seconds: float) -> None:
         """End a trainer that nobody adopts."""
@@ -211,6 +226,7 @@ class Crew:
                 state=State.RUNNING,
                 attempt=following.attempt,
                 boot_id=boot_id(),
+                trainer_id="",  # an earlier attempt's would mislead the next daemon, should this one die now
                 started_at=job.started_at or time.time(),
                 progress=progress,
             )

@@ -10,7 +10,7 @@ from finetuned.config import Config
 from finetuned.home import Home
 from finetuned.launchers import Launcher
 
-_FIRST_PAUSE, _LAST_PAUSE = 15.0, 600.0  # seconds until one that did not answer is asked again, doubled each time
+_FIRST_PAUSE, _LAST_PAUSE = 5.0, 600.0  # seconds until one that did not answer is asked again, doubled each time
 
 _log = structlog.get_logger()
 

@@ -163,6 +163,10 @@ class Service:
 
     def _end(self) -> int:
         notify(stopping=1)
+        for attempt in self._crew.attempts:
+            if attempt.trainer.id:
+                then = "it goes on without a daemon, and the next one finds it"
+                _log.info("left with its engine", job=attempt.job.id, id=attempt.trainer.id, then=then)
         _log.info("finetuned ends")
         return 1 if self._once and self._closer.failures else 0
 
@@ -191,6 +195,7 @@ class Service:
         steps = (
             self._reload_config,
             self._finish_held,
+            self._find_again,
             self._obey,
             self._look_into_inbox,
             self._take_ready,
@@ -242,6 +247,11 @@ class Service:
             except OSError as error:
                 self._hold.begin(error, doing=f"going on with {job.id}")
                 return
+
+    def _find_again(self) -> None:
+        """Recover the jobs whose engines did not answer when the daemon began."""
+        for job in self._crew.unfound():
+            recover_job(self._ledger, self._home, job, stop_orphan=self._stop_orphan, adopt=self._adopt)
 
     def _obey(self) -> None:
         """Carry out what users want. An order stays until it is carried out or cannot be."""
