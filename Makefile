@@ -39,9 +39,10 @@ test: lint
 test-systemd: .venv
 	$(BIN)/pytest -m systemd tests/systemd
 
-# Launchers on clusters of one node. The first time it makes a Ray in ~/.cache/finetuned.
+# Launchers, and daemons that use them, on clusters of one node: a real Ray, which is put into ~/.cache/finetuned the
+# first time, and a real Slurm, which wants root and Debian's slurm-wlm and munge. A file at a time in each process.
 test-cluster: .venv
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster tests/cluster
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile -m cluster tests/cluster
 
 lint: .venv
 	$(BIN)/ruff check --quiet
