@@ -5,6 +5,7 @@ number format and vocabulary are its own.
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -432,6 +433,28 @@ def test_check_refuses_a_job_whose_teacher_is_not_there(home, data, tiny_model, 
     assert said["verdict"] == "refused"
     assert "teacher" in said["reason"]["where"]
     assert said["rows"] == 24
+
+
+@pytest.mark.parametrize("vocabulary", ["the same", "another"])
+def test_rows_that_a_teacher_was_not_made_for_are_told_before_it_is_loaded(
+    home, data, tiny_model, other_model, vocabulary
+):
+    teacher = home.root / "teacher"
+    shutil.copytree(tiny_model if vocabulary == "the same" else other_model, teacher)
+    facts = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(facts | {"max_position_embeddings": 60}))
+    write_config(home, model=str(tiny_model), recipe="distill", teacher=str(teacher))
+    code, facts = check(home, data)
+    found = facts["warnings"]["beyond_reach"]
+    assert (code, found["lines"]) == (0, [1, 2, 3])
+    assert f"the teacher {teacher} was made for 60" in found["detail"]
+    longest = int(re.search(r"the longest has (\d+) tokens", found["detail"])[1])
+    assert (longest == facts["tokens"]["lengths"]["longest"]) is (vocabulary == "the same")
+
+    own = {"model": str(tiny_model), "teacher": str(teacher), "fail_on": ["beyond_reach"]}
+    run = Run(home.root / "job", data, recipe="distill", **own)
+    assert run.attempt() == ExitCode.BAD_DATA
+    assert "loading_model" not in [event.data.get("phase") for event in run.events()]
 
 
 def test_no_teacher_is_looked_for_without_the_recipe(tiny_model, tmp_path):

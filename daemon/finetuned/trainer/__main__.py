@@ -102,6 +102,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer.data import cut, read_data
     from finetuned.trainer.distill.found import find_teacher
     from finetuned.trainer.loop import Task
+    from finetuned.trainer.reach import reaches
     from finetuned.trainer.trackers import reporting
 
     asked_to_stop = partial(_is_stop_asked, folder.stop(spec.attempt))
@@ -115,7 +116,15 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     base = find_base(settings, models=Path(spec.models), base_dir=Path(spec.base_dir))
     tokenizer = load_tokenizer(base, settings)
     found = find_teacher(settings, tokenizer, models=Path(spec.models), base_dir=Path(spec.base_dir))
-    data = read_data(folder, spec, settings, tokenizer, say=say, asked_to_stop=asked_to_stop)
+    data = read_data(
+        folder,
+        spec,
+        settings,
+        tokenizer,
+        reaches=reaches(settings, base, found),
+        say=say,
+        asked_to_stop=asked_to_stop,
+    )
     data = cut(data, settings, rung.max_length, name=spec.name, say=say)
     settings = settings.model_copy(update={"system_prompt": data.system_prompt})
     earlier = settle(folder, spec, settings, base.name)

@@ -24,6 +24,7 @@ from finetuned.trainer.data import Source, held_out_file, read_sides
 from finetuned.trainer.distill.found import Found, find_teacher
 from finetuned.trainer.door import Door
 from finetuned.trainer.precision import choose
+from finetuned.trainer.reach import reaches
 from finetuned.trainer.saying import say
 from finetuned.trainer.store import Examples
 
@@ -51,7 +52,13 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     door = Door(load_tokenizer(base, settings), settings, cache=models.parent / "tokens")
     found = find_teacher(settings, door.tokenizer, models=models, base_dir=Path(order["base_dir"]))
     held_out = held_out_file(settings, base_dir=Path(order["base_dir"]), beside=_beside(order))
-    sides = read_sides(Source(file, file.name), held_out, settings, read=lambda one: door.read(one.file, name=one.name))
+    sides = read_sides(
+        Source(file, file.name),
+        held_out,
+        settings,
+        read=lambda one: door.read(one.file, name=one.name),
+        reaches=reaches(settings, base, found),
+    )
     sides.judge(settings)
     examples, report = sides.train, sides.report
 
