@@ -94,9 +94,9 @@ def test_the_recipe_needs_a_teacher():
     [
         ({"alpha": 0}, "all weights of the teacher are 0"),
         ({"alpha": [0, 0, 1]}, "is 0 twice in a row"),
-        ({"alpha": 1.5}, "less than or equal to 1"),
-        ({"temperature": 0}, "greater than 0"),
-        ({"hidden_layers": [[0, 1]]}, "greater than or equal to 1"),
+        ({"alpha": 1.5}, "must be at most 1, not 1.5"),
+        ({"temperature": 0}, "must be more than 0, not 0"),
+        ({"hidden_layers": [[0, 1]]}, "must be at least 1, not 0"),
     ],
 )
 def test_what_could_teach_nothing_is_refused(distill, said):
