@@ -164,7 +164,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     )
     told = ("loss", "before", "retained")
     figures = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(told))
-    if trained.seen.seconds >= _WORTH_KEEPING and settings.recipe == "sft":  # which is all that is predicted
+    if trained.seen.seconds >= _WORTH_KEEPING:
         _remember(task, trained, libraries=libraries, models=Path(spec.models))
     say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
 
@@ -192,12 +192,24 @@ def _teacher(found: Found, say: Reporter) -> Teacher:
 def _remember(task: Task, trained: Trained, *, libraries: int, models: Path) -> None:
     """Keep what the training took beside what is predicted for such a one, so that `finetuned plan` gets better."""
     from finetuned.trainer import footprint, history, memory, precision
+    from finetuned.trainer.store import lengths_of
+    from finetuned.trainer.understudy import longest_question
 
-    rung, seen = trained.rung, trained.seen
+    rung, seen, settings = trained.rung, trained.seen, task.settings
     try:
         formats = precision.choose(task.device, rung.tuning, task.settings.dtype)
+        asked = settings.recipe == "rft"
         work = footprint.Work(
-            task.base, task.settings, rung.tuning, formats, task.device, rung.activation_checkpointing
+            task.base,
+            settings,
+            rung.tuning,
+            formats,
+            task.device,
+            rung.activation_checkpointing,
+            teacher=task.teacher.found if task.teacher else None,
+            longest_question=longest_question(settings, task.tokenizer, task.train, lengths_of(task.train))
+            if asked
+            else 0,
         )
         counted = footprint.count(
             work, [task.train[row] for row in seen.largest], accumulated=seen.accumulated, libraries=libraries
@@ -209,6 +221,7 @@ def _remember(task: Task, trained: Trained, *, libraries: int, models: Path) -> 
             predicted=counted.footprint.peak,
             peak=seen.peak,
             tokens_per_second=round(seen.tokens_per_second, 1),
+            recipe=history.kind_of(settings),
         )
         history.remember(history.file_beside(models), record)
     except Exception as error:  # noqa: BLE001, the adapter is done: no record is worth losing it

@@ -73,6 +73,19 @@ def generating(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> It
             model.config.use_cache = cache
 
 
+def most_at_once(device: torch.device, question: int, answer: int) -> int:
+    """Give how many questions of so many tokens are put at once, for answers of so many."""
+    return min(_rows_of(device), _fitting(question, answer))
+
+
+def _rows_of(device: torch.device) -> int:
+    return _ROWS.get(device.type, _ROWS["cuda"])
+
+
+def _fitting(question: int, answer: int) -> int:
+    return max(1, _TOKENS // (question + answer))
+
+
 class Asker:
     """Puts questions to a model, within `generating`."""
 
@@ -89,7 +102,7 @@ class Asker:
     ) -> None:
         """Begin. `seed` decides what is drawn where `temperature` is not 0; a batch has at most so many `rows`."""
         self._model, self._tokenizer, self._seed = model, tokenizer, seed
-        self._rows = rows or _ROWS.get(model.device.type, _ROWS["cuda"])
+        self._rows = rows or _rows_of(model.device)
         self._asked_to_stop = asked_to_stop
         drawn = temperature > 0
         self._options: dict[str, Any] = {
@@ -115,7 +128,7 @@ class Asker:
         lengths = [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
         left = deque(sorted(range(len(texts)), key=lambda place: -lengths[place]))
         while left:
-            size = min(self._rows, len(left), max(1, _TOKENS // (lengths[left[0]] + self._options["max_new_tokens"])))
+            size = min(self._rows, len(left), _fitting(lengths[left[0]], self._options["max_new_tokens"]))
             yield from self._batch([left.popleft() for _ in range(size)], texts)
 
     def _stop(self, input_ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:

@@ -149,8 +149,8 @@ def _training(train: Examples, settings: TrainingSettings, *, model: str, device
     epochs, tokens = todo.epoch_after(todo.total_steps), sum(train.lengths)
     tuning, _ = choose_tuning(settings.tuning, gpu=device != "cpu")
     kind = {"model": model, "method": tuning, "device": device}
-    records = history.read(history.file_beside(models))
-    speed, (peak, jobs) = history.speed(records, **kind), history.peak(records, **kind)
+    records, alike = history.read(history.file_beside(models)), {**kind, "recipe": history.kind_of(settings)}
+    speed, (peak, jobs) = history.speed(records, **alike), history.peak(records, **alike)
     estimate = None
     if speed and tokens:
         minutes = round(tokens * epochs / speed / 60, 2)
