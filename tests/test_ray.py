@@ -21,7 +21,7 @@ from conftest import eventually
 from finetuned.errors import FinetunedError
 from finetuned.events import ExitCode, parse_event
 from finetuned.home import JobFolder
-from finetuned.launchers import Needs, ray
+from finetuned.launchers import Needs, ray, ray_train
 from finetuned.launchers.ray import RayLauncher
 from finetuned.launchers.ray_ends import end_of
 from finetuned.launchers.settings import Ray
@@ -310,7 +310,7 @@ ERRORS = {
     "no turn": ({"error_type": "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "message": "in 900 s"}, -9, "in 900 s", ""),
     "no environment": ({"error_type": "RUNTIME_ENV_SETUP_FAILURE", "message": "no pip"}, 75, "", "no pip"),
     "no folder": ({"driver_exit_code": 72}, 78, "", "does not see"),
-    "no python": ({"driver_exit_code": 127, "message": "sh: no such python"}, 78, "", "no such python"),
+    "no python": ({"driver_exit_code": 127}, 78, "", "ray.python"),
     "a worker": ({"driver_exit_code": 74}, -9, "one of its workers", ""),
 }
 
@@ -324,6 +324,18 @@ def test_a_failed_job_is_the_trainers_end_or_was_taken_or_never_began(name):
     assert bool(end.taken) == bool(taken)
     assert error in str(end.error)
     assert (end.error is not None) == bool(error)
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("Training failed:\n[Rank 1 Error]: rank 1 ended with -9\n[Rank 0 Error]: rank 0 ended with 75", 75),
+        ("RuntimeError: rank 1 ended with -9", 137),
+        ("The actor died because its node has died.", 74),
+    ],
+)
+def test_a_group_of_ranks_ends_as_its_first_or_was_taken_where_none_could_say(said, code):
+    assert ray_train.exit_code(said) == code
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING"])
