@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from conftest import chat_rows, eventually, write_jsonl
+from finetuned.config import Config
 from finetuned.errors import FinetunedError
 from finetuned.events import ExitCode
 from finetuned.home import JobFolder
+from finetuned.jobs import FileIdentity, JobSpec
 from finetuned.launchers import Needs
+from finetuned.launchers.local import start as start_here
 from finetuned.launchers.ray import RayLauncher
 from finetuned.launchers.settings import Ray
 from finetuned.lifesigns import locked
@@ -253,3 +256,35 @@ def test_a_job_on_several_gpus_is_a_group_of_ranks_that_ray_train_starts(cluster
     assert sorted(line for line in said if line.startswith("RANK")) == [
         f"RANK {rank} of 2, GPU {rank} of 0,1, blue, together 3.0, {folder.path}" for rank in (0, 1)
     ]
+
+
+def test_the_real_trainer_trains_on_ray_what_it_trains_here(launcher, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.delenv("FINETUNED_TRAINER")
+    here, there = (real_job(tmp_path / name, tiny_model) for name in ("here", "there"))
+    quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    trainer = start(launcher, there, gpus=0, **quiet)
+    local = start_here(here, log=here.path.with_suffix(".log"), environment=quiet)
+    assert [end_of(local), end_of(trainer)] == [0, 0], there.path.with_suffix(".log").read_text()
+    weights = [(folder.staged_adapter(1) / "adapter_model.safetensors").read_bytes() for folder in (here, there)]
+    assert weights[0] == weights[1]
+
+
+def real_job(path: Path, model: Path) -> JobFolder:
+    path.mkdir()
+    settings = Config(model=str(model), dtype="float32", batch_size=4, epochs=1).training()
+    spec = JobSpec(
+        id=path.name,
+        name="x.jsonl",
+        profile="",
+        identity=FileIdentity(1, 2, 3, 4),
+        created_at=1.0,
+        input=str(write_jsonl(path / "input.jsonl", chat_rows(12))),
+        settings=settings.model_dump(),
+        rung=settings.first_rung().as_dict(),
+        sha256="0" * 64,
+        attempt=1,
+        base_dir=str(path),
+        models=str(path),
+    )
+    (path / "job.json").write_bytes(spec.encode())
+    return JobFolder(path)
