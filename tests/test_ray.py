@@ -23,7 +23,7 @@ from finetuned.events import ExitCode, parse_event
 from finetuned.home import JobFolder
 from finetuned.launchers import Needs, ray, ray_train
 from finetuned.launchers.ray import RayLauncher
-from finetuned.launchers.ray_ends import end_of
+from finetuned.launchers.ray_ends import NOT_SHARED, end_of
 from finetuned.launchers.settings import Ray
 from finetuned.lifesigns import leave_exit_code, locked
 from fixtures_ray import free_ports
@@ -157,6 +157,25 @@ def test_an_order_holds_what_was_set_and_what_the_trainer_needs(answers, folder)
     assert variables.items() >= {"A": "b", "C": "d", "FINETUNED_TAKES_LOCK": "1"}.items()
 
 
+def test_an_entry_point_runs_the_trainer_unless_its_folder_is_not_there_or_it_was_stopped_before(
+    answers, folder, monkeypatch
+):
+    monkeypatch.setenv("FINETUNED_TRAINER", "sh -c 'echo at work in $0; exit 3'")
+    start(answers.address, folder)
+
+    def run() -> int:
+        return subprocess.run(answers.orders[0]["entrypoint"], shell=True, check=False).returncode
+
+    log = folder.path.with_suffix(".log")
+    assert run() == 3
+    assert log.read_text() == f"at work in {folder.path}\n"
+    folder.stop(1).touch()
+    assert run() == ExitCode.STOPPED
+    folder.path.rename(folder.path.with_name("gone"))
+    assert run() == NOT_SHARED
+    assert log.read_text().count("at work") == 1
+
+
 def test_two_base_directories_never_share_an_id_and_two_daemons_in_one_find_the_same(answers, folder, tmp_path):
     other = JobFolder(tmp_path / "other" / "job-1")
     other.path.mkdir(parents=True)
@@ -249,10 +268,11 @@ def ask_often(trainer) -> None:
         time.sleep(0.01)
 
 
-def test_a_daemon_that_finds_a_cluster_silent_takes_the_trainer_to_be_there(answers, folder):
+@pytest.mark.parametrize("answer", [(503, "busy"), (404, "a proxy without its server"), (200, "<html>"), (403, "")])
+def test_a_daemon_that_finds_no_good_answer_takes_the_trainer_to_be_there(answers, folder, answer):
     launcher = RayLauncher(Ray(address=answers.address))
     assert launcher.find(folder, trainer_id="x", attempt=1) is None
-    answers.info = 503, "busy"
+    answers.info = answer
     found = launcher.find(folder, trainer_id="x", attempt=1)
     assert found.poll() is None
     answers.say("SUCCEEDED")

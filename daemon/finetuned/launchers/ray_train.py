@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import inspect
 import json
 import os
 import re
@@ -78,11 +79,13 @@ def main(words: list[str]) -> int:
     parser.add_argument("command", nargs="+")
     order = parser.parse_args(words)
 
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
 
     signal.signal(signal.SIGTERM, lambda *_: order.stop.touch())
+    # The daemon begins anew, from the checkpoint and in its own count.
+    known = inspect.signature(FailureConfig).parameters
+    once = FailureConfig(**{name: 0 for name in ("max_failures", "max_preemption_failures") if name in known})
     trainer = TorchTrainer(
         train,
         train_loop_config={"command": order.command, "log": order.log},
@@ -90,7 +93,7 @@ def main(words: list[str]) -> int:
             num_workers=order.workers, use_gpu=True, resources_per_worker=order.resources or None
         ),
         torch_config=TorchConfig(backend="gloo"),  # which takes nothing of the GPUs
-        run_config=RunConfig(name="ray", storage_path=order.folder),
+        run_config=RunConfig(name=f"ray{order.stop.suffix}", storage_path=order.folder, failure_config=once),
     )
     try:
         trainer.fit()
