@@ -86,7 +86,8 @@ class RayTrainer:
         with suppress(OSError):  # the cluster has noted it, and the next question comes
             may_withdraw = self._asked_to_stop  # what is not running after this will find the word to stop
             if self._killed:
-                self._cluster.stop(self.id, seconds=_IN_A_THREAD)
+                with suppress(OSError):
+                    self._cluster.stop(self.id, seconds=_IN_A_THREAD)
             info = self._cluster.info(self.id, seconds=_IN_A_THREAD)
             if info is None and self.order is not None:
                 self._submit_again(self.order)
@@ -113,9 +114,9 @@ class RayTrainer:
 
     def _conclude(self, end: End) -> int | None:
         """Give the exit status; None while a trainer that Ray has lost may still be at work."""
+        if end.taken and not self._asked_to_stop:
+            self.ask_to_stop()
         if locked(self._folder) and time.monotonic() < self._ended_at + _GHOST:
-            if not self._asked_to_stop:
-                self.ask_to_stop()
             return None
         said = exit_code(self._folder, self._attempt)
         if said is not None:
