@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -11,19 +12,41 @@ from pathlib import Path
 import pytest
 
 from conftest import chat_rows, eventually, write_jsonl
+from finetuned.config import Config
 from finetuned.engine_settings import Ray
 from finetuned.errors import FinetunedError
 from finetuned.events import ExitCode
 from finetuned.home import JobFolder
+from finetuned.jobs import FileIdentity, JobSpec
 from finetuned.launchers import Needs
+from finetuned.launchers.local import start as start_here
 from finetuned.launchers.ray import RayLauncher
 from finetuned.lifesigns import locked
-from fixtures_ray import RayCluster
+from fixtures_ray import CACHE, RayCluster
 from standin_trainer import safetensors, weights_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
-LOOK = "import os, sys; print('GPU', os.environ.get('CUDA_VISIBLE_DEVICES')); print(os.environ['COLOUR'], sys.argv[1])"
+LOOK = """
+import os, sys
+print("GPU", os.environ["CUDA_VISIBLE_DEVICES"], "of", os.environ["COLOUR"], "for", sys.argv[1])
+print("threads", os.environ.get("OMP_NUM_THREADS"))
+"""
+RANK = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.tensor([dist.get_rank() + 1.0])
+dist.all_reduce(total)
+dist.barrier()
+rank, gpu, size, gpus, colour = (
+    os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "COLOUR")
+)
+line = f"RANK {rank} of {size}, GPU {gpu} of {gpus}, {colour}, together {total.item()}, {sys.argv[2]}"
+os.write(1, line.encode() + b"\\n")
+sys.exit(int(sys.argv[1]) if dist.get_rank() == 0 else 0)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +116,10 @@ def test_a_trainer_trains_to_the_end_with_its_lock_its_gpu_and_its_log(launcher,
     log = folder.path.with_suffix(".log")
     assert log.read_text().startswith("noise")
 
-    monkeypatch.setenv("FINETUNED_TRAINER", f"{sys.executable} -c {json.dumps(LOOK)}")
+    monkeypatch.setenv("FINETUNED_TRAINER", shlex.join([sys.executable, "-c", LOOK]))
     before = log.stat().st_size
     assert end_of(start(launcher, folder, attempt=2, COLOUR="blue", CUDA_VISIBLE_DEVICES="GPU-of-the-daemon")) == 0
-    assert log.read_text()[before:].splitlines() == ["GPU 0", f"blue {folder.path}"]
+    assert log.read_text()[before:].splitlines() == [f"GPU 0 of blue for {folder.path}", "threads None"]
 
 
 @pytest.mark.parametrize(
@@ -140,16 +163,15 @@ def test_one_that_hears_nothing_is_killed(launcher, job):
 
 
 def test_one_that_waits_for_a_gpu_is_stopped_at_once_and_never_begins(launcher, job):
-    first, second = job(), job()
-    at_work = start(launcher, first, STANDIN_SECONDS="0.5")
+    first, second, third = job(), job(), job()
+    at_work = start(launcher, first, gpus=2, STANDIN_SECONDS="0.5")
     runs(first)
     waiting = start(launcher, second)
     waiting.ask_to_stop()
     assert end_of(waiting) == ExitCode.STOPPED
     at_work.ask_to_stop()
     assert end_of(at_work) == ExitCode.STOPPED
-    third = job()
-    assert end_of(start(launcher, third)) == 0  # behind the second in Ray's queue
+    assert end_of(start(launcher, third, gpus=2)) == 0  # behind the second in Ray's queue
     assert not second.events.exists()
 
 
@@ -222,3 +244,47 @@ def test_the_trainer_of_a_cluster_that_is_started_anew_was_taken_and_the_next_at
     folder.spec.write_text(folder.spec.read_text().replace('"attempt": 1', '"attempt": 2'))
     assert end_of(start(launcher, folder, attempt=2)) == 0
     assert "resumed after step" in folder.events.read_text()
+
+
+def test_a_job_on_several_gpus_is_a_group_of_ranks_that_ray_train_starts(cluster, job, monkeypatch):
+    folder = job()
+    monkeypatch.setenv("FINETUNED_TRAINER", shlex.join([sys.executable, "-c", RANK, "70"]))
+    python = str(CACHE / "bin/python")
+    settings = Ray(address=cluster.address, token_file=cluster.token_file, across_nodes=True, ray_python=python)
+    assert end_of(start(RayLauncher(settings), folder, gpus=2, COLOUR="blue")) == ExitCode.OUT_OF_MEMORY
+    said = folder.path.with_suffix(".log").read_text().splitlines()
+    assert sorted(line for line in said if line.startswith("RANK")) == [
+        f"RANK {rank} of 2, GPU {rank} of 0,1, blue, together 3.0, {folder.path}" for rank in (0, 1)
+    ]
+
+
+def test_the_real_trainer_trains_on_ray_what_it_trains_here(launcher, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.delenv("FINETUNED_TRAINER")
+    here, there = (real_job(tmp_path / name, tiny_model) for name in ("here", "there"))
+    quiet = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    trainer = start(launcher, there, gpus=0, **quiet)
+    local = start_here(here, log=here.path.with_suffix(".log"), environment=quiet)
+    assert [end_of(local), end_of(trainer)] == [0, 0], there.path.with_suffix(".log").read_text()
+    weights = [(folder.staged_adapter(1) / "adapter_model.safetensors").read_bytes() for folder in (here, there)]
+    assert weights[0] == weights[1]
+
+
+def real_job(path: Path, model: Path) -> JobFolder:
+    path.mkdir()
+    settings = Config(model=str(model), dtype="float32", batch_size=4, epochs=1).training()
+    spec = JobSpec(
+        id=path.name,
+        name="x.jsonl",
+        profile="",
+        identity=FileIdentity(1, 2, 3, 4),
+        created_at=1.0,
+        input=str(write_jsonl(path / "input.jsonl", chat_rows(12))),
+        settings=settings.model_dump(),
+        rung=settings.first_rung().as_dict(),
+        sha256="0" * 64,
+        attempt=1,
+        base_dir=str(path),
+        models=str(path),
+    )
+    (path / "job.json").write_bytes(spec.encode())
+    return JobFolder(path)
