@@ -103,9 +103,7 @@ class SlurmCluster:
 
     def start_node(self) -> None:
         self._start("slurmd", "-D")
-        eventually(
-            lambda: self.run("sinfo", "-h", "-o", "%T").split()[0] in {"idle", "mixed", "allocated"}, why="a node"
-        )
+        self.ready()
 
     def ready(self) -> None:
         """Wait until the node takes jobs, and see to it if somebody has set it down."""
