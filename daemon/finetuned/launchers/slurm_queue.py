@@ -278,7 +278,14 @@ def _run(*command: str, seconds: float, script: str = "", environment: Mapping[s
     """
     try:
         done = subprocess.run(
-            command, input=script, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+            command,
+            input=script,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",  # paths are bytes
+            timeout=seconds,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{command[0]} said nothing in {seconds:.0f} s") from None
