@@ -119,6 +119,8 @@ def ask(
             return answer
         complaints.seek(0)
         why = complaints.read().strip()[-2000:] or f"exit status {process.returncode}"
+    if process.returncode == -signal.SIGKILL:
+        why = "it was killed, as a system does that is out of memory"
     if "error" not in said:
         raise FinetunedError(
             f"the process that was asked broke off: {why}",
@@ -161,8 +163,10 @@ def find_adapter(adapter: Path | None, home: Home | None) -> Path:
     if adapter is None:
         raise HomeError(
             "there is no adapter yet",
-            where=str(candidates[0].parent),
-            remedy="Drop a file into inbox/ with the daemon running, or name an adapter's folder.",
+            where=str(home.adapters if home else Path.cwd()),
+            remedy="Drop a file into inbox/ with the daemon running, or name an adapter's folder."
+            if home
+            else "This is no base directory: name an adapter's folder, or the base directory with --base-dir.",
         )
     raise ConfigError(
         "there is no adapter in such a folder",

@@ -437,14 +437,30 @@ _UNION_TAG = re.compile(r"\[|^(float|int|str|bool)$|^constrained-")  # names a b
 
 def _lines(error: ValidationError) -> list[str]:
     said: dict[str, list[str]] = {}
+    meant: dict[str, str] = {}
     for problem in error.errors(include_url=False, include_context=False):
         place = ".".join(takewhile(lambda part: not _UNION_TAG.search(part), map(str, problem["loc"])))
         text = problem["msg"].removeprefix("Value error, ")
+        near: list[str] = []
         if problem["type"] == "extra_forbidden":
-            near = get_close_matches(str(problem["loc"][-1]), Config.model_fields, 1)
-            text = "no such setting" + (f"; did you mean {near[0]}?" if near else "")
+            text, near = "no such setting", get_close_matches(str(problem["loc"][-1]), _beside(problem["loc"]), 1)
+        elif problem["type"] == "literal_error":
+            near = get_close_matches(str(problem["input"]).lower(), re.findall("'([^']+)'", text), 1)
+        elif problem["type"] == "model_type":
+            text = "must be an object in braces"
         said.setdefault(place, []).append(text)
-    return [f"{place}: {'; or: '.join(texts)}" if place else "; or: ".join(texts) for place, texts in said.items()]
+        meant |= {place: f"; did you mean {near[0]}?"} if near else {}
+    lines = {place: "; or: ".join(texts) + meant.get(place, "") for place, texts in said.items()}
+    return [f"{place}: {text}" if place else text for place, text in lines.items()]
+
+
+def _beside(place: tuple[int | str, ...]) -> list[str]:
+    """Name the settings that there are where a problem's place is."""
+    model: Any = Config
+    for part in place[:-1]:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = field.annotation if field else None
+    return list(getattr(model, "model_fields", {}))
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -34,6 +34,8 @@ def duration(seconds: float) -> str:
 def sentence(progress: dict[str, Any]) -> str:
     """Give a running job's newest figures."""
     phase = progress.get("phase")
+    if phase == "generating" and "counted" in progress:
+        return f"{_PHASES[phase]}, {progress['counted']}"
     if phase in _PHASES or "train_loss" not in progress:
         return "the first step" if phase == "training" else _PHASES.get(str(phase), "starting")
     return (

@@ -80,7 +80,8 @@ def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) 
             return Decision(why=said["what"], no_room=True)
         case Ending.TRANSIENT if job.retries < MOST_TRANSIENT:
             delay = min(FIRST_DELAY * 2**job.retries, LONGEST_DELAY)
-            return Decision(why=said["what"] or end, delay=delay, counted=True)
+            told = ": ".join(part for part in (said["where"], said["what"]) if part)
+            return Decision(why=told or end, delay=delay, counted=True)
         case Ending.BUG if not job.progress.get("bugs"):
             return Decision(why=f"{end}; trying once more")
     return Decision(reason=said if error else _unexplained(job, end))

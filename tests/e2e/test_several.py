@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -158,3 +159,29 @@ def test_pause_cancel_and_stop_reach_the_job_that_is_meant_and_all_of_them(home,
     assert len(running(one, 2)) == 2
     assert one.stop() == 0
     assert {job.state for job in one.jobs() if job.name != b"a.jsonl"} == {State.QUEUED}
+
+
+def test_jobs_share_a_gpu_where_they_are_predicted_to_fit_together(  # noqa: PLR0917, the parts of a machine
+    home, daemon, drop, standin, fake_nvml, tiny_model
+):
+    fake_nvml.set("gpus=1", f"0.memory_total={4 * GIB}")
+    write_config(home, model=str(tiny_model), share_gpus=True)
+    standin(seconds=3)
+    one = daemon(environment=fake_nvml.environment())
+    drop("a.jsonl", "b.jsonl")
+    two = running(one, 2, seconds=120)
+    assert on(two[0]) == on(two[1])
+
+
+def test_a_job_gets_as_many_gpus_as_its_model_is_predicted_to_need(  # noqa: PLR0917, the parts of a machine
+    home, daemon, drop, standin, fake_nvml, tiny_model
+):
+    """The process that predicts has about 400 MiB of libraries in it."""
+    fake_nvml.set("gpus=4", *(f"{n}.memory_total={GIB // 4}" for n in range(4)))
+    write_config(home, model=str(tiny_model), gpus_per_job="auto")
+    standin(seconds=0.3)
+    one = daemon(environment=fake_nvml.environment())
+    drop("a.jsonl")
+    [job] = running(one, 1, seconds=120)
+    assert len(on(job)) > 1
+    assert json.loads(home.job(job.id).spec.read_bytes())["processes"] == len(on(job))

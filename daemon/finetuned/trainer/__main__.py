@@ -111,6 +111,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer.base import quiet_libraries
     from finetuned.trainer.benchmark import benchmark, file_of
     from finetuned.trainer.group import join
+    from finetuned.trainer.rejection import Yield
     from finetuned.trainer.trackers import reporting
 
     quiet_libraries()
@@ -141,6 +142,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     predicted = alone and settings.recipe == "sft"
     if trained.seen.seconds >= _WORTH_KEEPING and predicted:
         _remember(task, trained, libraries=libraries, models=Path(spec.models))
+    figures += f"; {Yield(**trained.metrics['rft'][-1])}" if "rft" in trained.metrics else ""
     say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
 
 

@@ -50,9 +50,9 @@ class Reporter:
         if self._listener:
             self._listener(kind, data)
 
-    def phase(self, name: str, message: str) -> None:
-        """Say which part of the work begins."""
-        self.say(EventType.PHASE, message, phase=name)
+    def phase(self, name: str, message: str, **data: Any) -> None:
+        """Say which part of the work begins, or how far it is."""
+        self.say(EventType.PHASE, message, phase=name, **data)
 
     def warn(self, message: str) -> None:
         """Say something that the user should know but that does not end the job."""
