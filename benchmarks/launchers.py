@@ -33,7 +33,7 @@ from fixtures_ray import RayCluster
 from fixtures_slurm import SlurmCluster, what_is_missing
 
 UNITS = Path(__file__).parents[1] / "examples" / "units.jsonl"
-SETTINGS = {"max_steps": 1, "tuning": "lora", "eval_split": 0.0, "batch_size": 8}
+SETTINGS = {"max_steps": 1, "tuning": "lora", "eval_fraction": 0.0, "batch_size": 8}
 _TICK = 0.02  # seconds
 _PATIENCE = 300.0
 
