@@ -40,7 +40,7 @@ RANK = shlex.join(
 echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE here, by $MASTER_ADDR:$MASTER_PORT"
 [ "$RANK" = 0 ] && exec $0 "$@"
 trap 'echo rank $RANK was told to stop; exit 130' TERM
-until [ -e "$1/exit.1" ]; do sleep 0.05; done""",
+until [ -e "$1/out.1/adapter/finetuned.json" ]; do sleep 0.05; done""",
         STANDIN,
     ]
 )
