@@ -56,9 +56,10 @@ def end(folder: JobFolder) -> NoReturn:
 
 def main(folder: JobFolder) -> int:
     """Run one attempt, and say who does and how it ended for a daemon that comes after ours and is not our parent."""
-    signal.signal(signal.SIGTERM, _ask_to_stop)
-    signal.signal(signal.SIGINT, _ask_to_stop)
-    ranks.end_with_agent()
+    if ranks.has_agent():
+        ranks.end_with_agent()
+    else:
+        _hear_stops()
     if not ranks.signs():
         return int(_run(folder, JobSpec.decode(folder.spec.read_bytes())))
     try:
@@ -115,6 +116,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
 
     quiet_libraries()
     group = join()
+    _hear_stops()
     say.share_errors(group.first_to_fail)
     with group.leader_first():
         task, rows, report = _prepare(folder, spec, settings.settled(), group, say=say)
@@ -277,6 +279,11 @@ def _told(say: Reporter, end: _End) -> Iterator[None]:
     except RankLostError as error:
         say.warn(f"another process of this training is gone: {error}")
         end.code = ExitCode.TEMPORARY
+
+
+def _hear_stops() -> None:
+    signal.signal(signal.SIGTERM, _ask_to_stop)
+    signal.signal(signal.SIGINT, _ask_to_stop)
 
 
 def _ask_to_stop(_: int, __: object) -> None:

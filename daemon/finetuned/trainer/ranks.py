@@ -36,7 +36,7 @@ def started_by_somebody() -> bool:
 
 def signs() -> bool:
     """Whether this process holds the job's lock and says how the attempt ends: one of all does."""
-    return rank() == 0 and _AGENT not in os.environ
+    return rank() == 0 and not has_agent()
 
 
 def rank() -> int:
@@ -44,13 +44,16 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def has_agent() -> bool:
+    """Whether a process of this module started this one."""
+    return _AGENT in os.environ
+
+
 def end_with_agent() -> None:
-    """Let the kernel kill this rank when the process that started it is gone."""
-    agent = os.environ.get(_AGENT)
-    if agent is None:
-        return
+    """Let this rank end when the process that started it is gone, and leave the interrupt key to that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(agent):  # it was gone before
+    if os.getppid() != int(os.environ[_AGENT]):  # it was gone before
         os._exit(ExitCode.TEMPORARY)
 
 
