@@ -129,15 +129,16 @@ def test_a_recipe_that_makes_its_own_answers_is_refused_before_a_process_is_star
 @pytest.mark.parametrize(
     ("endings", "stopped", "wanted"),
     [
-        ([0, 0], False, 0),
-        ([ExitCode.TEMPORARY, KILLED], False, KILLED),  # who has lost another is not the cause, though it ends first
-        ([1, ExitCode.TEMPORARY], False, 1),
-        ([ExitCode.TEMPORARY, ExitCode.TEMPORARY], False, ExitCode.TEMPORARY),  # no room on the disk, say
-        ([ExitCode.BAD_DATA, -signal.SIGTERM], False, ExitCode.BAD_DATA),
-        ([ExitCode.STOPPED, ExitCode.STOPPED], True, ExitCode.STOPPED),
-        ([-signal.SIGTERM, ExitCode.TEMPORARY], True, ExitCode.STOPPED),  # stopped before they could hear it
-        ([ExitCode.OUT_OF_MEMORY, ExitCode.TEMPORARY], True, ExitCode.OUT_OF_MEMORY),
-        ([0, 1], False, 1),
+        ([(1, 0), (0, 0)], False, 0),
+        ([(0, ExitCode.TEMPORARY), (1, KILLED)], False, KILLED),  # who has lost another is not the cause
+        ([(1, 1), (0, ExitCode.TEMPORARY)], False, 1),
+        ([(0, ExitCode.TEMPORARY), (1, ExitCode.TEMPORARY)], False, ExitCode.TEMPORARY),  # no room on the disk, say
+        ([(0, ExitCode.BAD_DATA), (1, -signal.SIGTERM)], False, ExitCode.BAD_DATA),
+        ([(1, ExitCode.STOPPED), (0, ExitCode.STOPPED)], True, ExitCode.STOPPED),
+        ([(1, -signal.SIGTERM), (0, ExitCode.TEMPORARY)], True, ExitCode.STOPPED),  # before they could hear it
+        ([(0, ExitCode.OUT_OF_MEMORY), (1, ExitCode.TEMPORARY)], True, ExitCode.OUT_OF_MEMORY),
+        ([(1, 0), (0, 1)], False, 1),
+        ([(1, -signal.SIGSEGV), (0, 0)], False, 0),  # as it ended: the adapter is whole
     ],
 )
 def test_an_attempt_ends_as_the_rank_that_failed_for_its_own_reason(endings, stopped, wanted):

@@ -95,7 +95,7 @@ def _run(folder: JobFolder, spec: JobSpec) -> int:
         several = ranks.started_by_somebody()
         if several or spec.processes > 1:
             ranks.check(settings.recipe)
-        if several or spec.processes == 1:
+        if several or spec.processes <= 1:
             _train(folder, spec, settings, say=say)
         else:
             end.code = ranks.run(folder, spec.processes, asked_to_stop=lambda: _stop_asked)
@@ -133,8 +133,8 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         task, trained, learned = _learn(task, rows, folder, spec)
     alone, leads = group.size == 1, group.leads
     group.leave()
-    if not leads:
-        return
+    if not leads:  # rank 0 has more to do; libraries that take their time to end, or crash, are not to disturb it
+        os._exit(ExitCode.DONE)
     measured = benchmark(measured_by, folder, spec, task, trained)
     say.phase("saving", "writing the adapter")
     write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, report, measured=measured, learned=learned)

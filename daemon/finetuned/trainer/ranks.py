@@ -74,21 +74,21 @@ def run(folder: JobFolder, processes: int, *, asked_to_stop: Callable[[], bool])
     """
     environment = _environment(processes)
     running: dict[int, subprocess.Popen[bytes]] = {}
-    endings: list[int] = []
+    endings: list[tuple[int, int]] = []  # rank and status, in the order of their ends
     stopped, deadline = False, float("inf")
     try:
         for number in range(processes):
             running[number] = _start(folder, environment | {"RANK": str(number), "LOCAL_RANK": str(number)})
         while running:
             for number, status in _ended(running):
-                endings.append(status)
+                endings.append((number, status))
                 if status:
                     sys.stdout.write(f"rank {number}: {describe_end(status)}\n")
                     sys.stdout.flush()
             if asked_to_stop() and not stopped:
                 stopped = True
                 _signal(running.values(), signal.SIGTERM)
-            if deadline == float("inf") and (failed := [status for status in endings if status]):
+            if deadline == float("inf") and (failed := [status for _, status in endings if status]):
                 patience = _LONG_PATIENCE if failed[0] in _AGREED else _PATIENCE
                 deadline = time.monotonic() + patience
                 _signal(running.values(), signal.SIGTERM)
@@ -102,9 +102,12 @@ def run(folder: JobFolder, processes: int, *, asked_to_stop: Callable[[], bool])
     return verdict(endings, stopped=stopped)
 
 
-def verdict(endings: list[int], *, stopped: bool) -> int:
-    """Say how all ended, by the statuses of ranks in the order of their ends. Who has lost another is not the cause."""
-    failed = [status for status in endings if status]
+def verdict(endings: list[tuple[int, int]], *, stopped: bool) -> int:
+    """Say how all ended, by ranks and statuses in the order of their ends.
+
+    What rank 0 has done is done: it writes the adapter. Who has lost another is not the cause.
+    """
+    failed = [] if (0, 0) in endings else [status for _, status in endings if status]
     causes = [status for status in failed if status not in _SECOND_HAND]
     if not causes and stopped and failed:
         return ExitCode.STOPPED
