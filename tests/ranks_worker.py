@@ -14,6 +14,7 @@ from typing import Any
 import accelerate
 import torch
 
+from finetuned.trainer import group as group_module
 from finetuned.trainer.group import Group, join
 from test_exactness import Job, Story, World
 
@@ -28,6 +29,7 @@ class Ordered:
     settings: dict[str, Any]
     out_of_memory: tuple[int, ...] = ()  # backward passes, from 1, in which it runs out of memory
     stopped_after: int | None = None  # steps
+    bucket: int = 8 * 2**20  # numbers that are summed at once
 
 
 def outcome(folder: Path, name: str, rank: int) -> Path:
@@ -48,6 +50,7 @@ def main(folder: Path) -> None:
 def train(folder: Path, ordered: Ordered, group: Group) -> Story:
     job = Job(folder, ordered.world, group=group, **ordered.settings)
     backward = accelerate.Accelerator.backward
+    group_module._BUCKET = ordered.bucket
     if group.rank == 1:
         accelerate.Accelerator.backward = failing(backward, ordered.out_of_memory)
     try:

@@ -6,6 +6,7 @@ import pickle
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def together(tmp_path_factory, world, tiny_model) -> Together:
     folder = tmp_path_factory.mktemp("together")
     SAME["distill"]["teacher"] = str(tiny_model)
     jobs = {name: Ordered(world, settings) for name, settings in SAME.items()}
+    jobs["full"] = replace(jobs["full"], bucket=600)  # tensors of 16 to 4,000 numbers: some together, some alone
     jobs["memory"] = Ordered(world, {}, out_of_memory=(3,))
     jobs["memory, twice in a row"] = Ordered(world, {}, out_of_memory=(3, 4))
     jobs["stopped"] = Ordered(world, QUIET, stopped_after=2)

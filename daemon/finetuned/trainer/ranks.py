@@ -132,8 +132,7 @@ def _environment(processes: int) -> dict[str, str]:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    # Rows of one step are shared by tokens, so all compute at once: more threads than cores would only wait.
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)  # all compute at once
     usual = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
     return {
         **usual,
