@@ -56,9 +56,10 @@ def end(folder: JobFolder) -> NoReturn:
 
 def main(folder: JobFolder) -> int:
     """Run one attempt, and say who does and how it ended for a daemon that comes after ours and is not our parent."""
-    signal.signal(signal.SIGTERM, _ask_to_stop)
-    signal.signal(signal.SIGINT, _ask_to_stop)
-    ranks.end_with_agent()
+    if ranks.has_agent():
+        ranks.end_with_agent()
+    else:
+        _hear_stops()
     if not ranks.signs():
         return int(_run(folder, JobSpec.decode(folder.spec.read_bytes())))
     try:
@@ -94,7 +95,7 @@ def _run(folder: JobFolder, spec: JobSpec) -> int:
         several = ranks.started_by_somebody()
         if several or spec.processes > 1:
             ranks.check(settings.recipe)
-        if several or spec.processes == 1:
+        if several or spec.processes <= 1:
             _train(folder, spec, settings, say=say)
         else:
             end.code = ranks.run(folder, spec.processes, asked_to_stop=lambda: _stop_asked)
@@ -116,6 +117,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
 
     quiet_libraries()
     group = join()
+    _hear_stops()
     say.share_errors(group.first_to_fail)
     with group.leader_first():
         task, rows, report = _prepare(folder, spec, settings.settled(), group, say=say)
@@ -132,8 +134,8 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         task, trained, learned = _learn(task, rows, folder, spec)
     alone, leads = group.size == 1, group.leads
     group.leave()
-    if not leads:
-        return
+    if not leads:  # rank 0 has more to do; libraries that take their time to end, or crash, are not to disturb it
+        os._exit(ExitCode.DONE)
     measured = benchmark(measured_by, folder, spec, task, trained)
     say.phase("saving", "writing the adapter")
     write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, report, measured=measured, learned=learned)
@@ -300,6 +302,11 @@ def _told(say: Reporter, end: _End) -> Iterator[None]:
     except RankLostError as error:
         say.warn(f"another process of this training is gone: {error}")
         end.code = ExitCode.TEMPORARY
+
+
+def _hear_stops() -> None:
+    signal.signal(signal.SIGTERM, _ask_to_stop)
+    signal.signal(signal.SIGINT, _ask_to_stop)
 
 
 def _ask_to_stop(_: int, __: object) -> None:
