@@ -165,7 +165,7 @@ def train_as_daemon(
         models=str(models),
     )
     folder.spec.write_bytes(spec.encode())
-    environment, _ = trainer_environment(None)
+    environment, _ = trainer_environment()
     command = [sys.executable, "-m", "finetuned.trainer", str(folder.path)]
     return whole_process(command, {**os.environ, **environment})
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from finetuned.home import Home
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
 
-pytest_plugins = ["fixtures_nvml", "fixtures_web"]
+pytest_plugins = ["fixtures_nvml", "fixtures_slurm", "fixtures_web"]
 
 # A test run started in the background of a shell inherits an ignored interrupt key, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -61,6 +62,15 @@ def row_of(*turns: tuple[str, str], line: int = 1) -> Row:
 def write_jsonl(path: Path, rows: list) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def answers_kept(file: Path) -> list[tuple[str, dict]]:
+    """Give the answers in a file that they are kept in, with their keys, but how long they took; not of a torn line."""
+    found = []
+    for line in file.read_bytes().splitlines():
+        with suppress(ValueError):
+            found += json.loads(line).items()
+    return [(key, {name: part for name, part in fields.items() if name != "seconds"}) for key, fields in found]
 
 
 @pytest.fixture(scope="session")

@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from safetensors.numpy import save
 
 from crash_bench import NOW, Bench, State
 from crash_disk import Disk, Tree
+from finetuned.closer import Closer
 from finetuned.config import Config
 from finetuned.durable import make_folder, sync_tree, write_file
+from finetuned.hold import Hold
+from finetuned.intake import Intake
 from finetuned.jobs import Job
 from finetuned.jobs import State as Step
 from finetuned.service import Service
@@ -87,13 +92,16 @@ class Daemon:
     def __init__(self, bench: Bench, scenario: Scenario) -> None:
         self.bench, self.scenario = bench, scenario
         self.ledger, self.home = bench.ledger, bench.home
+        self.closer = Closer(self.ledger, self.home, Hold(self.home))
+        nobody = threading.Event()
+        self.intake = Intake(self.ledger, self.home, Hold(self.home), self.closer, hints=nobody, wake=nobody.set)
         self.service = Service.__new__(Service)
         self.service.__dict__ |= {
             "_home": self.home,
             "_ledger": self.ledger,
             "_config": scenario.config,
-            "_attempt": None,
-            "_failures": 0,
+            "_crew": SimpleNamespace(attempts=[], find=lambda _: None),
+            "_closer": self.closer,
         }
 
     def live(self) -> None:
@@ -106,10 +114,11 @@ class Daemon:
             assert isinstance(found, Found), found
             job = claim(self.ledger, self.home, found, self.scenario.config)
             if job.reason:
-                self.service._fail(job)
+                self.closer.fail(job)
         for job in self.ledger.jobs(Step.CLAIMING):
             self.queue(job)
-        while not self.service._paused() and (queued := self.ledger.next_queued(NOW)):
+        while not self.service._paused() and (waiting := self.ledger.may_start(NOW, limit=1)):
+            [queued] = waiting
             job = self.ledger.update(queued.id, state=Step.RUNNING, attempt=queued.attempt + 1, started_at=NOW)
             write_spec(self.home, job)
             self._attempt(job)
@@ -118,7 +127,7 @@ class Daemon:
         files = files_to_hash(self.home, job)
         hashed = [fingerprint(path) for path in files]
         assert None not in hashed
-        self.service._queue(job, *(found[1] for found in hashed if found))
+        self.intake.queue(self.scenario.config, job, *(found[1] for found in hashed if found))
         for path in files:
             self._keep(path)
 
@@ -152,9 +161,9 @@ class Daemon:
             unsure.write_text(json.dumps({"job_id": job.id, "sha256": job.sha256}))
             unsure.rename(staged / "finetuned.json")
         if reason is None:
-            self.service._publish(job)
+            self.closer.publish(job)
         else:
-            self.service._fail(job, reason)
+            self.closer.fail(job, reason)
 
 
 # -- what must hold

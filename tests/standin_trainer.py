@@ -101,7 +101,7 @@ def run(folder: Path, spec: dict) -> int:
         state = json.loads(checkpoint.read_bytes())
         done, digest = state["step"], bytes.fromhex(state["digest"])
         say(folder, "message", f"resumed after step {done} of {total}", step=done)
-    say(folder, "phase", "training", phase="training")
+    say(folder, "phase", "training", phase="training", sees=os.environ.get("CUDA_VISIBLE_DEVICES"))
     hoard = b"x" * (int(os.environ.get("STANDIN_EAT_MB", "0")) << 20)  # noqa: F841
     while done < total:
         if asked or (folder / f"stop.{spec['attempt']}").exists():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from finetuned.config import settings_from
 from finetuned.trainer import bounds
 from finetuned.trainer.bounds import Found, largest_fitting
+from finetuned.trainer.group import Group
 from finetuned.trainer.steps import plan_steps
 
 
@@ -47,6 +48,7 @@ def training(folder, *, device: str = "cuda", tuning: str = "lora", tokens: list
         return bound <= 5000
 
     return SimpleNamespace(
+        group=Group(),
         task=SimpleNamespace(
             settings=chosen,
             bounds=folder / "micro-batches.json",

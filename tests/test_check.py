@@ -300,6 +300,24 @@ def test_the_report_says_what_would_be_trained(base, tmp_path, tiny_model):
     assert estimate["minutes"] == pytest.approx(facts["training"]["tokens"] / 100 / 60, abs=0.01)
 
 
+def test_of_rft_it_tells_the_judge_and_the_answers_to_be_made_and_no_steps(home, tmp_path, tiny_model):
+    settled(home, tiny_model, recipe="rft", rft={"samples": 3, "rounds": 2}, teacher="another")
+    file = write_jsonl(tmp_path / "x.jsonl", [chat(f"What is {n} + 1?", str(n + 1)) for n in range(12)])
+    found = check(file, "--base-dir", home.root)
+    assert found.code == 0
+    assert "recipe: rft, answers judged by number (every expected answer is a number); teacher in the" in found.out
+    assert re.search(r"questions +12\n +answers +72\n", found.out)
+    assert " steps of " not in found.out
+    assert "held against is marked" in found.out
+    assert "bare_number_answers" not in found.out  # they are not learned
+
+
+def test_settings_of_another_recipe_are_told_to_count_for_nothing(home, tmp_path, tiny_model):
+    settled(home, tiny_model, rft={"samples": 3}, teacher="another")
+    found = check(write_jsonl(tmp_path / "x.jsonl", chat_rows(4)), "--base-dir", home.root)
+    assert "recipe: sft; teacher and rft in the settings count for nothing\n" in found.out
+
+
 @pytest.mark.parametrize("lengths", [range(30, 44), [2, 500], [50] * 3, range(20, 120, 3)], ids=str)
 def test_each_bar_of_the_histogram_is_called_by_the_most_tokens_in_it(base, tmp_path, lengths):
     file = write_jsonl(tmp_path / "x.jsonl", [{"text": "x" * (length - 1)} for length in lengths])

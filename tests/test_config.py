@@ -385,6 +385,24 @@ def test_a_setting_that_is_nearly_right_is_suggested(tmp_path):
         load_config(written(tmp_path, {"learnig_rate": 1}))
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"rft": {"sample": 4}}, "rft.sample: no such setting; did you mean samples?"),
+        ({"hybrid": {"reward_wieght": 0.5}}, "did you mean reward_weight?"),
+        ({"rft": {"epochs": 4}}, "rft.epochs: no such setting$"),
+        ({"recipe": "rtf"}, "recipe: .* did you mean rft?"),
+        ({"recipe": "Distil"}, "recipe: .* did you mean distill?"),
+        ({"judge": {"kind": "num"}}, "judge.kind: .* did you mean number?"),
+        ({"judge": "number"}, "judge: must be an object in braces$"),
+    ],
+    ids=str,
+)
+def test_a_recipes_settings_and_choices_that_are_nearly_right_are_suggested(tmp_path, given, said):
+    with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+        load_config(written(tmp_path, given))
+
+
 def test_a_value_that_fits_no_kind_is_one_fault(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_config(written(tmp_path, {"tuning": "QLORA"}))

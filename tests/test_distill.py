@@ -229,7 +229,10 @@ def test_a_teacher_of_any_number_format_teaches_whatever_autocast_is_on(
 
 
 def test_a_teacher_that_is_not_there_is_told_by_name(tmp_path, tiny_model):
-    for folder, said in ((tmp_path / "nowhere", "no such folder"), (tmp_path, "no model in this folder")):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").touch()
+    faults = ("nowhere", "no such folder"), (".", "no model in this folder"), ("adapter", "holds an adapter, not a")
+    for folder, said in ((tmp_path / name, said) for name, said in faults):
         with pytest.raises(ModelError, match=f"teacher .*{said}"):
             teacher_of(tiny_model, folder)
     (tmp_path / "config.json").write_text("{}")

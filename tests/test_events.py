@@ -89,6 +89,7 @@ SAMPLE = {"prompt": "a", "expected": "b", "answer": "c", "exact": False, "simila
         ("metrics", {"step": 3, "seconds_left": float("inf")}),
         ("checkpoint", {"step": -1}),
         ("phase", {"phase": ["training"]}),
+        ("phase", {"phase": "generating", "counted": 7}),
         ("plan", {}),
         ("rung", {"rung": 4}),
         ("predictions", {"step": 3}),

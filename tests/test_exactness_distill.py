@@ -5,31 +5,29 @@ and their optimizer state among what must come out the same.
 import random
 from pathlib import Path
 
-import accelerate
 import pytest
 import torch
 
 from conftest import make_tiny_model
-from finetuned.trainer import checkpoint, evaluation, loop
-from finetuned.trainer.recipes import distill
+from finetuned.trainer import checkpoint, evaluation
 from test_distill import ALL_TERMS, make_other_model
 from test_exactness import (
     KINDS,
     MANNERS,
     QUIET,
     SMALL,
-    STEPS,
-    Faults,
     Job,
     Story,
     World,
-    assert_bit_exact,
+    assert_bit_exact_if_stopped_after_every_step,
     assert_the_same,
     build_world,
+    faults,
+    figures_of,
     quick,
 )
 
-__all__ = ["quick"]  # pytest finds it by its name
+__all__ = ["faults", "quick"]  # pytest finds them by their names
 SEEDS = 10
 PLACES = ("probe", "forward", "teacher", "backward", "evaluation")
 TAUGHT = {
@@ -68,41 +66,6 @@ def undisturbed(tmp_path_factory, job_of, which) -> Story:
     return job_of(tmp_path_factory.mktemp("undisturbed"), which).done()
 
 
-def figures_of(story: Story) -> dict[int, dict]:
-    """All that was told of each step, however the job came there."""
-    told = {step["step"]: step for attempt in story.attempts for step in attempt.steps}
-    names = [name for name in told[1] if name.startswith(("loss_", "grad_norm"))] + ["matched"]
-    return {number: {name: step[name] for name in names if name in step} for number, step in told.items()}
-
-
-@pytest.fixture
-def faults(monkeypatch) -> Faults:
-    """Faults that strike in the real calls of the loop."""
-    faults = Faults()
-
-    def wrap(owner, name: str, place) -> None:
-        real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, **k: faults.around(place(), lambda: real(*a, **k)))
-
-    def training(place: str) -> str:
-        if not torch.is_grad_enabled():
-            return "evaluation"
-        return "probe" if faults.probing else place
-
-    wrap(distill.Objective, "forward", lambda: training("forward"))
-    wrap(distill.Teacher, "read", lambda: training("teacher"))
-    wrap(accelerate.Accelerator, "backward", lambda: training("backward"))
-    prepare = loop.Training.prepare
-
-    def probing(training: loop.Training) -> None:
-        faults.probing = True
-        prepare(training)
-        faults.probing = False
-
-    monkeypatch.setattr(loop.Training, "prepare", probing)
-    return faults
-
-
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_memory_that_runs_out_anywhere_changes_nothing(  # noqa: PLR0917, pytest passes fixtures by name
     tmp_path, job_of, which, undisturbed, faults, seed
@@ -114,8 +77,12 @@ def test_memory_that_runs_out_anywhere_changes_nothing(  # noqa: PLR0917, pytest
     story = job_of(tmp_path, which).done()
     assert faults.raised
     assert_the_same(story, undisturbed)
-    for number, figures in figures_of(undisturbed).items():
-        assert figures_of(story)[number] == pytest.approx(figures, rel=1e-3, abs=1e-6)
+    told, wanted = (
+        {step["step"]: figures_of(step) for attempt in one.attempts for step in attempt.steps}
+        for one in (story, undisturbed)
+    )
+    for number, figures in wanted.items():
+        assert told[number] == pytest.approx(figures, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
@@ -128,13 +95,7 @@ def test_a_step_cut_smaller_is_the_same_step(tmp_path, job_of, which, undisturbe
 def test_stopped_after_every_single_step_it_is_the_same_to_the_last_bit(tmp_path, job_of, which, manner):
     jobs = [job_of(tmp_path / name, which, **QUIET, **MANNERS[manner]) for name in ("straight", "stopped")]
     jobs[0].done()
-    jobs[1].stopped_after([1] * (STEPS - 1))
-    assert [attempt.resumed for attempt in jobs[1].attempts] == list(range(STEPS))
-    assert_bit_exact(jobs[1], jobs[0])
-    told, wanted = ([step for attempt in job.attempts for step in attempt.steps] for job in jobs)
-    for mine, theirs in zip(told, wanted, strict=True):
-        names = {name for name in theirs if name.startswith(("loss_", "grad_norm", "alpha", "temperature", "matched"))}
-        assert {name: mine[name] for name in names} == {name: theirs[name] for name in names}
+    assert_bit_exact_if_stopped_after_every_step(jobs[1], jobs[0])
     weights, _ = jobs[1].state()
     assert any(name.startswith("projectors.") for name in weights) == (which != "the same vocabulary")
 

@@ -3,39 +3,32 @@ those of a training that nothing disturbed. The world and its faults are those o
 """
 
 import functools
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
-from finetuned.trainer import contest
 from test_exactness import (
+    DRAWN,
+    HYBRID,
     KINDS,
     QUIET,
     SMALL,
     STEPS,
-    WIDER,
-    Faults,
     Job,
     Story,
     World,
-    assert_bit_exact,
+    assert_bit_exact_if_stopped_after_every_step,
     assert_the_same,
     build_world,
-    faults,  # noqa: F401, a fixture
-    quick,  # noqa: F401
+    faults,
+    quick,
 )
 
+__all__ = ["faults", "quick"]  # pytest finds them by their names
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Any number is right, and a model that has learned nothing writes one now and then.
-DRAWN = {"max_new_tokens": 12, "ambiguity": 0.2}
-HYBRID = {**QUIET, "recipe": "hybrid", "judge": {"kind": "number", "tolerance": 1e6}, "hybrid": DRAWN}
 MANNERS = {
     "lora": {},
     "lora with dropout": {"lora_dropout": 0.3},
@@ -59,7 +52,7 @@ def straight(tmp_path_factory, world) -> Callable[[str], tuple[Job, Story]]:
     @functools.cache
     def train(manner: str) -> tuple[Job, Story]:
         torch.set_num_threads(1)
-        job = Job(tmp_path_factory.mktemp("straight"), world, **{**HYBRID, **MANNERS[manner]})
+        job = Job(tmp_path_factory.mktemp("straight"), world, **{**QUIET, **HYBRID, **MANNERS[manner]})
         return job, job.done()
 
     return train
@@ -79,55 +72,24 @@ def test_a_part_is_what_it_is_called(straight, manner):
 
 @pytest.mark.parametrize("manner", MANNERS)
 def test_stopped_after_every_single_step_it_is_the_same_to_the_last_bit(tmp_path, world, straight, manner):
-    job = Job(tmp_path, world, **{**HYBRID, **MANNERS[manner]})
-    job.stopped_after([1] * (STEPS - 1))
-    assert [attempt.resumed for attempt in job.attempts] == list(range(STEPS))
-    assert_bit_exact(job, straight(manner)[0])
-
-
-@pytest.fixture
-def drawing(faults: Faults, monkeypatch) -> Faults:  # noqa: F811
-    """Faults in the drawing of answers too."""
-    real = contest.answers
-    monkeypatch.setattr(contest, "answers", lambda *a, **k: faults.around("drawing", lambda: real(*a, **k)))
-    return faults
+    job = Job(tmp_path, world, **{**QUIET, **HYBRID, **MANNERS[manner]})
+    assert_bit_exact_if_stopped_after_every_step(job, straight(manner)[0])
 
 
 @pytest.mark.parametrize("manner", ["lora", "full", "soft prompt"])
 @pytest.mark.parametrize("seed", range(8))
 def test_memory_that_runs_out_anywhere_changes_nothing(  # noqa: PLR0917, pytest passes fixtures by name
-    tmp_path, world, straight, drawing, seed, manner
+    tmp_path, world, straight, faults, seed, manner
 ):
     rng = random.Random(f"{manner}/{seed}")
     places = rng.sample(PLACES, rng.choice([1, 2, 3]))
-    drawing.due = {
+    faults.due = {
         place: (rng.randint(1, CALLS.get(place, STEPS - 1)), rng.random() < 0.5, rng.choice(KINDS)())
         for place in places
     }
-    job = Job(tmp_path, world, **{**HYBRID, **MANNERS[manner], "checkpoint_steps": 2})
+    job = Job(tmp_path, world, **{**QUIET, **HYBRID, **MANNERS[manner], "checkpoint_steps": 2})
     story = job.done()
-    assert sorted(drawing.raised) == sorted(places)
+    assert sorted(faults.raised) == sorted(places)
     wanted, wanted_story = straight(manner)
     assert_the_same(story, wanted_story)
     torch.testing.assert_close(job.state(), wanted.state(), rtol=1e-3, atol=1e-5)
-
-
-def stop_quantised(folder: Path, tiny_model: Path, tuning: str) -> None:
-    """In a process of its own, for bitsandbytes is hidden where a dense base was trained."""
-    torch.set_num_threads(1)
-    world = build_world(folder / "model", tiny_model, WIDER)
-    values = {**HYBRID, "tuning": tuning}
-    jobs = [Job(folder / name, world, **values) for name in ("straight", "stopped")]
-    jobs[0].done()
-    jobs[1].stopped_after([1, 1, 3])
-    assert_bit_exact(jobs[1], jobs[0])
-
-
-@pytest.mark.parametrize("tuning", ["qlora", "lora-8bit"])
-def test_on_a_quantised_base_too(tmp_path, tiny_model, tuning):
-    call = f"t.stop_quantised(t.Path({str(tmp_path)!r}), {str(tiny_model)!r}, {tuning!r})"
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", f"import test_exactness_hybrid as t; {call}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import ChainMap
 from itertools import chain, islice
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import answers_kept
 from finetuned.trainer.generate import Answered, Asker, ask, generating, key_of
 
 TEXTS = {key_of(f"Say {n}"): f"Say {n}" + " please" * (n % 4) for n in range(10)}
@@ -65,7 +65,7 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(posed, tmp_path):
     posed.batches.clear()
     file = tmp_path / "kept"
     posed(file, rows=2, batches=3)  # the first is what was kept, which is nothing
-    file.write_bytes(file.read_bytes() + b'{"key": "torn')
+    file.write_bytes(file.read_bytes() + b'{"torn')
     assert len(posed.batches) == 2
     again = posed(file, rows=2)
     assert texts_of(again) == texts_of(whole)
@@ -85,8 +85,11 @@ def test_an_answer_says_whether_the_model_ended_it(posed, tokenizer, model, tmp_
     assert sorted(one.ended for one in posed(tmp_path / "kept", two).values()) == [False, True]
 
 
-def test_a_batch_that_memory_did_not_hold_makes_the_ones_after_it_smaller(posed, model, tmp_path, monkeypatch):
-    undisturbed = posed(tmp_path / "undisturbed")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_batch_that_memory_did_not_hold_makes_the_ones_after_it_smaller(
+    posed, model, tmp_path, monkeypatch, temperature
+):
+    undisturbed = posed(tmp_path / "undisturbed", temperature=temperature)
     generate, sizes = model.generate, []
 
     def short_of_memory(*, input_ids, **options):
@@ -96,8 +99,25 @@ def test_a_batch_that_memory_did_not_hold_makes_the_ones_after_it_smaller(posed,
         return generate(input_ids=input_ids, **options)
 
     monkeypatch.setattr(model, "generate", short_of_memory)
-    assert texts_of(posed(tmp_path / "kept", rows=4)) == texts_of(undisturbed)
+    assert texts_of(posed(tmp_path / "kept", rows=4, temperature=temperature)) == texts_of(undisturbed)
     assert sizes == [4, 2, 2, 2, 2, 2]
+
+
+def test_a_half_that_was_kept_moves_no_question_into_another_batch(posed, model, tmp_path, monkeypatch):
+    posed(tmp_path / "undisturbed", rows=4)
+    undisturbed, posed.batches = posed.batches, []
+    generate = model.generate
+
+    def short_of_memory(*, input_ids, **options):
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(input_ids=input_ids, **options)
+
+    with monkeypatch.context() as short:
+        short.setattr(model, "generate", short_of_memory)
+        posed(tmp_path / "kept", rows=4, batches=2)  # the first is what was kept, which is nothing
+    posed(tmp_path / "kept", rows=4)
+    assert posed.batches == [undisturbed[0][:2], undisturbed[0][2:], *undisturbed[1:]]
 
 
 def test_an_error_is_told_and_not_kept(posed, model, tmp_path, monkeypatch):
@@ -107,4 +127,29 @@ def test_an_error_is_told_and_not_kept(posed, model, tmp_path, monkeypatch):
         broken.setattr(model, "generate", lambda **_: 1 / 0)
         assert [answer.error for answer in posed(file, one).values()] == ["division by zero"]
     assert [answer.error for answer in posed(file, one).values()] == [None]
-    assert [json.loads(line)["error"] for line in file.read_text().splitlines()] == [None]
+    assert [answer["error"] for _, answer in answers_kept(file)] == [None]
+
+
+@pytest.mark.parametrize("batches", range(1, 5))
+def test_after_a_kill_the_answers_are_drawn_that_would_have_been_drawn(posed, tmp_path, batches):
+    """Killed after so many batches, in the middle of a line. What is left comes in the same batches as undisturbed."""
+    drawn = {"rows": 3, "temperature": 1.0, "seed": 5}
+    whole = posed(tmp_path / "whole", **drawn)
+    undisturbed, posed.batches = posed.batches, []
+    file = tmp_path / "kept"
+    posed(file, batches=batches + 1, **drawn)
+    file.write_bytes(file.read_bytes()[:-7])  # the last of them is torn
+    del posed.batches[-1]
+    assert texts_of(posed(file, **drawn)) == texts_of(whole)
+    assert posed.batches == undisturbed
+    assert len(set(texts_of(whole).values())) > 1, "nothing is drawn"
+    assert sorted(answers_kept(file)) == sorted(answers_kept(tmp_path / "whole"))
+
+
+def test_what_is_drawn_for_a_question_does_not_follow_from_those_beside_it(posed, tmp_path):
+    drawn = {"temperature": 1.0, "seed": 5}
+    found = [texts_of(posed(tmp_path / str(rows), rows=rows, **drawn)) for rows in (1, 2, 10)]
+    assert found[0] == found[1] == found[2]
+    few = dict(list(TEXTS.items())[3:5])
+    assert texts_of(posed(tmp_path / "few", few, **drawn)).items() <= found[0].items()
+    assert texts_of(posed(tmp_path / "seed", temperature=1.0, seed=6)) != found[0]

@@ -43,6 +43,11 @@ with capture_logs() as logs:
 """
 
 
+def at_work(trainer: int) -> dict[str, list[int]]:
+    """Say that this trainer is at work on the first two GPUs."""
+    return {uuid(0): [trainer], uuid(1): [trainer]}
+
+
 class Probe:
     """A process with a sampler in it, asked from here."""
 
@@ -223,7 +228,7 @@ def test_a_function_that_the_driver_lacks_costs_only_its_field(fake_nvml: FakeNv
     fake_nvml.set("0.utilization=40", "0.energy=1000", "0.process.42=1024", "0.xid=79")
     ask = start(lacking.environment())
     for _ in range(2):
-        [sample] = ask("sample", trainer_pid=42, deep=True)
+        [sample] = ask("sample", trainers=at_work(42), deep=True)
         assert sample["utilization"] == 40
         assert sample["ecc_errors"] == 0
         assert sample["energy"] is None
@@ -329,18 +334,18 @@ def test_energy_is_what_was_used_since_the_sample_before(fake_nvml: FakeNvml, as
     energies = []
     for millijoules in (5_000_000, 5_003_100, 5_003_100, 20):
         fake_nvml.set(f"0.energy={millijoules}")
-        energies.append(ask("sample", trainer_pid=42)[0]["energy"])
+        energies.append(ask("sample", trainers=at_work(42))[0]["energy"])
     assert energies == [None, pytest.approx(3.1), 0, None]
 
 
 def test_energy_between_two_trainers_is_on_neithers_bill(fake_nvml: FakeNvml, ask: Ask) -> None:
     """The first sample of another trainer does not hold the idle hours before it."""
     fake_nvml.set("0.energy=1000")
-    ask("sample", trainer_pid=42)
+    ask("sample", trainers=at_work(42))
     fake_nvml.set("0.energy=9000000")
-    assert ask("sample", trainer_pid=43)[0]["energy"] is None
+    assert ask("sample", trainers=at_work(43))[0]["energy"] is None
     fake_nvml.set("0.energy=9001000")
-    assert ask("sample", trainer_pid=43)[0]["energy"] == 1
+    assert ask("sample", trainers=at_work(43))[0]["energy"] == 1
 
 
 def test_the_trainers_memory_is_that_of_its_process(fake_nvml: FakeNvml, ask: Ask) -> None:
@@ -352,9 +357,9 @@ def test_the_trainers_memory_is_that_of_its_process(fake_nvml: FakeNvml, ask: As
         "0.process.42=24",
         "1.process.42=none",
     )
-    first, second = ask("sample", trainer_pid=42)
+    first, second = ask("sample", trainers=at_work(42))
     assert (first["trainer_memory"], second["trainer_memory"]) == (1024, None)
-    first, second = ask("sample", trainer_pid=44)
+    first, second = ask("sample", trainers=at_work(44))
     assert (first["trainer_memory"], second["trainer_memory"]) == (None, None)
     assert ask("sample")[0]["trainer_memory"] is None
 
@@ -395,7 +400,7 @@ def assert_none(ask: Ask, sentence: str) -> None:
     """Check that a sampler gives no GPU and the sentence."""
     assert ask("why_none") == sentence
     assert ask("gpus") == []
-    assert ask("sample", trainer_pid=1, deep=True) == []
+    assert ask("sample", trainers=at_work(1), deep=True) == []
     assert ask("events") == []
     assert ask("summary") == "no GPU"
     assert ask("close") is None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from finetuned.intervals import Interval, mean_loss, perplexity, share, sign_test
@@ -53,3 +54,25 @@ def test_a_loss_counts_tokens_and_one_row_has_no_interval():
 def test_the_sign_test_is_exact_and_two_sided(wins, losses, chance):
     assert sign_test(wins, losses) == pytest.approx(chance)
     assert sign_test(losses, wins) == sign_test(wins, losses)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 200), st.integers(0, 200))
+@example(1001, 999)
+@example(0, 1000)
+def test_the_sign_test_is_that_of_whole_numbers(wins, losses):
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
+    assert sign_test(wins, losses) == pytest.approx(float(min(Fraction(1), Fraction(2 * tail, 2**n))), rel=1e-10)
+
+
+@pytest.mark.parametrize("wins", [50_000, 50_100, 50_500, 51_000])
+def test_the_sign_test_of_a_hundred_thousand_rows_is_that_of_the_normal_distribution(wins):
+    """Which whole numbers would take minutes to tell."""
+    n = 100_000
+    normal = math.erfc((wins - n / 2 - 0.5) / math.sqrt(n / 2)) if wins > n / 2 else 1.0
+    assert sign_test(wins, n - wins) == pytest.approx(normal, rel=2e-3)
+
+
+def test_a_chance_that_no_float_holds_is_none():
+    assert sign_test(100_000, 0) == 0.0

@@ -115,6 +115,10 @@ def test_a_judge_is_chosen_by_the_expected_answers_with_a_reason(expected, kind)
     assert suits(expected)[1]
 
 
+def test_a_few_texts_among_numbers_are_told():
+    assert suits(["1", "2", "Because."]) == ("exact", "2 of 3 expected answers are numbers")
+
+
 TEXTS = st.text() | st.text('<>/answer0123456789.,-+eE*^x{}[]" :\n`AB|()')
 
 

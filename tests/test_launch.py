@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 import pytest
 
 from conftest import STANDIN, chat_rows, write_jsonl
-from finetuned import service
+from finetuned import crew
 from finetuned.jobs import State
 from finetuned.launchers import local
 from finetuned.ledger import Ledger
@@ -65,15 +65,15 @@ def test_a_trainer_that_started_while_its_pid_could_not_be_noted_is_tended_to_it
         locks.append((lock, time.monotonic() + 0.5))
         return trainer
 
-    tend = Service._tend_attempt
+    tend = Service._tend_attempts
 
     def tend_later(daemon):
         if locks and time.monotonic() > locks[0][1]:
             locks.pop()[0].__exit__(None, None, None)
         tend(daemon)
 
-    monkeypatch.setattr(service, "start", start)
-    monkeypatch.setattr(Service, "_tend_attempt", tend_later)
+    monkeypatch.setattr(crew, "start", start)
+    monkeypatch.setattr(Service, "_tend_attempts", tend_later)
     assert one_job.run() == 0
     assert facts(home) == (State.FINISHED, 0, 1)
 
@@ -96,7 +96,7 @@ def test_a_trainer_that_could_not_be_started_nor_its_job_put_back_interrupts_not
             locks.append(None)
         finish(daemon)
 
-    monkeypatch.setattr(service, "start", start)
+    monkeypatch.setattr(crew, "start", start)
     monkeypatch.setattr(Service, "_finish_held", finish_later)
     assert one_job.run() == 0
     assert facts(home) == (State.FINISHED, 0, 2)

@@ -187,23 +187,22 @@ def test_jobs_are_given_by_state_oldest_first(ledger):
 
 
 def test_the_oldest_queued_job_is_next_and_of_two_as_old_the_first_in(ledger):
-    assert ledger.next_queued(9.0) is None
+    assert ledger.may_start(9.0, limit=1) == []
     ledger.add(job("running", state=State.RUNNING, created_at=0.0))
     for name, created_at in [("late", 3.0), ("b", 2.0), ("a", 2.0)]:
         ledger.add(job(name, created_at=created_at))
     for name in ("b", "a", "late"):
-        following = ledger.next_queued(9.0)
-        assert following is not None
+        [following] = ledger.may_start(9.0, limit=1)
         assert following.id == name
         ledger.update(name, state=State.RUNNING)
-    assert ledger.next_queued(9.0) is None
+    assert ledger.may_start(9.0, limit=1) == []
 
 
 def test_a_job_that_waits_lets_younger_ones_pass(ledger):
     ledger.add(job("old", created_at=1.0, not_before=100.0))
     ledger.add(job("young", created_at=2.0))
-    assert ledger.next_queued(99.0).id == "young"
-    assert ledger.next_queued(100.0).id == "old"
+    assert [one.id for one in ledger.may_start(99.0, limit=1)] == ["young"]
+    assert [one.id for one in ledger.may_start(100.0, limit=1)] == ["old"]
 
 
 def test_the_jobs_that_ended_last_come_newest_first(ledger):

@@ -397,7 +397,9 @@ def test_a_job_that_was_not_asked_and_one_that_is_not_there_are_told(home):
     assert (said.returncode, "no jobs here yet" in said.stderr) == (78, True)
     ledger = Ledger.open(home.ledger)
     ledger.add(Job("x-1", b"x.jsonl", "", FileIdentity(1, 2, 3, 4), State.QUEUED, 1.0))
+    ledger.add(Job("r-1", b"r.jsonl", "", FileIdentity(1, 2, 3, 5), State.QUEUED, 1.0, settings={"recipe": "rft"}))
     ledger.close()
+    assert "Set benchmark" in finetuned("predictions", "--base-dir", home.root, "r").stdout
     said = finetuned("predictions", "--base-dir", home.root, "y")
     assert (said.returncode, "there is no job y" in said.stderr) == (78, True)
     assert "no rows were held out" in finetuned("predictions", "--base-dir", home.root, "x").stdout

@@ -18,13 +18,13 @@ from pydantic import ValidationError
 from structlog.testing import capture_logs
 
 from conftest import eventually
+from finetuned.engine_settings import Ray
 from finetuned.errors import FinetunedError
 from finetuned.events import ExitCode, parse_event
 from finetuned.home import JobFolder
 from finetuned.launchers import Needs, ray, ray_train
 from finetuned.launchers.ray import RayLauncher
 from finetuned.launchers.ray_ends import NOT_SHARED, end_of
-from finetuned.launchers.settings import Ray
 from finetuned.lifesigns import leave_exit_code, locked
 from fixtures_ray import free_ports
 

@@ -60,7 +60,7 @@ def test_a_leak_is_the_first_thing_said_of_the_data_and_has_a_column():
     ] * 2
     assert sentences(facts)[1:] == [
         "CONTAMINATED: 1 of 4 rows stand in the training data: line 2 (x.jsonl:7)",
-        "not looked for in the training data of old, which is not there",
+        "not looked for in the training data of old, which is not there (--trained-on FILE names it)",
     ]
 
 

@@ -144,7 +144,7 @@ def test_a_transient_end_is_tried_again_later_and_later(retries, delay):
     decision = decided(Ending.TRANSIENT, error=SAID, retries=retries)
     assert (decision.delay, decision.counted, decision.reason) == (delay, True, None)
     assert decision.delay <= LONGEST_DELAY
-    assert decision.why == "it broke"
+    assert decision.why == "line 3: it broke"
 
 
 def test_a_transient_end_too_many_fails():

@@ -24,7 +24,8 @@ def gather(home: Home, name: str) -> dict[str, Any]:
         job = job_named(ledger, name)
         told = ledger.events(job.id, EventType.BENCHMARK)
         measured = dict(told[-1].data) if told else None
-        return {"job": job.id, "predictions": ledger.predictions(job.id), "benchmark": measured}
+        recipe = str(job.settings.get("recipe", "sft"))
+        return {"job": job.id, "recipe": recipe, "predictions": ledger.predictions(job.id), "benchmark": measured}
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -32,9 +33,12 @@ def render(facts: dict[str, Any]) -> str:
     measured = [f"benchmark {headline(facts['benchmark'])}"] if facts["benchmark"] else []
     if not facts["predictions"]:
         why = (
-            f"{facts['job']} was not asked anything: no rows were held out, or predictions are off. Drop x.eval.jsonl "
-            "beside x.jsonl, or set eval_file or eval_fraction."
+            "recipe rft learns answers of its own and asks no held-out rows. Set benchmark to have its model measured."
+            if facts["recipe"] == "rft"
+            else "no rows were held out, or predictions are off. Drop x.eval.jsonl beside x.jsonl, or set eval_file or "
+            "eval_fraction."
         )
+        why = f"{facts['job']} was not asked anything: {why}"
         return "\n".join([why, *map(_line, measured)])
     lines = [facts["job"], _score(facts["predictions"]), *map(_line, measured)]
     by_question = sorted(facts["predictions"], key=lambda one: (one["sample"], one["step"]))

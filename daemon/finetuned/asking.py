@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.adapters import CONFIG as ADAPTER_CONFIG
-from finetuned.by_hand import models_folder
 from finetuned.config import LATEST, Config, TrainingSettings, load_config, read_overrides, resolve, settings_from
 from finetuned.errors import ConfigError, DataError, FinetunedError, HomeError, ModelError
-from finetuned.home import Home, find_home, printable
+from finetuned.home import Home, find_home, models_folder, printable
 from finetuned.launchers.local import trainer_environment
 from finetuned.spool.inbox import Found, held_out_files
 
@@ -120,6 +119,8 @@ def ask(
             return answer
         complaints.seek(0)
         why = complaints.read().strip()[-2000:] or f"exit status {process.returncode}"
+    if process.returncode == -signal.SIGKILL:
+        why = "it was killed, as a system does that is out of memory"
     if "error" not in said:
         raise FinetunedError(
             f"the process that was asked broke off: {why}",
@@ -135,7 +136,7 @@ def environment(gpu: str | None) -> dict[str, str]:
     """Give the extra environment of a process that reads data. Jemalloc, where it is used, gives back what it does not
     need, as there is no training that would need it again; two arenas for the reader and the tokenizer's threads.
     """
-    found, _ = trainer_environment(gpu)
+    found, _ = trainer_environment(*([gpu] if gpu else []))
     return found | {"MALLOC_CONF": "narenas:2,dirty_decay_ms:500,muzzy_decay_ms:0"}
 
 
@@ -162,8 +163,10 @@ def find_adapter(adapter: Path | None, home: Home | None) -> Path:
     if adapter is None:
         raise HomeError(
             "there is no adapter yet",
-            where=str(candidates[0].parent),
-            remedy="Drop a file into inbox/ with the daemon running, or name an adapter's folder.",
+            where=str(home.adapters if home else Path.cwd()),
+            remedy="Drop a file into inbox/ with the daemon running, or name an adapter's folder."
+            if home
+            else "This is no base directory: name an adapter's folder, or the base directory with --base-dir.",
         )
     raise ConfigError(
         "there is no adapter in such a folder",

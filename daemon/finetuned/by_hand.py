@@ -16,8 +16,8 @@ from finetuned.config import settings_from
 from finetuned.durable import sha256_of, sync_tree
 from finetuned.errors import FinetunedError, HomeError
 from finetuned.events import describe_end, judge
-from finetuned.gpu import Gpu, Sampler
-from finetuned.home import Home, JobFolder, find_home, safe_name
+from finetuned.gpu import first_gpu
+from finetuned.home import JobFolder, models_folder, safe_name
 from finetuned.jobs import FileIdentity, Job, JobSpec, State
 from finetuned.launchers.local import LocalTrainer, start, trainer_environment
 from finetuned.lifesigns import locked
@@ -151,22 +151,12 @@ def _write_spec(folder: JobFolder, job: Job, data: Path) -> None:
     folder.spec.write_bytes(spec.encode())
 
 
-def models_folder() -> Path:
-    """Give the unpacked models' folder: the base directory's if there is one, else the user's cache."""
-    try:
-        folder = find_home(None).models
-    except HomeError:
-        folder = Home(Path.home() / ".cache" / "finetuned").models
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
     """Run one trainer to its end: the job with its newest figures, the exit status, and whether it was stopped by the
     user.
     """
     gpu = first_gpu()
-    environment, _ = trainer_environment(gpu.uuid if gpu else None)
+    environment, _ = trainer_environment(*([gpu.uuid] if gpu else []))
     tail = EventTail(folder.events, folder.events.stat().st_size if folder.events.exists() else 0)
     try:
         trainer = start(folder, log=folder.path / _LOG, environment=environment)
@@ -191,15 +181,6 @@ def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
     finally:
         line.end()
         signal.signal(signal.SIGINT, before)
-
-
-def first_gpu() -> Gpu | None:
-    """Give the first GPU, or None."""
-    sampler = Sampler.open()
-    try:
-        return sampler.gpus[0] if sampler.gpus else None
-    finally:
-        sampler.close()
 
 
 class _Stopper:

@@ -11,10 +11,10 @@ from typing import Any
 import click
 
 from finetuned.asking import ask, held_out_beside, terms
-from finetuned.by_hand import first_gpu
 from finetuned.dataset.report import Fault, Report
 from finetuned.errors import DataError, counted, harmless
 from finetuned.findings import ERRORS, WARNINGS, Finding
+from finetuned.gpu import first_gpu
 from finetuned.home import printable
 from finetuned.live import DoingLine, duration
 from finetuned.spool.inbox import TABLES, remedy_for
@@ -68,14 +68,23 @@ def render(facts: dict[str, Any], *, colour: bool) -> str:
         lines += [f"{name}: {report.summary()}", f"model: {harmless(facts['model'])}"]
         lines.append(f"settings: {harmless(facts['settings_from'])}")
         lines += [f"teacher: {harmless(facts['teacher'])}"] if "teacher" in facts else []
+        lines += _recipe(facts)
         lines += _findings("errors", report.faults, ERRORS, rows=0)
         lines += _findings("warnings", report.warnings, WARNINGS, rows=report.good_rows)
         lines += _held_out_findings(facts.get("held_out"))
         lines += _trained(facts)
-        lines += _sample(facts["sample"], colour=colour)
+        lines += _sample(facts["sample"], colour=colour, asked=bool(facts.get("answers")))
     if facts["unchecked"]:
         lines += ["", harmless(facts["unchecked"])]
     return "\n".join([*lines, "", _verdict(facts, name)]).lstrip("\n")
+
+
+def _recipe(facts: dict[str, Any]) -> list[str]:
+    """Name the recipe where it is not the usual one, or where settings of another were made."""
+    judged = f", answers judged by {facts['judge']}" if "judge" in facts else ""
+    idle = " and ".join(facts["idle"])
+    unused = f"; {idle} in the settings {'counts' if len(facts['idle']) == 1 else 'count'} for nothing" if idle else ""
+    return [f"recipe: {facts['recipe']}{judged}{unused}"] if unused or facts["recipe"] != "sft" else []
 
 
 def _findings(title: str, found: dict[Any, Fault], table: Mapping[Any, Finding], *, rows: int) -> list[str]:
@@ -100,6 +109,8 @@ def _trained(facts: dict[str, Any]) -> list[str]:
     if "training" not in facts:
         return []
     training, tokens, held_out = facts["training"], facts["tokens"], facts.get("held_out")
+    if facts.get("answers"):
+        return _asked(facts)
     lines = ["", "what would be trained", f"  rows          {training['rows']:>12,}"]
     if tokens:
         share = training["supervised"] / training["tokens"]
@@ -121,6 +132,18 @@ def _trained(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _asked(facts: dict[str, Any]) -> list[str]:
+    """Tell what the model would answer; what it would learn of that nobody knows yet."""
+    return [
+        "",
+        "what would be asked",
+        f"  questions     {facts['training']['rows']:>12,}",
+        f"  answers       {facts['answers']:>12,}",
+        "",
+        "  the right ones are learned; how many, and in how many steps, is known when they are made",
+    ]
+
+
 def _histogram(bars: list[list[int]]) -> list[str]:
     most = max(count for _, count in bars)
     wide = max(len(f"{to:,}") for to, _ in bars)
@@ -139,15 +162,16 @@ def _estimate(facts: dict[str, Any]) -> str:
     )
 
 
-def _sample(sample: dict[str, Any], *, colour: bool) -> list[str]:
+def _sample(sample: dict[str, Any], *, colour: bool, asked: bool) -> list[str]:
     if not sample:
         return []
     pieces = [(harmless(piece), learned) for piece, learned in sample["pieces"]]
     text = "".join(_marked(piece, colour=colour) if learned else piece for piece, learned in pieces).rstrip()
     how = _learned("so") if colour else "«so»"
+    what = "what its answers are held against" if asked else "what is learned"
     return [
         "",
-        f"the row of line {sample['line']:,} as the model sees it; what is learned is marked {how}",
+        f"the row of line {sample['line']:,} as the model sees it; {what} is marked {how}",
         "",
         *(f"  {line}" for line in text.split("\n")),
     ]

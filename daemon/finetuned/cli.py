@@ -371,6 +371,9 @@ def datagen(base_dir: Path | None, file: Path, out: Path, profile: str, model: s
         click.echo(f"finetuned: {error}", err=True)
         sys.exit(1)
     click.echo(f"{out}: {made['sentence']}")
+    if made["advice"]:
+        click.echo(f"finetuned: {out}: nothing was kept. {made['advice']}", err=True)
+        sys.exit(1)
 
 
 @cli.command()
@@ -470,11 +473,10 @@ def chat(base_dir: Path | None, adapter: Path | None, **options: Any) -> None:
 def evaluate(adapter: Path | None, as_json: bool, choices: str | None, **options: Any) -> None:  # noqa: FBT001
     """Measure ADAPTER beside its base model: loss, accuracy, how sure both are, and what it had seen before."""
     from finetuned.errors import DataError, ModelError
-    from finetuned.measure import measure, render
+    from finetuned.measure import judge_named, measure, render
 
     given = {name: options.pop(name) for name in ("kind", "tolerance", "pattern")}
-    given["choices"] = choices.split(",") if choices else None
-    judge = {name: value for name, value in given.items() if value is not None}
+    judge = judge_named(**given, choices=choices.split(",") if choices else None)
     try:
         facts = measure(adapter, judge=judge, **options)
     except (DataError, ModelError) as error:

@@ -18,13 +18,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from finetuned.engine_settings import Ray, Slurm
 from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 from finetuned.findings import Warned
 from finetuned.judges import LETTERS, TOLERANCE, Judge, Kind, judge, suits
 from finetuned.recipe_settings import Distill, Hybrid, Rft
 
-NOT_IN_OVERRIDES = frozenset({"trust_remote_code", "benchmark", "eval_file", "resume_adapter", "priority", "report_to"})
+NOT_IN_OVERRIDES = frozenset(
+    {"launcher", "trust_remote_code", "benchmark", "eval_file", "resume_adapter", "priority", "report_to"}
+)
+WHERE = frozenset({"launcher", "gpus_per_job"})  # where a job is trained, which makes no other training
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*(/[\w-]+(\.[\w-]+)*)?", re.ASCII)
 _FOREIGN = frozenset({"model", "revision", "teacher", "teacher_revision"})  # whose code may be run
 LATEST = "latest"  # as resume_adapter
@@ -122,6 +126,12 @@ class TrainingSettings(_Strict):
 
     priority: int = Field(
         0, ge=-100, le=100, description="Jobs of a higher priority start first; set it in a profile, inbox/high/ say."
+    )
+    launcher: Literal["local", "ray", "slurm"] = Field(
+        "local", description="Where jobs run: on this machine, or on a cluster of Ray or Slurm (docs/scale.md)."
+    )
+    gpus_per_job: PositiveInt | Literal["auto"] = Field(
+        1, description="GPUs that one job is trained on; auto: as many as `finetuned plan` says that the model needs."
     )
     recipe: Literal["sft", "distill", "rft", "hybrid"] = Field(
         "sft",
@@ -368,6 +378,20 @@ class Config(TrainingSettings):
     duplicates: Literal["skip", "run", "fail"] = Field(
         "skip", description="What to do with a file that was trained before with the same settings."
     )
+    gpus: list[int | str] | None = Field(
+        None, description="GPUs that jobs may use, as indices of nvidia-smi or UUIDs; null: all. Others are left alone."
+    )
+    remote_jobs: PositiveInt = Field(16, description="How many jobs Ray and Slurm have at once; others wait here.")
+    ray: Ray = Field(default_factory=Ray, description="The cluster of launcher ray: docs/scale.md.")
+    slurm: Slurm = Field(default_factory=Slurm, description="The cluster of launcher slurm: docs/scale.md.")
+    share_gpus: bool = Field(
+        False, description="Let jobs share a GPU where `finetuned plan` says that they fit on it together."
+    )
+    gpu_busy_gib: float = Field(
+        2.0,
+        ge=0,
+        description="A GPU of which others use more than so many GiB of memory is not taken until they are done.",
+    )
     gpu_sample_seconds: float = Field(10.0, ge=1, description="How often the GPUs are sampled while a job runs.")
     stop_seconds: float = Field(120.0, ge=1, description="How long a trainer may take to write its last checkpoint.")
     pause_grace: float = Field(
@@ -413,14 +437,30 @@ _UNION_TAG = re.compile(r"\[|^(float|int|str|bool)$|^constrained-")  # names a b
 
 def _lines(error: ValidationError) -> list[str]:
     said: dict[str, list[str]] = {}
+    meant: dict[str, str] = {}
     for problem in error.errors(include_url=False, include_context=False):
         place = ".".join(takewhile(lambda part: not _UNION_TAG.search(part), map(str, problem["loc"])))
         text = problem["msg"].removeprefix("Value error, ")
+        near: list[str] = []
         if problem["type"] == "extra_forbidden":
-            near = get_close_matches(str(problem["loc"][-1]), Config.model_fields, 1)
-            text = "no such setting" + (f"; did you mean {near[0]}?" if near else "")
+            text, near = "no such setting", get_close_matches(str(problem["loc"][-1]), _beside(problem["loc"]), 1)
+        elif problem["type"] == "literal_error":
+            near = get_close_matches(str(problem["input"]).lower(), re.findall("'([^']+)'", text), 1)
+        elif problem["type"] == "model_type":
+            text = "must be an object in braces"
         said.setdefault(place, []).append(text)
-    return [f"{place}: {'; or: '.join(texts)}" if place else "; or: ".join(texts) for place, texts in said.items()]
+        meant |= {place: f"; did you mean {near[0]}?"} if near else {}
+    lines = {place: "; or: ".join(texts) + meant.get(place, "") for place, texts in said.items()}
+    return [f"{place}: {text}" if place else text for place, text in lines.items()]
+
+
+def _beside(place: tuple[int | str, ...]) -> list[str]:
+    """Name the settings that there are where a problem's place is."""
+    model: Any = Config
+    for part in place[:-1]:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = field.annotation if field else None
+    return list(getattr(model, "model_fields", {}))
 
 
 def _read_object(path: Path) -> dict[str, Any]:

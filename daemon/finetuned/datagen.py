@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.asking import ask, terms
-from finetuned.by_hand import first_gpu
 from finetuned.errors import ConfigError
+from finetuned.gpu import first_gpu
 from finetuned.live import DoingLine
 
 

@@ -19,7 +19,7 @@ class EventType(StrEnum):
     """The kinds of events, in the order in which a job meets them."""
 
     ATTEMPT = "attempt"  # the daemon's own: one begins (rung, settings), or is over (ending, how, then, step)
-    PHASE = "phase"  # data: phase (validating_files, loading_model, training, evaluating, saving)
+    PHASE = "phase"  # data: phase (validating_files, loading_model, generating, training, evaluating, saving); counted
     DATA_REPORT = "data_report"  # data: the data report
     PLAN = "plan"  # data: steps, tokens, parameters, and every automatic choice with its reason
     RUNG = "rung"  # data: rung, reason; the trainer climbed down by itself
@@ -134,7 +134,9 @@ def _sound(kind: EventType, data: Mapping[str, Any]) -> bool:
         return False
     if not all(_is_number(data[name]) for name in _FIGURES & data.keys()):
         return False
-    if not math.isfinite(data.get("seconds_left", 0)) or not isinstance(data.get("phase", ""), str):
+    if not math.isfinite(data.get("seconds_left", 0)):
+        return False
+    if not all(isinstance(data.get(name, ""), str) for name in ("phase", "counted")):
         return False
     match kind:
         case EventType.METRICS:

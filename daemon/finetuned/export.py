@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 
 from finetuned.adapters import read_adapter, read_story
-from finetuned.by_hand import models_folder
 from finetuned.errors import ConfigError, FinetunedError, HomeError
+from finetuned.home import models_folder
 
 _CONVERTER = "convert_lora_to_gguf.py"  # of llama.cpp
 

@@ -1,16 +1,26 @@
-"""The GPUs that jobs may use: those found at the start, less those that failed since. Until the daemon starts anew."""
+"""The GPUs that jobs may use: those found at the start, less those that failed since, that config.json leaves alone, or
+that other people's processes are using.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 import structlog
 
+from finetuned.config import Config
 from finetuned.durable import write_file
-from finetuned.gpu import Sampler
+from finetuned.gpu import Gpu, Sampler
 from finetuned.home import Home
+from finetuned.scheduler import Device
+
+_GIB = 2**30
+_LOOK_EVERY = 2.0  # seconds between two looks at what others have in memory
+CPU = "cpu"
 
 _log = structlog.get_logger()
 
@@ -22,14 +32,39 @@ class Fleet:
         """Begin with all GPUs that the sampler found."""
         self._home = home
         self._sampler = sampler
-        self._found = [gpu.uuid for gpu in sampler.gpus]
+        self._found = list(sampler.gpus)
         self._aside: dict[str, str] = {}
+        self._used: dict[str, int] = {}  # bytes, by UUID, when last looked at
+        self._looked_at = -_LOOK_EVERY
+        self._said: object = None
         with suppress(OSError):
             home.gpus_aside.unlink(missing_ok=True)
 
-    def next(self) -> str | None:
-        """Give the GPU for the next job; None if there is none."""
-        return next((uuid for uuid in self._found if uuid not in self._aside), None)
+    def devices(self, config: Config, at_work: Collection[str]) -> list[Device]:
+        """Give what jobs may be started on now. On those in `at_work` jobs of ours are, so memory in use tells nothing.
+
+        Where the daemon's own CUDA_VISIBLE_DEVICES names GPUs by other things than UUIDs, which nobody can tell apart
+        from here, all that it names is one device. Without a GPU the processor is one.
+        """
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if chosen == "" or (chosen is None and not self._found):
+            return [Device(CPU, "the processor")]
+        named = [gpu for gpu in self._found if chosen is None or gpu.uuid in chosen.split(",")]
+        if not named:
+            return [Device(str(chosen), f"GPU {chosen}")]
+        usable = [gpu for gpu in self._left(named, config) if gpu.uuid not in self._aside]
+        self._look([gpu for gpu in usable if gpu.uuid not in at_work])
+        return [Device(gpu.uuid, str(gpu), gpu.memory_total, self._busy(gpu, config, at_work)) for gpu in usable]
+
+    def count(self, config: Config) -> int:
+        """How many GPUs jobs could have if none failed and nobody else used them; 0 where they are not told apart."""
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return len(self._left([gpu for gpu in self._found if chosen is None or gpu.uuid in chosen.split(",")], config))
+
+    @property
+    def uuids(self) -> list[str]:
+        """The GPUs that are left, whoever uses them."""
+        return [gpu.uuid for gpu in self._found if gpu.uuid not in self._aside]
 
     @property
     def all_failed(self) -> bool:
@@ -37,8 +72,9 @@ class Fleet:
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
         if chosen == "":
             return False
-        named = [name for name in (chosen or "").split(",") if name in self._found]
-        return bool(self._found) and all(uuid in self._aside for uuid in named or self._found)
+        found = [gpu.uuid for gpu in self._found]
+        named = [name for name in (chosen or "").split(",") if name in found]
+        return bool(found) and all(uuid in self._aside for uuid in named or found)
 
     def heed(self) -> list[str]:
         """Set aside what failed since the last call; their UUIDs."""
@@ -57,6 +93,32 @@ class Fleet:
 
     def serves(self, uuid: str, visible: str) -> bool:
         """Whether a trainer with this CUDA_VISIBLE_DEVICES may be at work on the GPU; numbers can be any of them."""
-        if any(known in visible for known in self._found):
+        if any(known.uuid in visible for known in self._found):
             return uuid in visible
         return bool(visible)
+
+    def _left(self, gpus: Sequence[Gpu], config: Config) -> Sequence[Gpu]:
+        """Leave those that config.json names, or all; say once what it names and is not there."""
+        if config.gpus is None:
+            return gpus
+        unknown = [name for name in config.gpus if not any(name in (gpu.uuid, gpu.index) for gpu in self._found)]
+        if unknown != self._said:
+            self._said = unknown
+            if unknown:
+                there = ", ".join(f"{gpu.index}: {gpu.uuid}" for gpu in self._found)
+                _log.error("no such GPU", gpus=", ".join(map(str, unknown)), there=there, then="mend `gpus`")
+        return [gpu for gpu in gpus if gpu.uuid in config.gpus or gpu.index in config.gpus]
+
+    def _look(self, gpus: Sequence[Gpu]) -> None:
+        """Read what is in use of GPUs that none of ours is on. NVML is asked of nothing where there are none."""
+        new = any(gpu.uuid not in self._used for gpu in gpus)
+        if new or (gpus and time.monotonic() >= self._looked_at + _LOOK_EVERY):
+            self._looked_at = time.monotonic()
+            used = self._sampler.memory_used()
+            self._used = {gpu.uuid: used.get(gpu.uuid, 0) for gpu in gpus}
+
+    def _busy(self, gpu: Gpu, config: Config, at_work: Collection[str]) -> str:
+        used = self._used.get(gpu.uuid, 0)
+        if gpu.uuid in at_work or used <= config.gpu_busy_gib * _GIB:
+            return ""
+        return f"is used by others: {used / _GIB:.1f} GiB are taken, and gpu_busy_gib is {config.gpu_busy_gib:g}"

@@ -14,7 +14,7 @@ import click
 
 from finetuned.curves import Points
 from finetuned.errors import counted, harmless
-from finetuned.live import sentence
+from finetuned.live import sentence, why_waiting
 
 KEYS = "p pause  r resume  c cancel  f first  l last  j/k choose  q quit"
 _LEVELS = "▁▂▃▄▅▆▇█"
@@ -153,7 +153,7 @@ def _queue(facts: dict[str, Any], size: Size, *, chosen: str, room: int) -> list
     place = next((n for n, job in enumerate(queue) if job["id"] == chosen), 0)
     start = max(0, min(place - rows // 2, len(queue) - rows))
     for job in queue[start : start + rows]:
-        waits = job["progress"].get("waits")
+        waits = why_waiting(job["progress"])
         text = job["id"] + (f" ({job['profile']})" if job["profile"] else "") + (f": {waits}" if waits else "")
         lines.append(_marked(cut(text, size, room=size.columns - 2), job["id"] == chosen))
     return lines

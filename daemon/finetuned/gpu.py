@@ -6,8 +6,9 @@ writes a file or changes a GPU. Polling wakes sleeping GPUs: sample only while a
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -83,7 +84,7 @@ class Sample:
     sm_clock: int | None = None  # MHz
     memory_clock: int | None = None  # MHz
     throttle_reasons: list[str] | None = None
-    trainer_memory: int | None = None  # bytes
+    trainer_memory: int | None = None  # bytes, of all trainers at work on it
     ecc_errors: int | None = None  # uncorrected, since the driver was loaded
     remapped_rows: int | None = None
 
@@ -123,15 +124,23 @@ def _ecc_errors(handle: object) -> int:
     return int(nvml.nvmlDeviceGetTotalEccErrors(handle, kind, since))
 
 
-def _memory_of(pid: int, handle: object) -> int | None:
-    """Bytes of one process, over all MIG instances; None where NVML does not list it.
+def _memory_of(trainers: Collection[int], handle: object) -> int | None:
+    """Bytes of trainers' processes, over all MIG instances; None where NVML lists none of them.
 
     Not listed is not zero: seen from a container, NVML may list the host's pids, or none.
     """
     # The name without _v3 would say that it is missing by an exception that is no NVMLError.
     processes = nvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
-    used = [process.usedGpuMemory for process in processes if process.pid == pid]
+    used = [process.usedGpuMemory for process in processes if {process.pid, _session(process.pid)} & set(trainers)]
     return sum(used) if used and None not in used else None
+
+
+def _session(pid: int) -> int | None:
+    """Give the session of a process: a trainer leads one, and its helpers are in it."""
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
 
 
 # What is asked of a GPU, field by field of Sample; each takes NVML's handle of the GPU.
@@ -164,6 +173,7 @@ class _Device:
     handle: object
     event_set: object | None  # its own, so that nobody has to ask a lost GPU whose event it was
     joules: float | None = None  # the energy counter at the sample before
+    trainers: frozenset[int] = frozenset()  # that were at work on it then
     lost: bool = False
 
     def spent(self, joules: float | None) -> float | None:
@@ -182,7 +192,6 @@ class Sampler:
         self.why_none: str | None = None
         self._devices: list[_Device] = []
         self._events: list[DeviceEvent] = []
-        self._trainer_pid: int | None = None
         self._said: set[tuple[str, str]] = set()
         self._resources = ExitStack()
 
@@ -207,25 +216,24 @@ class Sampler:
         """The GPUs that were found and are not lost. One that comes back needs a new sampler."""
         return [device.gpu for device in self._devices if not device.lost]
 
-    def sample(self, trainer_pid: int | None = None, *, deep: bool = False) -> list[Sample]:
+    def sample(self, trainers: Mapping[str, Collection[int]] | None = None, *, deep: bool = False) -> list[Sample]:
         """Read every GPU that is not lost. Never raises; a loss noticed here is in `events()`.
 
-        `trainer_pid` is the process whose memory is wanted. When it changes, `energy` starts anew:
-        what was burnt between two jobs is on neither's bill. `deep` adds ECC errors and
+        `trainers` gives by a GPU's UUID the processes at work on it, whose memory is wanted. When they change, its
+        `energy` starts anew: what was burnt between two jobs is on neither's bill. `deep` adds ECC errors and
         remapped rows, which seldom change.
         """
-        if trainer_pid != self._trainer_pid:
-            self._trainer_pid = trainer_pid
-            for device in self._devices:
-                device.joules = None
-        queries = {**_ALWAYS, **(_DEEP if deep else {})}
-        if trainer_pid is not None:
-            queries["trainer_memory"] = partial(_memory_of, trainer_pid)
         created_at = time.time()
         samples = []
         for device in self._devices:
             if device.lost:
                 continue
+            at_work = frozenset((trainers or {}).get(device.gpu.uuid, ()))
+            if at_work != device.trainers:
+                device.joules, device.trainers = None, at_work
+            queries = {**_ALWAYS, **(_DEEP if deep else {})}
+            if at_work:
+                queries["trainer_memory"] = partial(_memory_of, at_work)
             try:
                 answers = self._ask(device.gpu.uuid, device.handle, queries)
             except nvml.NVMLError as error:
@@ -234,6 +242,21 @@ class Sampler:
             answers["energy"] = device.spent(answers["energy"])
             samples.append(Sample(created_at=created_at, **asdict(device.gpu), **answers))
         return samples
+
+    def memory_used(self) -> dict[str, int]:
+        """Read the bytes in use of every GPU that is not lost, by UUID; a GPU that does not tell is left out."""
+        used = {}
+        for device in self._devices:
+            if device.lost:
+                continue
+            try:
+                answers = self._ask(device.gpu.uuid, device.handle, _ALWAYS)
+            except nvml.NVMLError as error:
+                self._lose(device, error)
+                continue
+            if answers["memory_used"] is not None:
+                used[device.gpu.uuid] = answers["memory_used"]
+        return used
 
     def events(self) -> list[DeviceEvent]:
         """Give what befell the GPUs since the last call: each loss once, and every Xid."""
@@ -333,3 +356,12 @@ def summary(samples: Iterable[Sample]) -> str:
     """Say it in a line, as `GPU 0 NVIDIA H100: 93% util, 18.2/80.0 GiB, 310 W, 61 C`."""
     lines = (f"GPU {one.index} {one.name}: {', '.join(_readings(one)) or 'no readings'}" for one in samples)
     return "; ".join(lines) or "no GPU"
+
+
+def first_gpu() -> Gpu | None:
+    """Give the first GPU, or None."""
+    sampler = Sampler.open()
+    try:
+        return sampler.gpus[0] if sampler.gpus else None
+    finally:
+        sampler.close()

@@ -230,3 +230,13 @@ def data_extension(name: bytes) -> str:
 def safe_name(name: bytes, limit: int = 48) -> str:
     """Make a name that is safe as a folder, in a URL and in a shell from a data file's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", data_stem(name)).strip("-.")[:limit].strip("-.") or "data"
+
+
+def models_folder() -> Path:
+    """Give the unpacked models' folder: the base directory's if there is one, else the user's cache."""
+    try:
+        folder = find_home(None).models
+    except HomeError:
+        folder = Home(Path.home() / ".cache" / "finetuned").models
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -128,6 +128,7 @@ class JobSpec:
     place: float = 0.0
     base_dir: str = ""
     models: str = ""
+    processes: int = 1  # that train it together, each on a GPU of its own where there are any
 
     def encode(self) -> bytes:
         """Give the file's content."""

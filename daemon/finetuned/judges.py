@@ -106,7 +106,11 @@ def suits(expected: Iterable[str]) -> tuple[Kind, str]:
         return "choice", "every expected answer is one of these letters"
     if texts and all(text[:1] in {"{", "["} and _json(text) for text in texts):
         return "json", "every expected answer is JSON"
-    return "exact", "the expected answers are texts"
+    numbers = sum(_value(_NUMBER.fullmatch(text)) is not None for text in texts)
+    return (
+        "exact",
+        f"{numbers} of {len(texts)} expected answers are numbers" if numbers else "the expected answers are texts",
+    )
 
 
 def answer_in(text: str) -> str | None:

@@ -351,12 +351,12 @@ class Ledger:
         marks = ", ".join("?" * len(states))
         return self._database.execute(f"SELECT 1 FROM jobs WHERE state IN ({marks})", states).fetchone() is not None
 
-    def next_queued(self, now: float) -> Job | None:
-        """Give the job that is first in the queue among those that may start now."""
-        row = self._database.execute(
-            f"SELECT * FROM jobs WHERE state = ? AND not_before <= ? {_IN_TURN} LIMIT 1", (State.QUEUED, now)
-        ).fetchone()
-        return _job(row) if row else None
+    def may_start(self, now: float, *, limit: int) -> list[Job]:
+        """Give the first so many jobs of the queue among those that may start now."""
+        rows = self._database.execute(
+            f"SELECT * FROM jobs WHERE state = ? AND not_before <= ? {_IN_TURN} LIMIT ?", (State.QUEUED, now, limit)
+        )
+        return [_job(row) for row in rows]
 
     def queue(self, limit: int = -1) -> list[Job]:
         """Give the jobs that wait, or the first of them, in the order in which they start."""
@@ -442,10 +442,11 @@ class Ledger:
         *,
         held_out_sha256: str | None = None,
         defaults: Mapping[str, Any] | None = None,
+        apart: Collection[str] = (),
     ) -> Job | None:
         """Give the newest job that succeeded on the same content, held-out data included, with the same settings.
 
-        `defaults` stand for settings that did not exist when a job was done.
+        `defaults` stand for settings that did not exist when a job was done; those in `apart` may differ.
         """
         rows = self._database.execute(
             "SELECT * FROM jobs WHERE sha256 = ? AND held_out_sha256 IS ? AND outcome = ? AND duplicate_of IS NULL"
@@ -453,7 +454,8 @@ class Ledger:
             (sha256, held_out_sha256, Outcome.SUCCEEDED),
         )
         jobs = (_job(row) for row in rows)
-        return next((job for job in jobs if {**(defaults or {}), **job.settings} == settings), None)
+        ours = {key: settings[key] for key in apart if key in settings}
+        return next((job for job in jobs if {**(defaults or {}), **job.settings, **ours} == settings), None)
 
     def events(self, job_id: str, *kinds: EventType) -> list[Event]:
         """Give what was said of a job, or of these kinds only, in order."""

@@ -34,12 +34,19 @@ def duration(seconds: float) -> str:
 def sentence(progress: dict[str, Any]) -> str:
     """Give a running job's newest figures."""
     phase = progress.get("phase")
+    if phase == "generating" and "counted" in progress:
+        return f"{_PHASES[phase]}, {progress['counted']}"
     if phase in _PHASES or "train_loss" not in progress:
         return "the first step" if phase == "training" else _PHASES.get(str(phase), "starting")
     return (
         f"step {progress['step']} of {progress.get('total_steps', '?')}, loss {progress['train_loss']:.4f}, "
         f"{progress.get('tokens_per_second', 0):,.0f} tokens/s, {duration(progress.get('seconds_left', 0))} left"
     )
+
+
+def why_waiting(progress: dict[str, Any]) -> str:
+    """Say why a queued job does not run: how its last attempt ended, and what it waits for."""
+    return "; ".join(filter(None, (progress.get("waits"), progress.get("waits_for"))))
 
 
 class LiveLine:

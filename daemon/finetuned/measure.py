@@ -10,12 +10,14 @@ from typing import Any
 import click
 
 from finetuned.asking import Terms, ask, find_adapter
-from finetuned.by_hand import first_gpu, models_folder
 from finetuned.config import Config, load_config, settings_from
 from finetuned.errors import ConfigError, HomeError, harmless
-from finetuned.home import Home, find_home
+from finetuned.gpu import first_gpu
+from finetuned.home import Home, find_home, models_folder
 from finetuned.live import DoingLine
 from finetuned.scores import sentences, table
+
+_KIND_OF = {"tolerance": "number", "pattern": "regex", "choices": "choice"}  # which each option belongs to
 
 
 def measure(
@@ -63,6 +65,23 @@ def measure(
         )
     finally:
         line.end()
+
+
+def judge_named(kind: str | None, **options: Any) -> dict[str, Any]:
+    """Give the judge's settings that a command line names. An option that one kind alone knows names that kind.
+
+    Raises ConfigError where they are of another kind than is asked for: they would count for nothing.
+    """
+    named = {name: value for name, value in options.items() if value is not None}
+    for name in named:
+        kind = kind or _KIND_OF[name]
+        if kind != _KIND_OF[name]:
+            raise ConfigError(
+                f"--{name} is for judge {_KIND_OF[name]}, and the judge is {kind}",
+                where="the command line",
+                remedy=f"Say --judge {_KIND_OF[name]}, or leave --{name} out.",
+            )
+    return named | ({"kind": kind} if kind else {})
 
 
 def _home(base_dir: Path | None) -> Home | None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.asking import Terms, ask, held_out_beside, terms
-from finetuned.by_hand import first_gpu
 from finetuned.errors import counted
+from finetuned.gpu import first_gpu
 from finetuned.live import duration
 
 _SHOWN = 2**20  # bytes

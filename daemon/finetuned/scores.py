@@ -58,7 +58,8 @@ def _seen(facts: dict[str, Any]) -> list[str]:
     elif overlap["files"]:
         said.append(f"no row stands in the training data ({', '.join(overlap['files'])})")
     if overlap["missing"]:
-        said.append(f"not looked for in the training data of {', '.join(overlap['missing'])}, which is not there")
+        named = ", ".join(overlap["missing"])
+        said.append(f"not looked for in the training data of {named}, which is not there (--trained-on FILE names it)")
     return said
 
 

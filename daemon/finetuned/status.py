@@ -19,6 +19,7 @@ from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.lifesigns import locked
 from finetuned.live import duration, sentence
+from finetuned.live import why_waiting as why_it_waits
 from finetuned.spool.inbox import Complaint, Found, list_inbox
 
 _LAST = 10  # finished jobs
@@ -159,7 +160,7 @@ def _hindrances(facts: dict[str, Any]) -> list[str]:
 def _waiting(job: dict[str, Any]) -> str:
     """Say that a job waits, and where it has tried already, until when and why."""
     line = f"queued    {job['id']}"
-    why = job["progress"].get("waits")
+    why = why_it_waits(job["progress"])
     if job["not_before"] > time.time():
         line += f", again at {datetime.fromtimestamp(job['not_before']).astimezone():%H:%M:%S}"
     return f"{line}: {why}" if why else line

@@ -23,7 +23,7 @@ from finetuned.events import Ending, Event, EventType, describe_end, judge, pars
 from finetuned.fallback import Rung, next_rung
 from finetuned.home import Home, JobFolder, printable
 from finetuned.jobs import Job, State
-from finetuned.launchers import Start, Trainer
+from finetuned.launchers import Launcher, Start, Trainer
 from finetuned.launchers.adopted import AdoptedTrainer
 from finetuned.ledger import Ledger
 from finetuned.lifesigns import has_open, locked, signed
@@ -80,7 +80,8 @@ def decide(job: Job, ending: Ending, *, error: dict[str, Any] | None, end: str) 
             return Decision(why=said["what"], no_room=True)
         case Ending.TRANSIENT if job.retries < MOST_TRANSIENT:
             delay = min(FIRST_DELAY * 2**job.retries, LONGEST_DELAY)
-            return Decision(why=said["what"] or end, delay=delay, counted=True)
+            told = ": ".join(part for part in (said["where"], said["what"]) if part)
+            return Decision(why=told or end, delay=delay, counted=True)
         case Ending.BUG if not job.progress.get("bugs"):
             return Decision(why=f"{end}; trying once more")
     return Decision(reason=said if error else _unexplained(job, end))
@@ -207,6 +208,17 @@ class Attempt:
             _log.info("a trainer ended while no daemon was there", job=job.id, attempt=job.attempt)
         return attempt
 
+    @classmethod
+    def find(cls, ledger: Ledger, home: Home, job: Job, launcher: Launcher) -> Attempt | None:
+        """Go on with the trainer of a job in state running that is on another machine, or was. None if its engine knows
+        none, raises OSError if that cannot be told now.
+        """
+        trainer = launcher.find(home.job(job.id), trainer_id=job.trainer_id, attempt=job.attempt)
+        if trainer is None:
+            return None
+        _log.info("trainer found again", job=job.id, attempt=job.attempt, id=trainer.id)
+        return cls(ledger, home, ledger.update(job.id, trainer_id=trainer.id), trainer)
+
     @property
     def stopping(self) -> bool:
         """Whether the trainer was asked to stop."""
@@ -287,6 +299,8 @@ def stop_orphan(home: Home, job: Job, *, seconds: float) -> None:
     )
     folder = home.job(job.id)
     deadline = time.monotonic() + seconds
+    with suppress(OSError):
+        folder.stop(job.attempt).touch()  # for one on another machine, which no signal of ours reaches
     while locked(folder):
         if time.monotonic() > deadline + _LAST_WAIT:  # stuck in a driver, or it never said who it is
             raise OSError(errno.EBUSY, "a trainer that outlived its daemon does not end", str(folder.lock))

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from finetuned.asking import find_adapter
-from finetuned.by_hand import first_gpu, models_folder
 from finetuned.errors import HomeError
-from finetuned.home import Home, find_home
+from finetuned.gpu import first_gpu
+from finetuned.home import Home, find_home, models_folder
 from finetuned.launchers.local import trainer_environment
 
 
@@ -38,5 +38,5 @@ def talk(
     command += ["--compare"] if compare else []
     command += ["--model", model] if model else []
     gpu = first_gpu()
-    environment, _ = trainer_environment(gpu.uuid if gpu else None)
+    environment, _ = trainer_environment(*([gpu.uuid] if gpu else []))
     os.execve(sys.executable, command, {**os.environ, **environment})  # noqa: S606, our own program

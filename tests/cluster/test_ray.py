@@ -13,6 +13,7 @@ import pytest
 
 from conftest import chat_rows, eventually, write_jsonl
 from finetuned.config import Config
+from finetuned.engine_settings import Ray
 from finetuned.errors import FinetunedError
 from finetuned.events import ExitCode
 from finetuned.home import JobFolder
@@ -20,7 +21,6 @@ from finetuned.jobs import FileIdentity, JobSpec
 from finetuned.launchers import Needs
 from finetuned.launchers.local import start as start_here
 from finetuned.launchers.ray import RayLauncher
-from finetuned.launchers.settings import Ray
 from finetuned.lifesigns import locked
 from fixtures_ray import CACHE, RayCluster
 from standin_trainer import safetensors, weights_of

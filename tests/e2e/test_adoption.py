@@ -21,9 +21,9 @@ from standin_trainer import safetensors, weights_of
 def orphan(home, daemon, standin):
     """Start a job, kill its daemon in the middle, and give the trainer's pid."""
 
-    def make(count: int = 24, *, seconds: float = 0.05, **ways) -> int:
+    def make(count: int = 24, *, seconds: float = 0.15, environment: dict | None = None, **ways) -> int:
         standin(seconds=seconds, **ways)
-        one = daemon()
+        one = daemon(environment=environment)
         write_jsonl(home.root / "staged", chat_rows(count)).rename(home.inbox / "x.jsonl")
         eventually(lambda: one.jobs() and one.jobs()[0].progress.get("step", 0) > 2, why="some steps")
         pid = one.jobs()[0].trainer_pid
@@ -64,7 +64,7 @@ def test_it_goes_on_as_if_nothing_had_been(home, daemon, orphan):
 
 
 def test_one_that_ended_while_no_daemon_was_there_is_published_by_the_next(home, daemon, orphan):
-    trainer = orphan(20)
+    trainer = orphan(20, seconds=0.05)
     eventually(lambda: not alive(trainer), why="it ends by itself")
     two = daemon("--once")
     assert two.process.wait(60) == 0
@@ -174,7 +174,7 @@ def test_a_number_that_another_process_has_by_now_is_left_alone(home, daemon, or
 def test_gpu_figures_go_on(home, daemon, orphan, fake_nvml):
     write_config(home, gpu_sample_seconds=1)
     fake_nvml.set("gpus=1", "0.utilization=93")
-    orphan(60)
+    orphan(60, environment=fake_nvml.environment())
     with sqlite3.connect(home.ledger) as ledger:
         ledger.execute("DELETE FROM gpu_samples")
     two = daemon("--once", environment=fake_nvml.environment())

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from conftest import eventually, make_home, write_jsonl
+from conftest import answers_kept, eventually, make_home, write_jsonl
+from finetuned.measure import render
 from test_training import Run
 
 
@@ -106,8 +107,7 @@ def test_other_expected_answers_change_the_marks_and_no_answer(seven, home, tmp_
         assert facts["models"][1]["accuracy"]["count"] == right
         answers.append([said_by(facts, name) for name in ("base", "seven")])
         for file in (base.machinery / "evaluations").iterdir():
-            kept = [json.loads(line) for line in file.read_text().splitlines()]
-            assert {frozenset(one) for one in kept} == {frozenset({"key", "text", "ended", "seconds", "error"})}
+            assert {frozenset(one) for _, one in answers_kept(file)} == {frozenset({"text", "ended", "error"})}
     assert answers[0] == answers[1]
 
 
@@ -125,7 +125,7 @@ def test_a_planted_leak_is_flagged_and_the_accuracy_without_it_told(home, seven,
     assert (adapter["accuracy"]["count"], adapter["accuracy"]["of"]) == (2, 6)
     assert (adapter["accuracy_unseen"]["count"], adapter["accuracy_unseen"]["of"]) == (0, 4)
     assert [row["seen_in_training"] for row in facts["answers"]] == [False] * 4 + [True] * 2
-    text = shown(home, *words, "--trained-on", trained_on)
+    text = render(facts)
     assert "CONTAMINATED: 2 of 6 rows stand in the training data: line 5 (train.jsonl:4)" in text
     assert "accuracy without the 2 seen" in text
 
@@ -134,8 +134,8 @@ def test_a_planted_leak_is_flagged_and_the_accuracy_without_it_told(home, seven,
 
 
 def test_an_evaluation_that_is_killed_asks_nothing_twice(home, seven, tmp_path):
-    held = write_jsonl(tmp_path / "held.jsonl", rows("7", start=100, count=90))
-    words = ("seven", "--data", held, "--max-new-tokens", 200)
+    held = write_jsonl(tmp_path / "held.jsonl", rows("7", start=100, count=40))
+    words = ("seven", "--data", held, "--max-new-tokens", 100)
     kept = home.machinery / "evaluations"
     home.machinery.joinpath("evaluations").mkdir()
     process = subprocess.Popen(command(home, *words), start_new_session=True, stdout=subprocess.DEVNULL)
@@ -148,8 +148,8 @@ def test_an_evaluation_that_is_killed_asks_nothing_twice(home, seven, tmp_path):
     facts = measured(home, *words)
     for file in kept.glob("*.jsonl"):
         assert file.read_bytes().startswith(before.get(file, b""))
-        keys = [json.loads(line)["key"] for line in file.read_text().splitlines()]
-        assert len(keys) == len(set(keys)) == 90
+        keys = [key for key, _ in answers_kept(file)]
+        assert len(keys) == len(set(keys)) == 40
     anew = measured(make_home(tmp_path / "anew"), seven, *words[1:])
     assert said_by(anew, "seven") == said_by(facts, "seven")
 
@@ -184,17 +184,32 @@ def test_texts_have_a_loss_and_no_accuracy(home, seven, tmp_path):
     [
         (("seven", "--judge", "json"), (1, "held.jsonl:1: 3 of 3 expected answers cannot be judged by json")),
         (("seven", "--judge", "regex"), (78, "kind regex needs a pattern")),
+        (("seven", "--judge", "exact", "--tolerance", "0.1"), (78, "--tolerance is for judge number")),
+        (
+            ("seven", "--pattern", "x", "--choices", "a,b"),
+            (78, "--choices is for judge choice, and the judge is regex"),
+        ),
         (("eight",), (78, "there is no adapter in such a folder")),
+        (("seven", "--judge", "exact"), (1, "1 of 4 rows cannot be used")),
     ],
     ids=str,
 )
 def test_what_cannot_be_measured_is_refused_in_a_sentence(home, seven, tmp_path, words, refused):
+    """Every row must be good."""
     code, said = refused
-    held = write_jsonl(tmp_path / "held.jsonl", rows("seven", count=3))
+    held = write_jsonl(tmp_path / "held.jsonl", rows("seven", count=3) + [{"messages": []}] * ("exact" in words))
     assert said in measured(home, *words, "--data", held, code=code)["said"]
 
 
-def test_every_row_must_be_good(home, seven, tmp_path):
-    held = write_jsonl(tmp_path / "held.jsonl", [*rows("7", count=3), {"messages": []}])
-    said = measured(home, "seven", "--data", held, code=1)["said"]
-    assert "1 of 4 rows cannot be used" in said
+def test_an_option_of_one_judge_alone_names_the_judge(home, seven, tmp_path):
+    held = write_jsonl(tmp_path / "held.jsonl", rows("7", count=3))
+    facts = measured(home, "seven", "--data", held, "--pattern", r"<answer>(\d)", "--max-new-tokens", 24)
+    assert facts["judge"]["kind"] == "regex"
+
+
+def test_without_an_adapter_or_a_base_directory_it_says_what_to_name(tmp_path):
+    held = write_jsonl(tmp_path / "held.jsonl", rows("7", count=3))
+    words = [sys.executable, "-m", "finetuned", "eval", "--data", held]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 78
+    assert done.stderr.startswith(f"finetuned: {tmp_path}: there is no adapter yet. This is no base directory")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from finetuned.config import TrainingSettings
 from finetuned.dataset.rows import Problem, Row
+from finetuned.findings import Warned
 from finetuned.judges import judge
 
 if TYPE_CHECKING:
@@ -16,8 +17,13 @@ CHECKED = frozenset({"rft", "hybrid"})  # recipes that hold answers against the 
 
 
 def of(settings: TrainingSettings) -> str:
-    """Name what is needed: settings with the same name find the same rows good."""
-    return settings.judge.model_dump_json() if settings.recipe in CHECKED else ""
+    """Name what is needed: settings with the same name find the same rows good, and say the same of them."""
+    return f"{settings.recipe} {settings.judge.model_dump_json()}" if settings.recipe in CHECKED else ""
+
+
+def beside_the_point(settings: TrainingSettings) -> tuple[Warned, ...]:
+    """Name the warnings that say nothing here: rft holds answers against the rows' own, and does not learn those."""
+    return ("bare_number_answers", "single_token_answers") if settings.recipe == "rft" else ()
 
 
 def suited(rows: Iterable[Row], settings: TrainingSettings, report: Report) -> Iterator[Row]:

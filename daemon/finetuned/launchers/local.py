@@ -130,8 +130,8 @@ def spawn(folder: JobFolder, *, lock: int, output: int, environment: Mapping[str
     return LocalTrainer(process)
 
 
-def trainer_environment(gpu: str | None) -> tuple[dict[str, str], str]:
-    """Give the trainer's extra environment and why: one GPU by its UUID, or jemalloc on a machine without one."""
+def trainer_environment(*gpus: str) -> tuple[dict[str, str], str]:
+    """Give the trainer's extra environment and why: GPUs by their UUIDs, or jemalloc on a machine without one."""
     quiet = {
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "true",
@@ -140,10 +140,11 @@ def trainer_environment(gpu: str | None) -> tuple[dict[str, str], str]:
         "DISABLE_SAFETENSORS_CONVERSION": "1",  # weights come from the model's own authors, or not at all
     }
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpus and (chosen is None or {*gpus} <= {*chosen.split(",")}):
+        names = ",".join(gpus)
+        return {**quiet, "CUDA_VISIBLE_DEVICES": names}, f"on GPU{'s' if len(gpus) > 1 else ''} {names}"
     if chosen:
         return quiet, f"on GPU {chosen}, as CUDA_VISIBLE_DEVICES says"
-    if gpu is not None and chosen is None:
-        return {**quiet, "CUDA_VISIBLE_DEVICES": gpu}, f"on GPU {gpu}"
     library = find_jemalloc()
     if library is None:
         return quiet, "on the CPU, with glibc's allocator (libjemalloc2 gives more memory back after an out-of-memory)"

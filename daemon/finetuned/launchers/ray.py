@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.durable import OTHERS_NOTHING, write_file
+from finetuned.engine_settings import Ray
 from finetuned.errors import FinetunedError
 from finetuned.events import Event, EventType, ExitCode
 from finetuned.home import JobFolder
 from finetuned.launchers import Needs
 from finetuned.launchers.ray_cluster import Cluster, UnsureError
 from finetuned.launchers.ray_ends import NOT_SHARED, End, end_of
-from finetuned.launchers.settings import Ray
 from finetuned.lifesigns import TAKES_LOCK, exit_code, locked
 
 _AT_MOST = 0.5  # seconds for a connection, and as many for an answer, where the daemon waits for them
@@ -31,6 +31,8 @@ _PAUSE = 2.0  # seconds between two questions
 _GHOST = 600.0  # seconds for which a trainer that Ray has lost may hold the job's lock
 # Seconds that Ray leaves a trainer from SIGTERM to SIGKILL: enough for a checkpoint when somebody stops it through Ray.
 _RAYS_PATIENCE = {"RAY_JOB_STOP_WAIT_TIME_S": "10"}
+
+_HERE_ONLY = frozenset({"CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "MALLOC_CONF"})  # means nothing on another machine
 
 
 class RayTrainer:
@@ -168,8 +170,8 @@ class RayLauncher:
 
     def _order(self, folder: JobFolder, log: Path, environment: Mapping[str, str], needs: Needs) -> dict[str, Any]:
         settings = self._settings
-        variables = {**_RAYS_PATIENCE, **settings.runtime_env.get("env_vars", {}), **environment, TAKES_LOCK: "1"}
-        variables.pop("CUDA_VISIBLE_DEVICES", None)  # Ray knows which GPU it is
+        ours = {name: value for name, value in environment.items() if name not in _HERE_ONLY}
+        variables = {**_RAYS_PATIENCE, **settings.runtime_env.get("env_vars", {}), **ours, TAKES_LOCK: "1"}
         python = settings.python or sys.executable
         other = os.environ.get("FINETUNED_TRAINER")
         program = shlex.split(other) if other else [python, "-P", "-m", "finetuned.trainer"]

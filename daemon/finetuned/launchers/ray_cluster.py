@@ -11,8 +11,8 @@ from urllib.parse import quote, urlsplit
 
 import structlog
 
+from finetuned.engine_settings import Ray
 from finetuned.errors import FinetunedError
-from finetuned.launchers.settings import Ray
 
 _log = structlog.get_logger()
 

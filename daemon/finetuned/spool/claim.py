@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuned.adapters import belongs_to
-from finetuned.config import Config, TrainingSettings, read_overrides, resolve
+from finetuned.config import WHERE, Config, TrainingSettings, read_overrides, resolve
 from finetuned.durable import NO_ROOM, make_folder, move, sync_file, sync_folder, write_file
 from finetuned.errors import ConfigError, DataError
 from finetuned.home import Home, JobFolder, data_extension, printable, safe_name
@@ -142,8 +142,8 @@ def _regular(path: Path) -> os.stat_result:
     return facts
 
 
-def write_spec(home: Home, job: Job, beside: Beside | None = None) -> None:
-    """Write job.json with the job as it now is (D2, and again before each attempt)."""
+def write_spec(home: Home, job: Job, beside: Beside | None = None, *, processes: int = 1) -> None:
+    """Write job.json with the job as it now is (D2, and again before each attempt, which is of so many processes)."""
     folder = home.job(job.id)
     make_folder(folder.path)
     held_out = held_out_path(home, job)
@@ -168,6 +168,7 @@ def write_spec(home: Home, job: Job, beside: Beside | None = None) -> None:
         place=job.place,
         base_dir=str(home.root),
         models=str(home.models),
+        processes=processes,
     )
     write_file(folder.spec, spec.encode())
 
@@ -309,7 +310,7 @@ def settle_duplicate(ledger: Ledger, home: Home, config: Config, job: Job) -> Jo
     if config.duplicates != "run":
         defaults = columns_of(TrainingSettings())["settings"]
         before = ledger.trained_before(
-            str(job.sha256), job.settings, held_out_sha256=job.held_out_sha256, defaults=defaults
+            str(job.sha256), job.settings, held_out_sha256=job.held_out_sha256, defaults=defaults, apart=WHERE
         )
     kept = before and belongs_to(home.adapters / str(before.adapter), before.id)  # it may have been thrown away
     if before is None or not kept:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from finetuned.config import TrainingSettings, settings_from
 from finetuned.dataset.reading import RowFile
@@ -26,12 +26,14 @@ from finetuned.fallback import Rung
 from finetuned.home import JobFolder, printable
 from finetuned.jobs import JobSpec
 from finetuned.lifesigns import TAKES_LOCK, leave_exit_code, sign, take_lock
-from finetuned.trainer.ends import OutOfMeansError, StopAskedError
+from finetuned.trainer import ranks
+from finetuned.trainer.ends import OutOfMeansError, RankLostError, StopAskedError
 from finetuned.trainer.reporter import Reporter
 
 if TYPE_CHECKING:
     from finetuned.trainer.distill.found import Found
     from finetuned.trainer.distill.teacher import Teacher
+    from finetuned.trainer.group import Group
     from finetuned.trainer.loop import Task, Trained
     from finetuned.trainer.store import Examples
 
@@ -56,6 +58,9 @@ def main(folder: JobFolder) -> int:
     """Run one attempt, and say who does and how it ended for a daemon that comes after ours and is not our parent."""
     signal.signal(signal.SIGTERM, _ask_to_stop)
     signal.signal(signal.SIGINT, _ask_to_stop)
+    ranks.end_with_agent()
+    if not ranks.signs():
+        return int(_run(folder, JobSpec.decode(folder.spec.read_bytes())))
     try:
         if TAKES_LOCK in os.environ and not take_lock(folder):
             return ExitCode.TEMPORARY  # an earlier one that its engine took for dead, and it is not
@@ -71,44 +76,88 @@ def main(folder: JobFolder) -> int:
         code = int(_run(folder, spec))
     finally:
         leave_exit_code(folder, spec.attempt, code)
-    return code
+    if code == -signal.SIGKILL:  # a rank was, for memory most likely: who waits for us is to see that
+        os.kill(os.getpid(), signal.SIGKILL)
+    return code if code >= 0 else 1
 
 
-def _run(folder: JobFolder, spec: JobSpec) -> ExitCode:
+def _run(folder: JobFolder, spec: JobSpec) -> int:
     spec = replace(spec, name=printable(os.fsencode(spec.name)))  # what is said must be text
     try:
-        say = Reporter(folder.events)
+        say = Reporter(folder.events, rank=ranks.rank())
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         return ExitCode.TEMPORARY
     with _no_room_told(say) as end, _told(say, end):
         settings = settings_from(spec.settings, where=spec.name)
-        _train(folder, spec, settings, say=say)
+        several = ranks.started_by_somebody()
+        if several or spec.processes > 1:
+            ranks.check(settings.recipe)
+        if several or spec.processes == 1:
+            _train(folder, spec, settings, say=say)
+        else:
+            end.code = ranks.run(folder, spec.processes, asked_to_stop=lambda: _stop_asked)
     return end.code
 
 
 def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say: Reporter) -> None:
     """Do all that needs the libraries."""
     say.phase("validating_files", f"opening {spec.name}")
-    glance(RowFile(folder.path / spec.input, name=spec.name), max_bad_rows=settings.max_bad_rows)
-    import torch
-
+    if ranks.rank() == 0:
+        glance(RowFile(folder.path / spec.input, name=spec.name), max_bad_rows=settings.max_bad_rows)
     from finetuned.trainer import memory
     from finetuned.trainer.adapter import write_adapter
-    from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer, quiet_libraries
+    from finetuned.trainer.base import quiet_libraries
     from finetuned.trainer.benchmark import benchmark, file_of
+    from finetuned.trainer.group import join
+    from finetuned.trainer.rejection import Yield
+    from finetuned.trainer.trackers import reporting
+
+    quiet_libraries()
+    group = join()
+    say.share_errors(group.first_to_fail)
+    with group.leader_first():
+        task, rows, report = _prepare(folder, spec, settings.settled(), group, say=say)
+    settings, libraries = task.settings, memory.resident_bytes()
+    measured_by = file_of(task, spec)
+    with reporting(
+        say,
+        settings.report_to if group.leads else [],
+        job=spec.id,
+        settings=settings.model_dump(),
+        folder=Path(spec.base_dir) / "logs" / "tracking",
+        cpu=task.device.type == "cpu",
+    ):
+        task, trained, learned = _learn(task, rows, folder, spec)
+    alone, leads = group.size == 1, group.leads
+    group.leave()
+    if not leads:
+        return
+    measured = benchmark(measured_by, folder, spec, task, trained)
+    say.phase("saving", "writing the adapter")
+    write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, report, measured=measured, learned=learned)
+    told = ("loss", "before", "retained")
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(told))
+    predicted = alone and settings.recipe == "sft"
+    if trained.seen.seconds >= _WORTH_KEEPING and predicted:
+        _remember(task, trained, libraries=libraries, models=Path(spec.models))
+    figures += f"; {Yield(**trained.metrics['rft'][-1])}" if "rft" in trained.metrics else ""
+    say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
+
+
+def _prepare(
+    folder: JobFolder, spec: JobSpec, settings: TrainingSettings, group: Group, *, say: Reporter
+) -> tuple[Task, Examples, dict[str, Any]]:
+    """Settle what is trained and read the data; give the task, its rows and their report."""
+    from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer
     from finetuned.trainer.chain import settle
     from finetuned.trainer.data import cut, read_data
     from finetuned.trainer.distill.found import find_teacher
     from finetuned.trainer.loop import Task
-    from finetuned.trainer.trackers import reporting
 
     asked_to_stop = partial(_is_stop_asked, folder.stop(spec.attempt))
-    quiet_libraries()
-    settings = settings.settled()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tuning, why = choose_tuning(spec.rung["tuning"], gpu=device.type == "cuda")
+    tuning, why = choose_tuning(spec.rung["tuning"], gpu=group.device.type == "cuda")
     rung = replace(Rung(**spec.rung), tuning=tuning)
     if tuning != spec.rung["tuning"]:
         say.say(EventType.RUNG, f"tuning {tuning}: {why}", rung=rung.as_dict(), reason=why)
@@ -121,7 +170,6 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     earlier = settle(folder, spec, settings, base.name)
     if earlier is not None:
         say.say(EventType.MESSAGE, f"resume_adapter: {earlier} ({earlier.reason})", chain=earlier.chain)
-    libraries = memory.resident_bytes()
     task = Task(
         settings=settings,
         rung=rung,
@@ -130,34 +178,16 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         train=data.train,
         held_out=data.held_out if data.held_out is not None else [],
         asked=data.asked,
-        device=device,
+        device=group.device,
         checkpoints=folder.checkpoints,
         bounds=Path(spec.models).parent / "micro-batches.json",
         say=say,
         asked_to_stop=asked_to_stop,
         earlier=earlier,
         teacher=_teacher(found, say) if found else None,
+        group=group,
     )
-    measured_by = file_of(task, spec)
-    with reporting(
-        say,
-        settings.report_to,
-        job=spec.id,
-        settings=settings.model_dump(),
-        folder=Path(spec.base_dir) / "logs" / "tracking",
-        cpu=device.type == "cpu",
-    ):
-        task, trained, learned = _learn(task, data.train, folder, spec)
-    measured = benchmark(measured_by, folder, spec, task, trained)
-    say.phase("saving", "writing the adapter")
-    write_adapter(
-        folder.staged_adapter(spec.attempt), spec, task, trained, data.report, measured=measured, learned=learned
-    )
-    told = ("loss", "before", "retained")
-    figures = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(told))
-    if trained.seen.seconds >= _WORTH_KEEPING and settings.recipe == "sft":  # which is all that is predicted
-        _remember(task, trained, libraries=libraries, models=Path(spec.models))
-    say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
+    return task, data.train, data.report
 
 
 def _learn(task: Task, rows: Examples, folder: JobFolder, spec: JobSpec) -> tuple[Task, Trained, Path | None]:
@@ -207,7 +237,7 @@ def _remember(task: Task, trained: Trained, *, libraries: int, models: Path) -> 
 
 
 class _End:
-    code = ExitCode.DONE
+    code: int = ExitCode.DONE
 
 
 @contextmanager
@@ -246,6 +276,9 @@ def _told(say: Reporter, end: _End) -> Iterator[None]:
     except OutOfMeansError as error:
         say.error(error.for_user(), rung=error.rung.as_dict())
         end.code = ExitCode.OUT_OF_MEMORY
+    except RankLostError as error:
+        say.warn(f"another process of this training is gone: {error}")
+        end.code = ExitCode.TEMPORARY
 
 
 def _ask_to_stop(_: int, __: object) -> None:

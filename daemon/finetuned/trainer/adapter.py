@@ -22,6 +22,7 @@ from finetuned.scores import sentences, table
 from finetuned.trainer.attention import without_flat
 from finetuned.trainer.checkpoint import full_disk_as_oserror
 from finetuned.trainer.loop import Task, Trained
+from finetuned.trainer.rejection import Yield
 from finetuned.trainer.vision import auto_class, copy_processor
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def _card(spec: JobSpec, task: Task, trained: Trained, measured: dict[str, Any])
     soft = task.settings.soft_prompt
     weights = "A full fine-tune" if whole else f"A soft prompt of {soft} tokens" if soft else "A LoRA adapter"
     a_step = counted(trained.rung.effective_batch, "row")
+    own = [f"It learned its own answers that were right: {Yield(**one)}." for one in metrics.get("rft", [])[-1:]]
     prompt = json.dumps(task.settings.system_prompt, ensure_ascii=False)
     lines = [
         "---",
@@ -128,6 +130,7 @@ def _card(spec: JobSpec, task: Task, trained: Trained, measured: dict[str, Any])
         "",
         f"{weights} of {task.base.name}, trained by finetuned {__version__} on `{name}`:",
         f"{counted(len(task.train), 'row')}, {counted(last, 'step')} of {a_step}.",
+        *own,
         *_builds_on(task),
         *([f"This is step {published}, whose held-out loss was the lowest."] if published < last else []),
         *(["", task.base.note] if task.base.note else []),

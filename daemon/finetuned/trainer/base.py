@@ -50,6 +50,12 @@ def find_base(settings: TrainingSettings, *, models: Path, base_dir: Path) -> Ba
     folder = base_dir / Path(name).expanduser()
     if (folder / "config.json").is_file():
         return Base(str(folder), str(folder))
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            "this folder holds an adapter, not a model",
+            where=str(folder),
+            remedy=f"Merge it into its base first: finetuned merge {name} --output-dir merged",
+        )
     if folder.is_dir() or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise ModelError(
             "there is no model in this folder" if folder.is_dir() else "there is no such folder",

@@ -59,7 +59,8 @@ def largest_fitting(first: int, enough: int, attempt: Callable[[int], float | No
 def settle(training: Training) -> tuple[Rung, dict[str, str]]:
     """Settle the bound of a training whose model is loaded: its rung with the bound, and the choice with its reason."""
     task, rung = training.task, training.rung
-    enough = sum(sorted(training.lengths, reverse=True)[: training.plan.effective_batch])
+    group = training.group
+    enough = -(-sum(sorted(training.lengths, reverse=True)[: training.plan.effective_batch]) // group.size)
     if task.settings.micro_batch_tokens != "auto":
         tokens, reason = rung.micro_batch_tokens, "as set"
     elif rung.micro_batch_tokens:
@@ -68,7 +69,7 @@ def settle(training: Training) -> tuple[Rung, dict[str, str]]:
         tokens, reason = CPU_TOKENS, "larger micro-batches are no faster on a CPU"
     elif task.settings.batch_size != "auto":
         tokens, reason = 0, "batch_size decides"
-    elif (found := _recall(task.bounds, _key(training))) is not None:
+    elif (found := group.told(lambda: _recall(task.bounds, _key(training)))) is not None:
         tokens, reason = (
             found.next_size(enough),
             f"an earlier training took {found.share:.0%} of memory with {found.tokens}",
@@ -80,7 +81,8 @@ def settle(training: Training) -> tuple[Rung, dict[str, str]]:
 
 def _attempt(training: Training, tokens: int) -> float | None:
     memory.reset_peak()
-    return memory.peak_bytes() / memory.total_bytes() if training.try_backward(tokens) else None
+    fitted = training.try_backward(tokens)
+    return training.group.most(memory.peak_bytes() / memory.total_bytes()) if fitted else None
 
 
 def remember(training: Training) -> None:

@@ -1,22 +1,17 @@
-"""`python -m finetuned.trainer.check`: an order as JSON in, lines of JSON out: how far it is, and at last the answer or
-the error. `finetuned.check` asks and prints.
-"""
+"""`python -m finetuned.trainer.check`: what a file would be as a job. `finetuned.check` asks and prints."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from finetuned.errors import DataError, FinetunedError
 from finetuned.trainer import embedded
-from finetuned.trainer.saying import say
+from finetuned.trainer.saying import answer, say
 
 
-def main() -> None:
-    """Answer one order."""
-    order = json.load(sys.stdin)
+def check(order: dict[str, Any]) -> dict[str, Any]:
+    """Examine what is ordered. Raises FinetunedError or OSError."""
     if not _needs_torch(order):
         # transformers then does without: 2 seconds, and 260 MB.
         sys.modules["torch"] = None  # type: ignore[assignment]
@@ -24,19 +19,7 @@ def main() -> None:
     from finetuned.trainer.judgement import examine
 
     quiet_libraries()
-    try:
-        try:
-            answer: dict[str, Any] = {"answer": examine(order, say)}
-        except OSError as error:
-            raise DataError(
-                f"cannot be read, or its tokens cannot be kept: {error.strerror or error}",
-                where=str(error.filename or order["file"]),
-                remedy="Mend its permissions, or make room.",
-                code="unreadable",
-            ) from error
-    except FinetunedError as error:
-        answer = {"error": error.as_dict()}
-    say(answer)
+    return examine(order, say)
 
 
 def _needs_torch(order: dict[str, Any]) -> bool:
@@ -48,4 +31,4 @@ def _needs_torch(order: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    answer(check, if_memory="Take a smaller file, or add memory.")

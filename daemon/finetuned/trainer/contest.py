@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import torch
 
 from finetuned.trainer.generate import generating, turn_ends
+from finetuned.trainer.lots import urn
 from finetuned.trainer.policy import CONTROL, Policy
 from finetuned.trainer.prompted import Prompted, parted
 from finetuned.trainer.rollouts import answers, last_states
@@ -56,9 +56,9 @@ class Contest:
         """Give what comes of rows in a step, all of them answered in one batch."""
         prompted, settings, count = self._prompted, self._settings, len(rows)
         questions, wanted = zip(*map(parted, rows), strict=True)
-        generators = [self._lots(row, step) for row in rows]
-        lots = torch.stack([torch.rand(settings.max_new_tokens, generator=one) for one in generators])
-        noise = torch.stack([torch.randn(CONTROL, generator=one) for one in generators])
+        urns = [urn(self._seed, step, row.line, row.ids) for row in rows]
+        lots = torch.stack([torch.rand(settings.max_new_tokens, generator=one) for one in urns])
+        noise = torch.stack([torch.randn(CONTROL, generator=one) for one in urns])
         with generating(self._model, self._tokenizer):
             plain = [prompted.embedded(asked, prompted.prompt(asked)) for asked in questions]
             features = last_states(prompted.model, plain)
@@ -77,11 +77,6 @@ class Contest:
         expected = [self._text(tokens) for tokens in wanted] * 2
         right = [self._judge.verdict(self._text(one), best).right for one, best in zip(found, expected, strict=True)]
         return [Drawn(*one) for one in zip(control, features, found[count:], right[:count], right[count:], strict=True)]
-
-    def _lots(self, row: Example, step: int) -> torch.Generator:
-        """Cast a row's lots: they follow from the seed, the step and the row, and not from the rows beside it."""
-        key = blake2b(repr((self._seed, step, row.line, row.ids)).encode(), digest_size=7).digest()
-        return torch.Generator().manual_seed(int.from_bytes(key))
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()

@@ -1,12 +1,7 @@
-"""`python -m finetuned.trainer.datagen`: an order as JSON in, lines of JSON out: how far it is, and what came of it.
-
-`finetuned.datagen` asks and prints.
-"""
+"""`python -m finetuned.trainer.datagen`: answers made and chosen. `finetuned.datagen` asks and prints."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,36 +12,24 @@ from finetuned.config import settings_from
 from finetuned.dataset import needs
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Report, judge, rows_of
-from finetuned.errors import DataError, FinetunedError, OutOfMemoryError
-from finetuned.trainer import memory
 from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer, quiet_libraries
 from finetuned.trainer.model import load_model
 from finetuned.trainer.precision import choose
 from finetuned.trainer.rejection import ask_and_keep
-from finetuned.trainer.saying import say
+from finetuned.trainer.saying import answer, say
 
 _TOLD_SECONDS = 0.2  # at most so often it is said how far the asking is
-
-
-def main() -> None:
-    """Answer one order."""
-    quiet_libraries()
-    order = json.load(sys.stdin)
-    try:
-        said: dict[str, Any] = {"answer": make(order)}
-    except OSError as error:
-        where = str(error.filename or order["out"])
-        no_room = DataError(
-            f"the answers cannot be kept: {error.strerror or error}", where=where, remedy="Make room, and go on."
-        )
-        said = {"error": no_room.as_dict()}
-    except FinetunedError as error:
-        said = {"error": error.as_dict()}
-    say(said)
+IF_MEMORY = (  # in batches of one question
+    "Set rft.max_new_tokens lower, shorten rft.examples or the longest questions, or take a smaller model or qlora."
+)
 
 
 def make(order: dict[str, Any]) -> dict[str, Any]:
-    """Ask all questions and keep what is right. Raises FinetunedError or OSError."""
+    """Ask all questions and keep what is right.
+
+    Raises FinetunedError, OSError, and RuntimeError where memory runs out.
+    """
+    quiet_libraries()
     file, out = Path(order["file"]), Path(order["out"])
     settings = settings_from({**order["settings"], "recipe": "rft"}, where="the settings").settled()
     report = Report()
@@ -58,13 +41,7 @@ def make(order: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tuning, _ = choose_tuning(settings.tuning, gpu=device.type == "cuda")
     precision = choose(device, "lora" if tuning == "full" else tuning, settings.dtype)
-    try:
-        model = load_model(base, settings, tuning=precision.tuning, precision=precision, device=device)
-    except (RuntimeError, MemoryError) as error:
-        detail = memory.out_of_memory(error)
-        if detail is None:
-            raise
-        raise OutOfMemoryError(f"the model does not fit: {detail}", remedy="Take a smaller one, or qlora.") from None
+    model = load_model(base, settings, tuning=precision.tuning, precision=precision, device=device)
     told = 0.0
 
     def tell(made: int, wanted: int) -> None:
@@ -73,14 +50,18 @@ def make(order: dict[str, Any]) -> dict[str, Any]:
             told = time.monotonic()
             say({"doing": "making answers", "share": made / wanted, "counted": f"{made:,} of {wanted:,}"})
 
+    by, why = settings.judge.settle(row.messages[-1].content for row in rows)
     answers = out.with_name(f"{out.name}.answers")
     made_by = f"{settings.model} {settings.revision}"
     found = ask_and_keep(
         model, tokenizer, rows, settings, seed=settings.seed, made_by=made_by, answers=answers, out=out, tell=tell
     )
-    answers.unlink(missing_ok=True)
-    return {"found": found.as_dict(), "sentence": str(found), "bad_rows": report.bad_rows}
+    if found.kept:
+        answers.unlink(missing_ok=True)
+    sentence = f"{found}, judged by {by.kind} ({why})"
+    advice = "" if found.kept else f"{found.advice} What it answered is in {answers.name}."
+    return {"found": found.as_dict(), "sentence": sentence, "advice": advice, "bad_rows": report.bad_rows}
 
 
 if __name__ == "__main__":
-    main()
+    answer(make, if_memory=IF_MEMORY)

@@ -119,6 +119,8 @@ class Door:
             while under_way:
                 collected.take(self._encoded(*under_way.popleft()))
         collected.conclude()
+        for code in needs.beside_the_point(self._settings):
+            report.warnings.pop(code, None)
         report.tokens = _figures(writer.index(), collected.lost)
         if collected.sample is not None:
             report.sample = self._shown(collected.sample)

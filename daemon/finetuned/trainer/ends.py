@@ -19,6 +19,10 @@ class StopAskedError(Exception):
     """The trainer was asked to stop; a checkpoint is written."""
 
 
+class RankLostError(Exception):
+    """Another process of the same training is gone or does not answer."""
+
+
 @dataclass(frozen=True)
 class Means:
     """What there was when memory ran out. 0: not known."""

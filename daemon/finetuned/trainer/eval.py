@@ -1,11 +1,7 @@
-"""`python -m finetuned.trainer.eval`: an order as JSON in, lines of JSON out: how far it is, and at last what was
-measured or the error. `finetuned.measure` asks and prints.
-"""
+"""`python -m finetuned.trainer.eval`: models measured. `finetuned.measure` asks and prints."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +11,6 @@ import torch
 
 from finetuned.adapters import read_story
 from finetuned.config import TrainingSettings, settings_from
-from finetuned.errors import DataError, FinetunedError, OutOfMemoryError
 from finetuned.trainer import memory
 from finetuned.trainer.base import choose_tuning, find_base, load_tokenizer, quiet_libraries
 from finetuned.trainer.chatting import Voice, load
@@ -25,35 +20,9 @@ from finetuned.trainer.layout import Layout, choose_layout
 from finetuned.trainer.model import causal, load_model
 from finetuned.trainer.overlap import Learned, Seen, learned_by, overlapping
 from finetuned.trainer.precision import choose
-from finetuned.trainer.saying import say
+from finetuned.trainer.saying import answer, say
 
 _TOLD_SECONDS = 0.2
-
-
-def main() -> None:
-    """Answer one order."""
-    order = json.load(sys.stdin)
-    quiet_libraries()
-    try:
-        try:
-            said = {"answer": examine(order)}
-        except OSError as error:
-            raise DataError(
-                f"cannot be read or written: {error.strerror or error}",
-                where=str(error.filename or order["file"]),
-                remedy="Mend its permissions, or make room.",
-                code="unreadable",
-            ) from error
-        except (RuntimeError, MemoryError) as error:
-            detail = memory.out_of_memory(error)
-            if detail is None:
-                raise
-            raise OutOfMemoryError(
-                f"memory does not hold the model and one row: {detail}", remedy="Take shorter rows, or add memory."
-            ) from error
-    except FinetunedError as error:
-        said = {"error": error.as_dict()}
-    say(said)
 
 
 def examine(order: dict[str, Any]) -> dict[str, Any]:
@@ -61,6 +30,7 @@ def examine(order: dict[str, Any]) -> dict[str, Any]:
 
     Raises FinetunedError, OSError, and RuntimeError where memory runs out.
     """
+    quiet_libraries()
     settings, file = settings_from(order["settings"], where="the settings"), Path(order["file"])
     models, archive = Path(order["models"]), order["archive"] and Path(order["archive"])
     adapters = {name: Path(folder) for name, folder in order["adapters"].items()}
@@ -166,4 +136,4 @@ class _Teller:
 
 
 if __name__ == "__main__":
-    main()
+    answer(examine, if_memory="Take a smaller model, shorter rows, or add memory.")

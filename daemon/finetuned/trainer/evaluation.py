@@ -6,6 +6,7 @@ Memory that runs out here ends no training.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from finetuned.events import EventType
 from finetuned.trainer import memory, steps
 from finetuned.trainer.ends import StopAskedError
 from finetuned.trainer.model import evaluating
-from finetuned.trainer.predictions import predict
+from finetuned.trainer.predictions import Prediction, predict
 from finetuned.trainer.store import lengths_of, targets_of
+from finetuned.trainer.tokens import Example
 
 if TYPE_CHECKING:
     from finetuned.trainer.loop import Training
@@ -67,21 +69,28 @@ def _measure(training: Training) -> None:
 
 @torch.no_grad()
 def held_out_loss(training: Training) -> float:
-    """Give the mean loss in nats over the held-out supervised tokens. Its batches adapt on their own."""
-    task, bound = training.task, training.bound
-    lengths = lengths_of(task.held_out)
+    """Give the mean loss in nats over the held-out supervised tokens."""
+    held_out = training.task.held_out
+    mine = training.group.share_of(held_out)
+    return training.together(lambda: _summed_loss(training, mine)) / sum(targets_of(held_out))
+
+
+def _summed_loss(training: Training, examples: Sequence[Example]) -> float:
+    """Give the loss summed over supervised tokens. Batches adapt on their own. Raises StopAskedError."""
+    bound, lengths = training.bound, lengths_of(examples)
     while True:
         total = 0.0
         try:
             with evaluating(training.objective):
                 for part in steps.cut(list(range(len(lengths))), lengths, bound):
-                    training.stop_if_asked()
-                    batch = training.layout.collate([task.held_out[row] for row in part]).to(task.device)
+                    training.hear_stop()
+                    batch = training.layout.collate([examples[row] for row in part]).to(training.task.device)
                     total += float(training.objective(batch))
-            return total / sum(targets_of(task.held_out))
         except (RuntimeError, MemoryError) as error:
             if memory.out_of_memory(error) is None or bound.rows == 1:
                 raise
+        else:
+            return total
         memory.give_back()
         bound = replace(bound, rows=bound.rows // 2, tokens=bound.tokens and max(1, bound.tokens // 2))
 
@@ -92,23 +101,28 @@ def _ask(training: Training) -> None:
     settings = task.settings.predictions
     if not settings.enabled:
         return
-    try:
-        answers = predict(
-            training.model,
-            task.tokenizer,
-            task.asked,
-            settings,
-            seed=task.settings.seed,
-            asked_to_stop=task.asked_to_stop,
-        )
-    except StopAskedError:
-        answers = []
-    except Exception as error:  # no answer is worth the training
-        if isinstance(error, RuntimeError | MemoryError) and memory.out_of_memory(error):
+    answers: list[Prediction] = []
+
+    def ask() -> float:
+        try:
+            if training.group.leads:
+                answers[:] = predict(
+                    training.model,
+                    task.tokenizer,
+                    task.asked,
+                    settings,
+                    seed=task.settings.seed,
+                    asked_to_stop=task.asked_to_stop,
+                )
+        except StopAskedError:  # they are cut off, and asked for anew when the training goes on
             raise
-        task.say.warn(f"predictions after step {step} are left out: {str(error) or type(error).__name__}")
-        answers = []
-    training.stop_if_asked()  # they are cut off, and asked for anew when the training goes on
+        except Exception as error:  # no answer is worth the training
+            if isinstance(error, RuntimeError | MemoryError) and memory.out_of_memory(error):
+                raise
+            task.say.warn(f"predictions after step {step} are left out: {str(error) or type(error).__name__}")
+        return 0.0
+
+    training.together(ask)
     training.metrics["asked_step"] = step
     if answers:
         exact, errors = (

@@ -8,20 +8,21 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from finetuned.trainer import memory
 from finetuned.trainer.attention import without_flat
 from finetuned.trainer.base import without_padding
 from finetuned.trainer.ends import StopAskedError
+from finetuned.trainer.lots import ByLot, cast
 from finetuned.trainer.model import evaluating
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ _ERROR_SHOWN = 300  # characters
 # Rows of a batch. A CPU is as fast with a few, which end sooner and leave less to be asked again.
 _ROWS = {"cpu": 8, "cuda": 32}
 _TOKENS = 2**14  # of a batch, answers included
+
+Key = TypeVar("Key", int, str)  # names a question
 
 
 def never() -> bool:
@@ -88,14 +91,14 @@ class Asker:
         asked_to_stop: Callable[[], bool] = never,
     ) -> None:
         """Begin. `seed` decides what is drawn where `temperature` is not 0; a batch has at most so many `rows`."""
-        self._model, self._tokenizer, self._seed = model, tokenizer, seed
+        self._model, self._tokenizer, self._seed, self._temperature = model, tokenizer, seed, temperature
         self._rows = rows or _ROWS.get(model.device.type, _ROWS["cuda"])
+        self._held = self._rows  # so many memory holds at once, as far as is known
         self._asked_to_stop = asked_to_stop
-        drawn = temperature > 0
         self._options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
-            "do_sample": drawn,
-            "temperature": temperature if drawn else None,
+            "do_sample": False,
+            "temperature": None,
             "top_p": None,
             "top_k": None,
             "pad_token_id": tokenizer.pad_token_id,
@@ -103,29 +106,39 @@ class Asker:
             "stopping_criteria": StoppingCriteriaList([self._stop]),
         }
 
-    def answers(self, texts: Sequence[str]) -> Iterator[dict[int, Answered]]:
-        """Answer rendered chats, the longest first: of each batch the answers by their places in `texts`.
+    def answers(self, texts: Mapping[Key, str], known: Collection[Key] = ()) -> Iterator[dict[Key, Answered]]:
+        """Answer rendered chats that are not `known`, the longest first: of each batch the answers by their keys.
+
+        What is drawn for a question follows from the seed and its key. Batches are cut over all questions, so that what
+        is left after some of them is answered as it would have been, to the bit; in smaller batches than these it is
+        to rounding, as other rows beside mean other sums.
 
         A batch that fails is halved, down to the question that fails alone and is told with its error. Where memory
-        was short the batches that follow are no larger than the halves. Raises StopAskedError once somebody asks for
-        it, in the middle of an answer too.
+        was short the batches that follow are cut into parts that are no larger than the halves. Raises StopAskedError
+        once somebody asks for it, in the middle of an answer too.
         """
         if not texts:
             return
-        lengths = [len(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-        left = deque(sorted(range(len(texts)), key=lambda place: -lengths[place]))
+        encoded = self._tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"]
+        lengths = {key: len(ids) for key, ids in zip(texts, encoded, strict=True)}
+        left = deque(sorted(texts, key=lambda key: -lengths[key]))
         while left:
             size = min(self._rows, len(left), max(1, _TOKENS // (lengths[left[0]] + self._options["max_new_tokens"])))
-            yield from self._batch([left.popleft() for _ in range(size)], texts)
+            batch = [left.popleft() for _ in range(size)]
+            if asked := [key for key in batch if key not in known]:
+                yield from self._batch(asked, texts)
 
     def _stop(self, input_ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         """Say for each row whether its answer ends here, as transformers asks after each token."""
         return torch.full((len(input_ids),), self._asked_to_stop(), dtype=torch.bool, device=input_ids.device)
 
-    def _batch(self, places: list[int], texts: Sequence[str]) -> Iterator[dict[int, Answered]]:
+    def _batch(self, keys: list[Key], texts: Mapping[Key, str]) -> Iterator[dict[Key, Answered]]:
+        if len(keys) > self._held:
+            yield from self._halves(keys, texts)
+            return
         began = time.monotonic()
         try:
-            found = self._generate([texts[place] for place in places], seed=self._seed + places[0])
+            found = self._generate({key: texts[key] for key in keys})
         except Exception as error:  # noqa: BLE001, one question is not worth the others
             full = memory.out_of_memory(error) if isinstance(error, RuntimeError | MemoryError) else None
             failed = full or str(error) or type(error).__name__
@@ -133,26 +146,32 @@ class Asker:
             if self._asked_to_stop():
                 raise StopAskedError
             seconds = round(time.monotonic() - began, 3)
-            yield {place: Answered(*one, seconds) for place, one in zip(places, found, strict=True)}
+            yield {key: Answered(*one, seconds) for key, one in zip(keys, found, strict=True)}
             return
-        memory.give_back()  # out of the except block: the traceback there holds the failed batch's tensors
-        if len(places) == 1:
-            yield {places[0]: Answered(error=failed[:_ERROR_SHOWN])}
-            return
-        half = len(places) // 2
         if full:
-            self._rows = half
-        yield from self._batch(places[:half], texts)
-        yield from self._batch(places[half:], texts)
+            memory.give_back()  # out of the except block: the traceback there holds the failed batch's tensors
+            self._held = (len(keys) + 1) // 2
+        if len(keys) == 1:
+            yield {keys[0]: Answered(error=failed[:_ERROR_SHOWN])}
+            return
+        yield from self._halves(keys, texts)
 
-    def _generate(self, texts: list[str], *, seed: int) -> list[tuple[str, bool]]:
+    def _halves(self, keys: list[Key], texts: Mapping[Key, str]) -> Iterator[dict[Key, Answered]]:
+        half = len(keys) // 2
+        yield from self._batch(keys[:half], texts)
+        yield from self._batch(keys[half:], texts)
+
+    def _generate(self, texts: Mapping[Key, str]) -> list[tuple[str, bool]]:
         """Give each answer, and whether the model itself ended it."""
         device = next(self._model.parameters()).device
-        encoded = self._tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
-        asked = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        torch.manual_seed(seed)
-        generated = self._model.generate(**asked, **self._options)[:, asked["input_ids"].shape[1] :]
-        ended = torch.isin(generated, torch.tensor(self._options["eos_token_id"], device=device)).any(dim=1)
+        encoded = self._tokenizer(list(texts.values()), return_tensors="pt", padding=True, add_special_tokens=False)
+        asked = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+        options = dict(self._options)
+        if self._temperature > 0:
+            lots = cast([(self._seed, key) for key in texts], options["max_new_tokens"]).to(device)
+            options["logits_processor"] = LogitsProcessorList([ByLot(lots, self._temperature)])
+        generated = self._model.generate(**asked, **options)[:, asked["input_ids"].shape[1] :]
+        ended = torch.isin(generated, torch.tensor(options["eos_token_id"], device=device)).any(dim=1)
         found = self._tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [(text.strip(), end) for text, end in zip(found, ended.tolist(), strict=True)]
 
@@ -161,31 +180,28 @@ def ask(asker: Asker, texts: Mapping[str, str], file: Path) -> Iterator[dict[str
     """Answer rendered chats by their keys, a batch at a time, and keep the answers in a file as they come: what a
     process that was killed has asked is read there and not asked again. Errors are not kept.
 
-    Keys must say all that an answer depends on, or the file's name. Raises OSError.
+    A batch is a line, `{KEY: answer, ...}`. So it is kept as a whole or not at all, and a process that was killed makes
+    the answers of one that was not. Keys must say all that an answer depends on, or the file's name. Raises OSError.
     """
     kept = _kept(file)
     yield {key: kept[key] for key in texts if key in kept}
-    keys = [key for key in texts if key not in kept]
     with file.open("ab") as lines:
         if lines.tell() and not file.read_bytes().endswith(b"\n"):
             lines.write(b"\n")  # the last line was torn
-        for batch in asker.answers([texts[key] for key in keys]):
-            found = {keys[place]: answered for place, answered in batch.items()}
-            told = [{"key": key, **asdict(one)} for key, one in found.items() if one.error is None]
-            lines.write(b"".join(json.dumps(one).encode() + b"\n" for one in told))
-            lines.flush()
-            yield found
+        for batch in asker.answers(texts, kept):
+            if told := {key: asdict(one) for key, one in batch.items() if one.error is None}:
+                lines.write(json.dumps(told).encode() + b"\n")
+                lines.flush()
+            yield batch
 
 
 def _kept(file: Path) -> dict[str, Answered]:
-    """Read what is there; of a line that is torn the question is asked again."""
+    """Read what is there; the questions of a line that is torn are asked again."""
     found: dict[str, Answered] = {}
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
-            fields = json.loads(line)
-            key = fields.pop("key")
-            found[key] = Answered(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            found |= {key: Answered(**fields) for key, fields in json.loads(line).items()}
+        except (ValueError, TypeError, AttributeError):
             continue
     return found
 

@@ -59,6 +59,7 @@ def examine(order: dict[str, Any], say: Say) -> dict[str, Any]:
     answer: dict[str, Any] = {"file": own.name, "model": model, "unchecked": unchecked, "verdict": "usable"}
     if teacher:
         answer["teacher"] = teacher
+    answer |= {"recipe": settings.recipe, "idle": _idle(settings)}
     source = held_out_file(settings, base_dir=base_dir, beside=beside)
     try:
         sides = read_sides(own, source, settings, read=read)
@@ -72,7 +73,28 @@ def examine(order: dict[str, Any], say: Say) -> dict[str, Any]:
     if missing is not None and not isinstance(missing, HubUnreachableError):
         answer |= {"verdict": "refused", "reason": missing.as_dict()}
     train = sides.train
+    if settings.recipe in needs.CHECKED and len(train):
+        answer |= _held_against(settings, own, rows=len(train))
     return answer | _training(train, settings, model=model, device=order["device"], models=models)
+
+
+def _idle(settings: TrainingSettings) -> list[str]:
+    """Name the settings that were changed and count for nothing, as they are another recipe's."""
+    owners = {"teacher": "distill", "distill": "distill", "rft": "rft", "hybrid": "hybrid"}
+    usual = TrainingSettings()
+    return [
+        name
+        for name, recipe in owners.items()
+        if recipe != settings.recipe and getattr(settings, name) != getattr(usual, name)
+    ]
+
+
+def _held_against(settings: TrainingSettings, own: Source, *, rows: int) -> dict[str, Any]:
+    """Give the judge of the model's answers and why it is that one; for rft, how many answers it will make."""
+    good = needs.suited(rows_of(RowFile(own.file, name=own.name), Report(), system_prompt=None), settings, Report())
+    judge, why = settings.judge.settle(row.messages[-1].content for row in good)
+    answers = rows * settings.rft.samples * settings.rft.rounds if settings.recipe == "rft" else None
+    return {"judge": f"{judge.kind} ({why})", "answers": answers}
 
 
 def _reader(settings: TrainingSettings, base_dir: Path, models: Path, say: Say) -> tuple[Reader, str, str]:

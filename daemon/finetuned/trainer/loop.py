@@ -23,8 +23,9 @@ from finetuned.fallback import Rung, next_rung
 from finetuned.trainer import bounds, fused, health, memory, steps
 from finetuned.trainer.base import Base
 from finetuned.trainer.chain import Earlier
-from finetuned.trainer.ends import Means, OutOfMeansError, StopAskedError
+from finetuned.trainer.ends import Means, OutOfMeansError, RankLostError, StopAskedError
 from finetuned.trainer.evaluation import evaluate
+from finetuned.trainer.group import Group
 from finetuned.trainer.layout import Layout, choose_layout, rows_stand_alone
 from finetuned.trainer.lora import add_adapter
 from finetuned.trainer.model import load_model, set_checkpointing
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from finetuned.trainer.distill.teacher import Teacher
     from finetuned.trainer.recipes.contract import Objective
 
+_APART = 2**52  # between the seeds of two ranks
 _FULL_RATE, _ADAPTER_RATE = 1e-5, 2e-4  # peak learning rates where config.json leaves it to us
 
 
@@ -65,6 +67,7 @@ class Task:
     earlier: Earlier | None = None  # what the adapter builds on
     asked: list[Row] = field(default_factory=list)  # held-out rows whose questions are put to the model
     teacher: Teacher | None = None  # of recipe distill
+    group: Group = field(default_factory=Group)  # who trains this with us
 
 
 @dataclass
@@ -94,8 +97,8 @@ class Seen:
 def train(task: Task) -> Trained:
     """Train until the plan is done.
 
-    Raises StopAskedError or OutOfMeansError, with a checkpoint of all steps that are done, UnhealthyError, ModelError
-    or ConfigError.
+    Raises StopAskedError, OutOfMeansError or RankLostError, with a checkpoint of all steps that are done,
+    UnhealthyError, ModelError or ConfigError.
     """
     precision = choose(task.device, task.rung.tuning, task.settings.dtype)
     task.say.phase("loading_model", f"loading {task.base.name}")
@@ -110,7 +113,7 @@ def train(task: Task) -> Trained:
             training.step()
             training.look_up()
         training.conclude()
-    except OutOfMeansError:
+    except (OutOfMeansError, RankLostError):
         training.save_what_is_done()
         raise
     except (RuntimeError, MemoryError) as error:  # elsewhere than in a step's own work
@@ -129,10 +132,17 @@ def begin(task: Task, precision: Precision) -> Training:
     """Load the model in the number formats that the hardware likes, with an adapter or whole; a teacher first, so that
     what is wrong with it is told before.
     """
-    with fitting(task):
+    found: list[Training] = []
+
+    def work() -> float:
         if task.teacher is not None:
             task.teacher.load(task.device)
-        return Training(task, *load(task, precision), precision)
+        found.append(Training(task, *load(task, precision), precision))
+        return 0.0
+
+    with fitting(task):
+        task.group.together(work)
+    return found[0]
 
 
 def load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
@@ -178,6 +188,7 @@ class Training:
         """Plan the steps and put objective and optimizer on accelerate."""
         settings = task.settings
         self.task, self.model, self.layout, self.rung = task, model, layout, task.rung
+        self.group = task.group
         self.done = 0
         self.metrics: dict[str, Any] = {}
         self.lengths = lengths_of(task.train)
@@ -222,13 +233,14 @@ class Training:
     def largest(self, bound: steps.Bound) -> list[int]:
         """Give the largest micro-batch of the whole training, which takes a look at every step, so once a bound."""
         if bound not in self._largest:
-            self._largest[bound] = steps.largest_cut(self.plan, self.lengths, bound)
+            self._largest[bound] = steps.largest_cut(self.plan, self.lengths, bound, self.group.size)
         return self._largest[bound]
 
     def settle(self) -> None:
         """Find out how large a micro-batch may be, where that is left to us."""
         set_checkpointing(self.model, on=self.rung.activation_checkpointing)
         self.objective.train()
+        self.group.make_room(self.trained.values())
         self.rung, self.choices["micro_batch_tokens"] = bounds.settle(self)
 
     def means(self) -> Means:
@@ -242,28 +254,45 @@ class Training:
 
     def prepare(self) -> None:
         """Evaluate once to have a "before", and find out what does not fit before hours have gone into it."""
+        self.group.spread(self.trained.values())
         if self.done == 0:
             self.task.say.phase("evaluating", "evaluating before the first step")
             self._evaluate(measure=True, ask=True)
         else:
             self._evaluate_where_due()
         if self._largest_comes_late():
-            self._forgiving(lambda: self._trial(self.bound))
+            self._forgiving(lambda: self.group.together(lambda: self._trial(self.bound)))
             self.optimizer.zero_grad(set_to_none=True)
         self.task.say.phase("training", "training")
         self._pace.start()
 
     def stop_if_asked(self) -> None:
-        """Write a checkpoint and raise StopAskedError if somebody wants the trainer to stop."""
-        if self.task.asked_to_stop():
+        """Write a checkpoint and raise StopAskedError if somebody wants the trainer to stop: all ranks at one step."""
+        if self.group.any(self.task.asked_to_stop()):
             self.saver.save()
             raise StopAskedError
+
+    def hear_stop(self) -> None:
+        """Raise StopAskedError if somebody wants the trainer to stop, in work that is done `together`."""
+        if self.task.asked_to_stop():
+            raise StopAskedError
+
+    def together(self, work: Callable[[], float]) -> float:
+        """Do work between two steps that ranks share, and give the sum of what it comes to; once somebody wants the
+        trainer to stop, write a checkpoint and raise StopAskedError.
+        """
+        try:
+            return self.group.together(work)
+        except StopAskedError:
+            self.saver.save()
+            raise
 
     def step(self) -> None:
         """Do one optimizer step."""
         settings, total = self.task.settings, self.plan.total_steps
         rows = self.plan.step(self.done)
-        loss = self._forgiving(lambda: self._gradient(rows))
+        loss = self._forgiving(lambda: self.group.together(lambda: self._gradient(rows)))
+        self.group.sum_gradients(self.trained.values())
 
         rate = self._rate(self.done)
         self.parts.set_rate(self.optimizer, rate)
@@ -330,7 +359,8 @@ class Training:
         self.metrics |= {"published_step": self.done} | self.recipe.metrics()
         if self.task.settings.publish == "best":
             self.saver.go_back(self.metrics.get("best_step", self.done))
-        bounds.remember(self)
+        if self.group.leads:
+            bounds.remember(self)
 
     def save_what_is_done(self) -> None:
         """Write a last checkpoint if memory allows and there is something to save."""
@@ -360,7 +390,7 @@ class Training:
         """Try the largest micro-batch of at most so many tokens; say whether memory did."""
         bound = replace(self.bound, tokens=tokens)
         try:
-            self._trial(bound)
+            self.group.together(lambda: self._trial(bound))
         except (RuntimeError, MemoryError) as error:
             if memory.out_of_memory(error) is None:
                 raise
@@ -390,20 +420,24 @@ class Training:
         """Whether a later micro-batch needs clearly more than those of the next step, which need no trial."""
         if self.done == self.plan.total_steps:
             return False
-        coming = steps.largest(self._cut(self.plan.step(self.done)), self.lengths, self.bound)
+        parts = steps.cut_for_all(self.plan.step(self.done), self.lengths, self.bound, self.group.size)
+        coming = steps.largest(parts, self.lengths, self.bound)
         return self._largest_size() > 1.1 * self.bound.size(coming, self.lengths)
 
     def _largest_size(self) -> int:
         return self.bound.size(self.largest(self.bound), self.lengths)
 
     def _cut(self, rows: list[int]) -> list[list[int]]:
-        return steps.cut(rows, self.lengths, self.bound)
+        """Give this rank's micro-batches of a step's rows."""
+        return steps.cut(self.group.share(rows, self.lengths), self.lengths, self.bound)
 
     def _gradient(self, rows: list[int]) -> float:
-        """Gather a step's gradient over its micro-batches; give the mean loss over the step's targets."""
+        """Gather this rank's part of a step's gradient over its micro-batches; give its part of the mean loss over the
+        step's targets.
+        """
         count = sum(self._targets[row] for row in rows)
-        # Dropout follows from seed and step, so that a step done again or after a resume is the same step.
-        torch.manual_seed(self.task.settings.seed * 1_000_003 + self.done)
+        # Dropout follows from seed, step and rank, so that a step done again or after a resume is the same step.
+        torch.manual_seed(self.task.settings.seed * 1_000_003 + self.done + self.group.rank * _APART)
         self.recipe.begin(self.done)
         return sum(self._backward(part, count) for part in self._cut(rows)) / count
 

@@ -35,7 +35,7 @@ def out_of_memory(error: BaseException) -> str | None:
     A string and not the error: its traceback would keep the failed step's tensors alive.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in _SIGNS):
-        return str(error).strip().split("\n")[0] or type(error).__name__
+        return str(error).strip().split("\n")[0] or "out of memory"  # which told on is known again
     return None
 
 

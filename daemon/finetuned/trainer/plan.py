@@ -1,11 +1,9 @@
-"""`python -m finetuned.trainer.plan`: an order as JSON in, what a training would need as JSON out, the last line of the
-output. `finetuned.plan` asks and prints. No weights are loaded.
+"""`python -m finetuned.trainer.plan`: what a training would need; no weights are loaded. `finetuned.plan` asks and
+prints.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -16,7 +14,6 @@ import accelerate  # noqa: F401, a trainer has it in memory
 import torch
 
 from finetuned.config import TrainingSettings, settings_from
-from finetuned.errors import FinetunedError
 from finetuned.fallback import Rung, next_rung
 from finetuned.trainer import bounds, footprint, history, memory, steps
 from finetuned.trainer.base import Base, choose_tuning, find_base, load_tokenizer, quiet_libraries
@@ -24,26 +21,16 @@ from finetuned.trainer.data import Source, held_out_file, read_sides
 from finetuned.trainer.distill.found import Found, find_teacher
 from finetuned.trainer.door import Door
 from finetuned.trainer.precision import choose
-from finetuned.trainer.saying import say
+from finetuned.trainer.saying import answer
 from finetuned.trainer.store import Examples
 
 _MARGIN = 0.9  # share of the memory there is that a prediction may take
 _SHARE = 0.3  # of the speed of large matrix products that a training comes to; docs/training.md
 
 
-def main() -> None:
-    """Answer one order."""
-    quiet_libraries()
-    order = json.load(sys.stdin)
-    try:
-        answer: dict[str, Any] = {"answer": plan(order)}
-    except FinetunedError as error:
-        answer = {"error": error.as_dict()}
-    say(answer)
-
-
 def plan(order: dict[str, Any]) -> dict[str, Any]:
     """Predict. `memory`, in bytes, may be given in place of what the machine has. Raises FinetunedError."""
+    quiet_libraries()
     settings = settings_from(order["settings"], where="the settings").settled()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     file, models = Path(order["file"]), Path(order["models"])
@@ -216,4 +203,4 @@ def _matmul_speed(device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    answer(plan, if_memory="Take a smaller file, or add memory.")

@@ -86,7 +86,7 @@ def predict(
             seed=seed,
             asked_to_stop=asked_to_stop,
         )
-        found = dict(ChainMap(*asker.answers([one.text for one in posed])))
+        found = dict(ChainMap(*asker.answers({place: one.text for place, one in enumerate(posed)})))
     told = (_told(question, found[place], tokenizer) for place, question in enumerate(posed))
     return [next(told) if isinstance(one, _Question) else one for one in questions]
 

@@ -58,14 +58,21 @@ class Yield:
         """Raise DataError where there is too little to learn from."""
         if self.kept and self.share >= rft.least_yield:
             return
-        read = self.samples - self.unread
-        advice = (
-            "Most answers hold none that the judge can read: say in rft.prompt how to end, show it in rft.examples, or "
-            "raise rft.max_new_tokens."
-            if read < self.samples / 2
-            else "Show how to answer in rft.examples, raise rft.samples, take a larger model or easier questions."
+        remedy = f"{self.advice} What it answered is in checkpoints/rft/."
+        raise DataError(f"too low a yield: {self}", where=name, remedy=remedy, code="yield_too_low")
+
+    @property
+    def advice(self) -> str:
+        """What to do about too few right answers."""
+        if self.samples - self.unread < self.samples / 2:
+            return (
+                "Most answers hold none that the judge can read: say in rft.prompt how to end, show it in "
+                "rft.examples, or raise rft.max_new_tokens."
+            )
+        return (
+            "Show how to answer in rft.examples, raise rft.samples, take another judge, a larger model or easier "
+            "questions."
         )
-        raise DataError(f"too low a yield: {self}", where=name, remedy=advice, code="yield_too_low")
 
 
 def ask_and_keep(

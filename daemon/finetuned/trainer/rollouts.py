@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
+
+from finetuned.trainer.lots import ByLot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +45,7 @@ def answers(
     inputs = side_by_side(prompts)
     generated = model.generate(
         **inputs,
-        logits_processor=LogitsProcessorList([_ByLot(lots.to(inputs["inputs_embeds"].device), temperature)]),
+        logits_processor=LogitsProcessorList([ByLot(lots.to(inputs["inputs_embeds"].device), temperature)]),
         max_new_tokens=lots.shape[1],
         do_sample=False,
         repetition_penalty=1.0,
@@ -56,18 +58,3 @@ def answers(
 def _up_to_the_end(tokens: list[int], ends: set[int]) -> list[int]:
     end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[: end + 1]
-
-
-class _ByLot(LogitsProcessor):  # type: ignore[misc, unused-ignore]
-    """Leaves one token of each row: the first whose share, added to those before it, is above the row's lot."""
-
-    def __init__(self, lots: torch.Tensor, temperature: float) -> None:
-        self._lots = iter(lots.unbind(1))
-        self._temperature = temperature
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # noqa: ARG002, as it is called
-        lot = next(self._lots).double().unsqueeze(1)
-        shares = torch.softmax(scores.double() / self._temperature, dim=1).cumsum(1)
-        drawn = (shares <= lot).sum(1).clamp(max=scores.shape[1] - 1)
-        chosen = torch.where(lot[:, 0] < 0, scores.argmax(1), drawn)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen.unsqueeze(1), 0.0)

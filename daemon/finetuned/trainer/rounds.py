@@ -118,7 +118,13 @@ def train_in_rounds(task: Task, questions: Questions, *, cache: Path) -> tuple[T
 def _make_answers(this: Round, task: Task, questions: Questions, model: PreTrainedModel | None) -> None:
     """Ask all questions, by the model of the round before or the one that training begins with."""
     say, settings = task.say, task.settings
-    say.phase("generating", f"round {this.number}: making answers to the questions of {questions.name}")
+    rows, seed = questions.rows(settings), settings.seed * 1_000_003 + this.number
+    judge, why = settings.judge.settle(row.messages[-1].content for row in rows)
+    say.phase(
+        "generating",
+        f"round {this.number}: making answers to the questions of {questions.name}, judged by {judge.kind} ({why})",
+        counted=f"round {this.number}",  # in place of how far another round was
+    )
     if model is None:
         precision = choose(task.device, task.rung.tuning, settings.dtype)
         with fitting(task):
@@ -129,9 +135,9 @@ def _make_answers(this: Round, task: Task, questions: Questions, model: PreTrain
         nonlocal told
         if time.monotonic() - told >= _TOLD_SECONDS:
             told = time.monotonic()
-            say.phase("generating", f"round {this.number}: {made:,} of {wanted:,} answers made")
+            far = f"round {this.number}: {made:,} of {wanted:,}"
+            say.phase("generating", f"{far} answers made", counted=far)
 
-    rows, seed = questions.rows(settings), settings.seed * 1_000_003 + this.number
     with fitting(task):
         found = ask_and_keep(
             model,

@@ -27,7 +27,7 @@ class Saver:
     def resume(self) -> None:
         """Go on where an earlier attempt left off, from the newest checkpoint that is whole."""
         training, say = self._training, self._training.task.say
-        found, passed_over = checkpoint.newest(self._folder, plan=self._plan)
+        found, passed_over = training.group.told(lambda: checkpoint.newest(self._folder, plan=self._plan))
         for sentence in passed_over:
             say.warn(f"checkpoint {sentence}")
         if found is None:
@@ -57,11 +57,11 @@ class Saver:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of the steps that are done, if there are any since the last.
+        """Write a checkpoint of the steps that are done, if there are any since the last: rank 0's stands for all.
 
         Memory that runs out here may be back the next moment, so it is tried twice: no smaller batch would help.
         """
-        if self._training.done == self._saved_step:
+        if self._training.done == self._saved_step or not self._training.group.leads:
             return
         try:
             self._write()
@@ -77,7 +77,7 @@ class Saver:
         """Write a last checkpoint if memory allows: the weights are those of the last whole step, only gradients are
         lost.
         """
-        if self._training.done == self._saved_step:
+        if self._training.done == self._saved_step or not self._training.group.leads:
             return
         self._training.optimizer.zero_grad(set_to_none=True)
         memory.give_back()
@@ -91,7 +91,7 @@ class Saver:
         training, say = self._training, self._training.task.say
         if step == training.done:
             return
-        found = checkpoint.of_step(self._folder, step, plan=self._plan)
+        found = training.group.told(lambda: checkpoint.of_step(self._folder, step, plan=self._plan))
         if isinstance(found, str):
             say.warn(f"the last step is published and not the best: checkpoint {found}")
             return

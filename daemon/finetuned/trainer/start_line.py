@@ -34,7 +34,8 @@ def start_line(training: Training) -> tuple[str, dict[str, Any]]:
         f"{f' in a soft prompt of {soft} tokens' if (soft := task.settings.soft_prompt) else ''}"
         f"{f', and {beside:,} beside them' if beside else ''}"
         f"{f', {vision:,} vision parameters frozen' if vision else ''}; "
-        f"{task.device}, base in {formats['weights']}, trained in {formats['trained']}, "
+        f"{task.device}{f', {ranks} processes' if (ranks := training.group.size) > 1 else ''}, "
+        f"base in {formats['weights']}, trained in {formats['trained']}, "
         f"computed in {formats['dtype']}; {layout} rows, attention {attention}: {layout.reason}"
     )
     return sentence, {
@@ -49,6 +50,7 @@ def start_line(training: Training) -> tuple[str, dict[str, Any]]:
         "micro_batch": {"rows": rung.batch_size, "tokens": most_tokens},
         "attention": attention,
         "device": str(task.device),
+        "processes": training.group.size,
         "rung": rung.as_dict(),
         "choices": training.choices,
     }

@@ -1,11 +1,13 @@
 """Which examples belong to which optimizer step. Pure, no torch.
 
 The plan follows from the number of examples, the effective batch, the epochs and the seed alone. How a step is cut
-into micro-batches comes later, so neither a smaller micro-batch after an out-of-memory nor a resume changes the steps.
+into micro-batches, and among how many processes it is dealt, comes later: neither a smaller micro-batch after an
+out-of-memory nor a resume on other GPUs changes the steps.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
 from dataclasses import dataclass
@@ -74,6 +76,22 @@ class Bound:
         return len(rows) * max(lengths[row] for row in rows) if self.padded else sum(lengths[row] for row in rows)
 
 
+def deal(rows: list[int], lengths: list[int], ranks: int) -> list[list[int]]:
+    """Deal the rows of one step to ranks, longest first, each to the one that has the fewest tokens so far.
+
+    No rank has more tokens than another by more than the longest row. A rank may get none.
+    """
+    if ranks == 1:
+        return [rows]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    least = [(0, rank) for rank in range(ranks)]  # a heap
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        tokens, rank = least[0]
+        shares[rank].append(row)
+        heapq.heapreplace(least, (tokens + lengths[row], rank))
+    return shares
+
+
 def cut(rows: list[int], lengths: list[int], bound: Bound) -> list[list[int]]:
     """Cut the rows of one step into micro-batches, longest rows first.
 
@@ -93,10 +111,15 @@ def largest(parts: list[list[int]], lengths: list[int], bound: Bound) -> list[in
     return max(parts, key=lambda rows: bound.size(rows, lengths))
 
 
-def largest_cut(plan: Plan, lengths: list[int], bound: Bound) -> list[int]:
-    """Give the micro-batch with the most tokens of the whole training."""
-    cuts = (largest(cut(plan.step(number), lengths, bound), lengths, bound) for number in range(plan.total_steps))
-    return max(cuts, key=lambda rows: bound.size(rows, lengths))
+def cut_for_all(rows: list[int], lengths: list[int], bound: Bound, ranks: int) -> list[list[int]]:
+    """Give the micro-batches of one step on all ranks."""
+    return [part for share in deal(rows, lengths, ranks) for part in cut(share, lengths, bound)]
+
+
+def largest_cut(plan: Plan, lengths: list[int], bound: Bound, ranks: int = 1) -> list[int]:
+    """Give the micro-batch with the most tokens of the whole training, on whatever rank."""
+    every = (cut_for_all(plan.step(number), lengths, bound, ranks) for number in range(plan.total_steps))
+    return max((largest(parts, lengths, bound) for parts in every), key=lambda rows: bound.size(rows, lengths))
 
 
 def learning_rate(step: int, *, total_steps: int, warmup_ratio: float, peak: float) -> float:

@@ -132,14 +132,14 @@ class Teacher:
         return call
 
     @torch.no_grad()
-    def loss(self, examples: Sequence[Example], stop_if_asked: Callable[[], None]) -> float:
+    def loss(self, examples: Sequence[Example], hear_stop: Callable[[], None]) -> float:
         """Give its own cross-entropy in nats, summed over the text of the targets, in its own tokens. At the seams, a
         token that reaches over is counted whole.
         """
         total = 0.0
         lengths = lengths_of(examples)
         for part in steps.cut(list(range(len(lengths))), lengths, _BOUND):
-            stop_if_asked()
+            hear_stop()
             rows = [examples[row] for row in part]
             rows = rows if self._align is None else [self._align(row).covered for row in rows]
             batch = self.layout.collate(rows).to(self.device)

@@ -245,7 +245,9 @@ class Objective(torch.nn.Module):
         metrics, held_out = training.metrics, self._task.held_out
         loss = metrics.get("teacher_valid_loss")
         if loss is None:
-            loss = self._teacher.loss(held_out, training.stop_if_asked) / sum(targets_of(held_out))
+            mine = training.group.share_of(held_out)
+            total = training.together(lambda: self._teacher.loss(mine, training.hear_stop))
+            loss = total / sum(targets_of(held_out))
         gain = metrics.get("valid_loss_before", loss) - loss
         if gain <= 0:
             return {"teacher_valid_loss": loss}

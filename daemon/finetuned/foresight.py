@@ -1,0 +1,80 @@
+"""How much memory a waiting job will need, asked of `finetuned plan` beside the daemon's loop, one job at a time."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Collection
+
+import structlog
+
+from finetuned.asking import Terms, ask
+from finetuned.config import settings_from
+from finetuned.errors import FinetunedError
+from finetuned.home import Home
+from finetuned.jobs import Job
+from finetuned.scheduler import FILL
+from finetuned.spool.claim import held_out_path, input_path
+
+_log = structlog.get_logger()
+
+
+class Foresight:
+    """Remembers what was predicted of each job as long as it waits or runs."""
+
+    def __init__(self, home: Home, *, wake: Callable[[], None]) -> None:
+        """Begin with nothing asked; `wake` is called, from a thread, when an answer has come."""
+        self._home, self._wake = home, wake
+        self._answers: dict[str, int | None] = {}
+        self._thread: threading.Thread | None = None
+
+    def knows(self, job: Job, *, gpu: str | None, memory: int | None) -> bool:
+        """Whether a job's need is known. If not it is asked, for a GPU of so much memory, after those asked before."""
+        if job.id in self._answers:
+            return True
+        if self._thread is None or not self._thread.is_alive():
+            # A daemon's thread that nobody waits for: the process that it asks ends by itself.
+            self._thread = threading.Thread(target=self._ask, args=(job, gpu, memory), name="foresight", daemon=True)
+            self._thread.start()
+        return False
+
+    def of(self, job_id: str) -> int | None:
+        """Give a job's peak in bytes; None where it is not known, or nobody can say."""
+        return self._answers.get(job_id)
+
+    def forget(self, *, but: Collection[str]) -> None:
+        """Forget all jobs but these."""
+        self._answers = {job_id: answer for job_id, answer in self._answers.items() if job_id in but}
+
+    def _ask(self, job: Job, gpu: str | None, memory: int | None) -> None:
+        answer = None
+        try:
+            answer = _predict(self._home, job, gpu, memory)
+        finally:
+            self._answers[job.id] = answer
+            self._wake()
+
+
+def _predict(home: Home, job: Job, gpu: str | None, memory: int | None) -> int | None:
+    held_out = held_out_path(home, job)
+    try:
+        terms = Terms(settings_from({**job.settings}, where=job.id), home.root, home.models)
+        facts = ask(
+            "finetuned.trainer.plan",
+            input_path(home, job),
+            terms,
+            gpu=gpu,
+            memory=memory,
+            beside=str(held_out) if held_out else None,
+        )
+    except (FinetunedError, OSError) as error:  # the trainer will say it with all that belongs to it
+        _log.warning("not predicted", job=job.id, error=str(error), then="it gets a GPU of its own")
+        return None
+    needed = int(facts["peak_bytes"])
+    _log.info("predicted", job=job.id, gib=round(needed / 2**30, 2), rung=facts["rung_name"])
+    return needed
+
+
+def gpus_for(needed: int, memory: int, *, most: int) -> int:
+    """Give how many GPUs of so much memory, each in bytes, hold what is needed, dealt out among them."""
+    return max(1, min(most, math.ceil(needed / (FILL * memory))))

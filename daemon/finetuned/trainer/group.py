@@ -1,0 +1,246 @@
+"""The processes of one training: one alone, or several ranks that take a share of every step each.
+
+Words that they exchange go through the CPU, by gloo, where one that is gone is noticed at once; gradients go from
+device to device. Nobody wraps the model: DDP sums in the middle of the backward pass, where a rank that has run out of
+memory and begins its part again would leave the others hanging.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from finetuned.errors import ConfigError
+from finetuned.trainer import memory, steps
+from finetuned.trainer.ends import RankLostError, StopAskedError
+from finetuned.trainer.store import lengths_of
+from finetuned.trainer.tokens import Example
+
+_MEETING = timedelta(minutes=30)  # for all to be there
+_PATIENCE = timedelta(days=1)  # one may read data or answer questions while the others wait
+_BUCKET = 8 * 2**20  # numbers that are summed at once
+_FIRST = "first to fail"
+
+T = TypeVar("T")
+
+
+@dataclass
+class Group:
+    """A training's processes, seen from one of them. Whoever is alone pays nothing for being asked.
+
+    Its methods are called by all ranks, in the same order. They raise RankLostError where one does not come.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    store: Any = None  # torch's, which rank 0 keeps
+    _room: torch.Tensor | None = None  # for gradients on their way
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:  # noqa: FBT001, as Python's own
+        """Whether it is so on any rank."""
+        return bool(self.most(float(flag)))
+
+    def most(self, number: float) -> float:
+        """Give the highest of all ranks' numbers."""
+        return self._reduced([number], dist.ReduceOp.MAX)[0]
+
+    def sum(self, numbers: list[float]) -> list[float]:
+        """Add up what ranks have, number by number."""
+        return self._reduced(numbers, dist.ReduceOp.SUM)
+
+    def told(self, found: Callable[[], T]) -> T:
+        """Let rank 0 find something out, and tell it to all."""
+        value = [found()] if self.leads else [None]
+        if self.size > 1:
+            with _others_there():
+                dist.broadcast_object_list(value, src=0, device=torch.device("cpu"))
+        return value[0]  # type: ignore[return-value]
+
+    @contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """Let rank 0 do something before the others: what it leaves on the disk is there for them."""
+        if not self.leads:
+            self.any(False)
+        yield
+        if self.leads:  # where it failed the others learn that from its end
+            self.any(False)
+
+    def share(self, rows: list[int], lengths: list[int]) -> list[int]:
+        """Give the rows of a step that are this rank's."""
+        return steps.deal(rows, lengths, self.size)[self.rank]
+
+    def share_of(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """Give the examples that are this rank's."""
+        if self.size == 1:
+            return examples
+        return [examples[row] for row in self.share(list(range(len(examples))), lengths_of(examples))]
+
+    def together(self, work: Callable[[], float]) -> float:
+        """Let each rank do its part of a work, in which it waits for nobody, and give the sum.
+
+        Raises MemoryError on all of them if memory ran out on one, StopAskedError if one was asked to stop.
+        """
+        if self.size == 1:
+            return work()
+        found, why, asked = 0.0, None, False
+        try:
+            found = work()
+        except StopAskedError:
+            asked = True
+        except (RuntimeError, MemoryError) as error:
+            why = memory.out_of_memory(error)
+            if why is None:
+                raise
+        total, failed, stops = self.sum([found, why is not None, asked])
+        if stops:
+            raise StopAskedError
+        if failed:
+            raise MemoryError(self._first_of(why))
+        return total
+
+    def _first_of(self, word: str | None) -> str:
+        words: list[str | None] = [None] * self.size
+        with _others_there():
+            dist.all_gather_object(words, word)
+        return next(f"{said} (rank {rank})" for rank, said in enumerate(words) if said is not None)
+
+    def make_room(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Take the memory that summing gradients needs, so that it does not run out then."""
+        if self.size > 1:
+            numbers = min(_BUCKET, sum(one.numel() for one in parameters))
+            self._room = torch.empty(numbers, dtype=torch.float32, device=self.device)
+
+    @torch.no_grad()
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add up all ranks' gradients, to the same bits on each. One that no rank has stays away."""
+        if self.size == 1:
+            return
+        parameters = list(parameters)
+        anywhere = self._reduced([one.grad is not None for one in parameters], dist.ReduceOp.MAX)
+        gradients: list[torch.Tensor] = []
+        for parameter, somewhere in zip(parameters, anywhere, strict=True):
+            if somewhere:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                gradients.append(parameter.grad)
+        with _others_there():
+            for bucket in _buckets(gradients, _BUCKET):
+                self._sum(bucket)
+
+    def _sum(self, bucket: list[torch.Tensor]) -> None:
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            dist.all_reduce(bucket[0])
+            return
+        numbers = sum(one.numel() for one in bucket)
+        room = torch.empty(0) if self._room is None else self._room
+        room = room if len(room) >= numbers else torch.empty(numbers, device=self.device)
+        places = torch.split(room[:numbers], [one.numel() for one in bucket])
+        for place, one in zip(places, bucket, strict=True):
+            place.view(one.shape).copy_(one)
+        dist.all_reduce(room[:numbers])
+        for place, one in zip(places, bucket, strict=True):
+            one.copy_(place.view(one.shape))
+
+    @torch.no_grad()
+    def spread(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give all ranks what rank 0 has, in place."""
+        if self.size > 1:
+            with _others_there():
+                for tensor in tensors:
+                    whole = tensor.detach().contiguous()
+                    dist.broadcast(whole, src=0)
+                    tensor.copy_(whole)
+
+    def first_to_fail(self) -> bool:
+        """Whether no other rank has asked this before: one of them tells what is wrong with all."""
+        if self.store is None:
+            return True
+        try:
+            return bool(self.store.add(_FIRST, 1) == 1)
+        except RuntimeError:  # rank 0, which keeps it, is gone, and has told why if it could
+            return False
+
+    def leave(self) -> None:
+        """Be alone again: nothing is asked of the others any more."""
+        if self.size > 1:
+            dist.destroy_process_group()
+            self.rank, self.size, self.store = 0, 1, None
+
+    def _reduced(self, numbers: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.size == 1:
+            return list(numbers)
+        found = torch.tensor(numbers, dtype=torch.float64)
+        with _others_there():
+            dist.all_reduce(found, op=how)
+        result: list[float] = found.tolist()
+        return result
+
+
+def join() -> Group:
+    """Meet the other ranks where the environment says so, as torchrun's does. Raises RankLostError, ConfigError.
+
+    Its variables are taken out: accelerate would wrap the model where it finds them.
+    """
+    rank, size, place = (int(os.environ.pop(name, usual)) for name, usual in _ENVIRONMENT.items())
+    if size == 1:
+        return Group()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        if place >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {rank} has no GPU of its own: this training sees {torch.cuda.device_count()}",
+                where=f"{size} processes",
+                remedy="Give it as many GPUs as processes.",
+            )
+        torch.cuda.set_device(place)
+    with _others_there():
+        store, *_ = next(rendezvous("env://", rank, size, timeout=_MEETING))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=_PATIENCE,
+        )
+    return Group(rank, size, torch.device("cuda", place) if cuda else torch.device("cpu"), store)
+
+
+_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+def _buckets(tensors: Iterable[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
+    """Give tensors in groups of at most so many numbers; a larger one alone."""
+    bucket: list[torch.Tensor] = []
+    numbers = 0
+    for tensor in tensors:
+        if bucket and numbers + tensor.numel() > most:
+            yield bucket
+            bucket, numbers = [], 0
+        bucket.append(tensor)
+        numbers += tensor.numel()
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def _others_there() -> Iterator[None]:
+    """Raise RankLostError where torch says in its many ways that another rank has not come."""
+    try:
+        yield
+    except RuntimeError as error:
+        if memory.out_of_memory(error) is not None:
+            raise
+        raise RankLostError(str(error).strip().split("\n")[0]) from None
