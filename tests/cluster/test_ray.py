@@ -93,7 +93,7 @@ def start(launcher, folder, *, attempt=1, gpus=1, **environment):
 
 
 def end_of(trainer) -> int:
-    eventually(lambda: trainer.poll() is not None, why=f"the end of {trainer.id}")
+    eventually(lambda: trainer.poll() is not None, seconds=240, why=f"the end of {trainer.id}")
     return trainer.poll()
 
 
