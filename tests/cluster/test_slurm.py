@@ -7,6 +7,8 @@ import os
 import shlex
 import signal
 import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,9 +16,11 @@ import pytest
 import structlog
 
 from conftest import STANDIN, chat_rows, eventually, write_jsonl
+from finetuned.config import settings_from
 from finetuned.engine_settings import Slurm
 from finetuned.errors import FinetunedError
 from finetuned.home import Home, JobFolder
+from finetuned.jobs import FileIdentity, JobSpec
 from finetuned.launchers import Needs
 from finetuned.launchers.slurm import SlurmLauncher, SlurmTrainer
 from finetuned.launchers.slurm_queue import Queue
@@ -58,7 +62,7 @@ def job(tmp_path):
     made = []
 
     def make(rows: int = 10, attempt: int = 1) -> JobFolder:
-        folder = JobFolder(tmp_path / ".finetuned/jobs" / f"job-{len(made)}")
+        folder = JobFolder(tmp_path / "50%j |ä" / f"job-{len(made)}")  # a path may hold anything
         folder.path.mkdir(parents=True)
         write_jsonl(folder.path / "input.jsonl", chat_rows(rows))
         keys = dict.fromkeys(("sha256", "held_out", "held_out_sha256", "profile"), "")
@@ -68,6 +72,30 @@ def job(tmp_path):
         return folder
 
     return make
+
+
+def real_job(path: Path, model: Path) -> JobFolder:
+    """Make the folder of a job for the real trainer."""
+    path.mkdir()
+    values = {"dtype": "float32", "batch_size": 4, "epochs": 12, "model": str(model)}
+    settings = settings_from(values, where="the test")
+    spec = JobSpec(
+        id=path.name,
+        attempt=1,
+        name="x.jsonl",
+        profile="",
+        identity=FileIdentity(1, 2, 3, 4),
+        created_at=0.0,
+        input=str(write_jsonl(path / "input.jsonl", chat_rows(24))),
+        settings=settings.model_dump(),
+        rung=settings.first_rung().as_dict(),
+        sha256="0" * 64,
+        base_dir=str(path),
+        models=str(path),
+    )
+    folder = JobFolder(path)
+    folder.spec.write_bytes(spec.encode())
+    return folder
 
 
 def submit(launcher: SlurmLauncher, folder: JobFolder, *, gpus: int = 0, attempt: int = 1, **ways) -> SlurmTrainer:
@@ -115,6 +143,27 @@ def test_a_job_is_trained_and_its_log_goes_on_where_it_stood(launcher, job):
     assert trainer.taken == ""
     assert is_trained(folder)
     assert log_of(folder).read_text().startswith("what an earlier attempt said\nnoise\n")
+
+
+def test_the_real_trainer_stops_goes_on_and_comes_to_the_weights_of_this_machine(
+    launcher, tmp_path, tiny_model, monkeypatch
+):
+    monkeypatch.delenv("FINETUNED_TRAINER")
+    here, there = (real_job(tmp_path / name, tiny_model) for name in ("here", "there"))
+    local = subprocess.Popen([sys.executable, "-m", "finetuned.trainer", here.path])
+    one = launcher()
+    trainer = submit(one, there)
+    eventually(lambda: there.events.exists() and '"step":' in there.events.read_text(), why="its first steps")
+    trainer.ask_to_stop()
+    assert end_of(trainer) == 130
+    set_attempt(there, 2)
+    assert end_of(submit(one, there, attempt=2), seconds=90) == 0
+    assert local.wait(90) == 0
+    weights = [
+        (folder.staged_adapter(attempt) / "adapter_model.safetensors").read_bytes()
+        for folder, attempt in ((here, 1), (there, 2))
+    ]
+    assert weights[0] == weights[1]
 
 
 def test_its_end_is_told_as_of_a_trainer_on_this_machine(launcher, job):

@@ -139,8 +139,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, report, measured=measured, learned=learned)
     told = ("loss", "before", "retained")
     figures = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(told))
-    predicted = alone and settings.recipe == "sft"
-    if trained.seen.seconds >= _WORTH_KEEPING and predicted:
+    if alone and trained.seen.seconds >= _WORTH_KEEPING:
         _remember(task, trained, libraries=libraries, models=Path(spec.models))
     figures += f"; {Yield(**trained.metrics['rft'][-1])}" if "rft" in trained.metrics else ""
     say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
@@ -155,6 +154,7 @@ def _prepare(
     from finetuned.trainer.data import cut, read_data
     from finetuned.trainer.distill.found import find_teacher
     from finetuned.trainer.loop import Task
+    from finetuned.trainer.reach import reaches
 
     asked_to_stop = partial(_is_stop_asked, folder.stop(spec.attempt))
     tuning, why = choose_tuning(spec.rung["tuning"], gpu=group.device.type == "cuda")
@@ -164,7 +164,15 @@ def _prepare(
     base = find_base(settings, models=Path(spec.models), base_dir=Path(spec.base_dir))
     tokenizer = load_tokenizer(base, settings)
     found = find_teacher(settings, tokenizer, models=Path(spec.models), base_dir=Path(spec.base_dir))
-    data = read_data(folder, spec, settings, tokenizer, say=say, asked_to_stop=asked_to_stop)
+    data = read_data(
+        folder,
+        spec,
+        settings,
+        tokenizer,
+        reaches=reaches(settings, base, found),
+        say=say,
+        asked_to_stop=asked_to_stop,
+    )
     data = cut(data, settings, rung.max_length, name=spec.name, say=say)
     settings = settings.model_copy(update={"system_prompt": data.system_prompt})
     earlier = settle(folder, spec, settings, base.name)
@@ -213,12 +221,24 @@ def _teacher(found: Found, say: Reporter) -> Teacher:
 def _remember(task: Task, trained: Trained, *, libraries: int, models: Path) -> None:
     """Keep what the training took beside what is predicted for such a one, so that `finetuned plan` gets better."""
     from finetuned.trainer import footprint, history, memory, precision
+    from finetuned.trainer.store import lengths_of
+    from finetuned.trainer.understudy import longest_question
 
-    rung, seen = trained.rung, trained.seen
+    rung, seen, settings = trained.rung, trained.seen, task.settings
     try:
         formats = precision.choose(task.device, rung.tuning, task.settings.dtype)
+        asked = settings.recipe == "rft"
         work = footprint.Work(
-            task.base, task.settings, rung.tuning, formats, task.device, rung.activation_checkpointing
+            task.base,
+            settings,
+            rung.tuning,
+            formats,
+            task.device,
+            rung.activation_checkpointing,
+            teacher=task.teacher.found if task.teacher else None,
+            longest_question=longest_question(settings, task.tokenizer, task.train, lengths_of(task.train))
+            if asked
+            else 0,
         )
         counted = footprint.count(
             work, [task.train[row] for row in seen.largest], accumulated=seen.accumulated, libraries=libraries
@@ -230,6 +250,7 @@ def _remember(task: Task, trained: Trained, *, libraries: int, models: Path) -> 
             predicted=counted.footprint.peak,
             peak=seen.peak,
             tokens_per_second=round(seen.tokens_per_second, 1),
+            recipe=history.kind_of(settings),
         )
         history.remember(history.file_beside(models), record)
     except Exception as error:  # noqa: BLE001, the adapter is done: no record is worth losing it
