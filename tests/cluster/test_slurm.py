@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -40,7 +39,7 @@ RANK = shlex.join(
 echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE here, by $MASTER_ADDR:$MASTER_PORT"
 [ "$RANK" = 0 ] && exec $0 "$@"
 trap 'echo rank $RANK was told to stop; exit 130' TERM
-until [ -e "$1/exit.1" ]; do sleep 0.05; done""",
+until [ -e "$1/out.1/adapter/finetuned.json" ]; do sleep 0.05; done""",
         STANDIN,
     ]
 )
@@ -54,6 +53,20 @@ def launcher(slurm, standin, tmp_path):
         return SlurmLauncher(Slurm(**settings), Home(tmp_path), Queue(every=0.2))
 
     return make
+
+
+@pytest.fixture
+def sbatch_says(monkeypatch, tmp_path):
+    """Put a script in sbatch's place."""
+
+    def put(script: str) -> None:
+        program = tmp_path / "bin/sbatch"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o700)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+    return put
 
 
 @pytest.fixture
@@ -385,16 +398,17 @@ def test_a_machine_without_slurm_says_so(launcher, job, monkeypatch):
             submit(launcher(), job())
 
 
-def test_a_job_whose_id_was_lost_on_its_way_is_not_submitted_twice(launcher, job, slurm, monkeypatch, tmp_path):
-    liar = tmp_path / "bin/sbatch"
-    liar.parent.mkdir()
-    liar.write_text('#!/bin/sh\n/usr/bin/sbatch "$@" && echo "Socket timed out on send/recv operation" >&2; exit 1\n')
-    liar.chmod(liar.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{liar.parent}:{os.environ['PATH']}")
+def test_a_job_whose_id_was_lost_on_its_way_is_not_submitted_twice(launcher, job, slurm, sbatch_says):
+    sbatch_says('/usr/bin/sbatch "$@" && echo "Socket timed out on send/recv operation" >&2; exit 1')
     folder = job()
-    trainer = submit(launcher(), folder)
-    assert end_of(trainer) == 0
-    assert len(slurm.run("squeue", "-h", "-t", "all", f"--name=finetuned-{folder.path.name}").splitlines()) >= 1
+    assert end_of(submit(launcher(), folder)) == 0
+    assert slurm.run("squeue", "-h", "-t", "all", "-o", "%k").count(f"finetuned {folder.path} 1") == 1
+
+
+def test_what_slurm_refuses_for_the_moment_is_no_error_of_the_job(launcher, job, sbatch_says):
+    sbatch_says("cat >/dev/null; echo 'Job violates accounting/QOS policy (job submit limit, ...)' >&2; exit 1")
+    with pytest.raises(ConnectionError, match="job submit limit"):
+        submit(launcher(), job())
 
 
 def test_an_earlier_trainer_of_the_job_is_cancelled_before_another_is_submitted(launcher, job, slurm):
