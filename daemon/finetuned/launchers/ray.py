@@ -32,6 +32,8 @@ _GHOST = 600.0  # seconds for which a trainer that Ray has lost may hold the job
 # Seconds that Ray leaves a trainer from SIGTERM to SIGKILL: enough for a checkpoint when somebody stops it through Ray.
 _RAYS_PATIENCE = {"RAY_JOB_STOP_WAIT_TIME_S": "10"}
 
+_HERE_ONLY = frozenset({"CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "MALLOC_CONF"})  # means nothing on another machine
+
 
 class RayTrainer:
     """A trainer as a job of Ray's. What Ray says of it is asked for in a thread, so that nobody waits for that."""
@@ -168,8 +170,8 @@ class RayLauncher:
 
     def _order(self, folder: JobFolder, log: Path, environment: Mapping[str, str], needs: Needs) -> dict[str, Any]:
         settings = self._settings
-        variables = {**_RAYS_PATIENCE, **settings.runtime_env.get("env_vars", {}), **environment, TAKES_LOCK: "1"}
-        variables.pop("CUDA_VISIBLE_DEVICES", None)  # Ray knows which GPU it is
+        ours = {name: value for name, value in environment.items() if name not in _HERE_ONLY}
+        variables = {**_RAYS_PATIENCE, **settings.runtime_env.get("env_vars", {}), **ours, TAKES_LOCK: "1"}
         python = settings.python or sys.executable
         other = os.environ.get("FINETUNED_TRAINER")
         program = shlex.split(other) if other else [python, "-P", "-m", "finetuned.trainer"]
