@@ -44,13 +44,15 @@ _stop_asked = False
 
 def end(folder: JobFolder) -> NoReturn:
     """Run one attempt and end, also where a library has left a thread that does not: the next job waits for that."""
-    code = 1
+    code, leads = 1, ranks.rank() == 0
     try:
         code = main(folder)
     finally:
         late = threading.Timer(_LAST_WAIT, os._exit, [code])
         late.daemon = True
         late.start()
+    if not leads:  # libraries that take their time to end, or crash there, are not to disturb the others
+        os._exit(code)
     sys.exit(code)
 
 
@@ -133,8 +135,8 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         task, trained, learned = _learn(task, rows, folder, spec)
     alone, leads = group.size == 1, group.leads
     group.leave()
-    if not leads:  # rank 0 has more to do; libraries that take their time to end, or crash, are not to disturb it
-        os._exit(ExitCode.DONE)
+    if not leads:
+        return
     measured = benchmark(measured_by, folder, spec, task, trained)
     say.phase("saving", "writing the adapter")
     write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, report, measured=measured, learned=learned)
