@@ -94,10 +94,7 @@ def _run(folder: JobFolder, spec: JobSpec) -> int:
         return ExitCode.TEMPORARY
     with _no_room_told(say) as end, _told(say, end):
         settings = settings_from(spec.settings, where=spec.name)
-        several = ranks.started_by_somebody()
-        if several or spec.processes > 1:
-            ranks.check(settings.recipe)
-        if several or spec.processes <= 1:
+        if ranks.started_by_somebody() or spec.processes <= 1:
             _train(folder, spec, settings, say=say)
         else:
             end.code = ranks.run(folder, spec.processes, asked_to_stop=lambda: _stop_asked)
