@@ -119,11 +119,21 @@ def test_bad_data_is_told_before_any_rank_imports_torch_and_ends_all(tmp_path, t
     assert [error.data["code"] for error in run.events(EventType.ERROR)] == ["missing_messages_list"]
 
 
-def test_a_recipe_that_makes_its_own_answers_is_refused_before_a_process_is_started(tmp_path, data, tiny_model):
-    run = run_of(tmp_path / "job", data, tiny_model, recipe="rft", judge={"kind": "exact"})
-    assert run.attempt() == ExitCode.BAD_SETTINGS, run.log
-    assert "recipe rft" in run.error()["where"]
-    assert "rank" not in run.log
+def test_answers_that_rank_0_makes_are_learned_by_all(tmp_path, tiny_model):
+    """Recipe rft, on a model that draws bytes at random: any of them that ends in a number is right."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": str(n % 10)}]}
+        for n in range(12)
+    ]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    rft = {"samples": 6, "keep": 2, "temperature": 1.0, "max_new_tokens": 40, "least_yield": 0.0}
+    settings = {"tuning": "lora", "recipe": "rft", "rft": rft, "judge": {"kind": "number", "tolerance": 1e6}}
+    run, alone = (
+        run_of(tmp_path / f"{number}", data, tiny_model, processes=number, **settings).done() for number in (2, 1)
+    )
+    learned, wanted = ((one.adapter / "learned.jsonl").read_bytes() for one in (run, alone))
+    assert learned == wanted
+    assert_same_weights(run, alone, tolerance=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -44,13 +44,15 @@ _stop_asked = False
 
 def end(folder: JobFolder) -> NoReturn:
     """Run one attempt and end, also where a library has left a thread that does not: the next job waits for that."""
-    code = 1
+    code, leads = 1, ranks.rank() == 0
     try:
         code = main(folder)
     finally:
         late = threading.Timer(_LAST_WAIT, os._exit, [code])
         late.daemon = True
         late.start()
+    if not leads:  # libraries that take their time to end, or crash there, are not to disturb the others
+        os._exit(code)
     sys.exit(code)
 
 
@@ -92,10 +94,7 @@ def _run(folder: JobFolder, spec: JobSpec) -> int:
         return ExitCode.TEMPORARY
     with _no_room_told(say) as end, _told(say, end):
         settings = settings_from(spec.settings, where=spec.name)
-        several = ranks.started_by_somebody()
-        if several or spec.processes > 1:
-            ranks.check(settings.recipe)
-        if several or spec.processes <= 1:
+        if ranks.started_by_somebody() or spec.processes <= 1:
             _train(folder, spec, settings, say=say)
         else:
             end.code = ranks.run(folder, spec.processes, asked_to_stop=lambda: _stop_asked)
@@ -134,8 +133,8 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
         task, trained, learned = _learn(task, rows, folder, spec)
     alone, leads = group.size == 1, group.leads
     group.leave()
-    if not leads:  # rank 0 has more to do; libraries that take their time to end, or crash, are not to disturb it
-        os._exit(ExitCode.DONE)
+    if not leads:
+        return
     measured = benchmark(measured_by, folder, spec, task, trained)
     say.phase("saving", "writing the adapter")
     write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, report, measured=measured, learned=learned)

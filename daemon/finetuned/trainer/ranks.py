@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
-from finetuned.errors import ConfigError
 from finetuned.events import ExitCode, describe_end
 from finetuned.home import JobFolder
 
@@ -55,16 +54,6 @@ def end_with_agent() -> None:
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != int(os.environ[_AGENT]):  # it was gone before
         os._exit(ExitCode.TEMPORARY)
-
-
-def check(recipe: str) -> None:
-    """Raise ConfigError for a recipe that several processes cannot train."""
-    if recipe == "rft":
-        raise ConfigError(
-            "its answers are made by one process, and this job is to have several",
-            where="recipe rft",
-            remedy="Let it train on one GPU.",
-        )
 
 
 def run(folder: JobFolder, processes: int, *, asked_to_stop: Callable[[], bool]) -> int:
