@@ -17,7 +17,7 @@ from finetuned.config import WHERE, Config
 from finetuned.engines import Engines
 from finetuned.errors import ConfigError, FinetunedError
 from finetuned.events import Ending, Event, EventType, ExitCode
-from finetuned.fleet import CPU, Fleet
+from finetuned.fleet import Fleet
 from finetuned.foresight import Foresight, gpus_for
 from finetuned.guard import check_place
 from finetuned.hold import Hold
@@ -27,9 +27,9 @@ from finetuned.launchers import Needs, Start
 from finetuned.launchers.local import start, trainer_environment
 from finetuned.launchers.warm import WarmParent
 from finetuned.ledger import Ledger
-from finetuned.live import sentence
+from finetuned.live import sentence_of_all
 from finetuned.pulse import no_room
-from finetuned.scheduler import LOCAL, Device, Wish, Work, schedule
+from finetuned.scheduler import CPU, LOCAL, Device, Wish, Work, schedule
 from finetuned.spool.claim import settle_duplicate, write_spec
 from finetuned.supervisor import Attempt, boot_id, stop_orphan
 from finetuned.tidy import keep_ends, release
@@ -74,6 +74,7 @@ class Crew:
         self._next_decision = now + _DECIDE_EVERY
         queue = self._ledger.may_start(time.time(), limit=_LOOKED_AT)
         if not queue:
+            self.fleet.rest(config)
             return
         jobs = {job.id: job for job in queue}
         queue = [job for job in queue if not (self._refused(config, job) or self._unanswered(job))]
@@ -185,11 +186,8 @@ class Crew:
     # -- what is said of it
 
     def doing(self) -> str:
-        """Say in a sentence what is going on: each job, its step, the time that is left."""
-        return "; ".join(
-            f"{one.job.id}: {'writing a checkpoint' if one.stopping else sentence(one.job.progress)}"
-            for one in self.attempts
-        )
+        """Say in a sentence what is going on: one job with its step and the time that is left, of many the first."""
+        return sentence_of_all([(one.job.id, one.stopping, one.job.progress) for one in self.attempts])
 
     # -- inside
 
@@ -201,9 +199,11 @@ class Crew:
             check_place(self._home.adapters)
             following = replace(job, attempt=job.attempt + 1)
             told_apart = name == LOCAL and self.fleet.count(config)
-            write_spec(self._home, following, processes=len(devices) if told_apart else _wanted(job))
+            processes = len(devices) if told_apart else _wanted(job)
+            write_spec(self._home, following, processes=processes)
             progress = {key: value for key, value in job.progress.items() if key != "waits_for"}
             progress |= {"gpu": environment.get("CUDA_VISIBLE_DEVICES", ""), "devices": [one.id for one in devices]}
+            progress["processes"] = processes
             job = self._ledger.record(
                 job.id,
                 [began(following, at=time.time(), on=why)],
@@ -308,7 +308,7 @@ class Crew:
 
     def _heed_gpus(self, config: Config) -> None:
         """Keep away from GPUs that failed. Jobs at work on one are stopped and go on elsewhere."""
-        for uuid in self.fleet.heed():
+        for uuid in self.fleet.heed(config):
             for attempt in self.attempts:
                 if self.fleet.serves(uuid, _visible(attempt.job)):
                     attempt.gpu_failed = True

@@ -91,7 +91,11 @@ def test_a_gpu_that_others_use_and_one_that_is_to_be_left_alone_are_not_taken(ho
         text=True,
         check=True,
     ).stdout
-    assert "is used by others" in said
+    lines = [line for line in said.splitlines() if line[10:13] == "GPU"]
+    assert lines[0].endswith(f": {job.id}")
+    assert "is used by others: 9.0 GiB" in lines[1]
+    assert "is left alone by `gpus` in config.json" in lines[2]
+    assert [gpu["state"] for gpu in json.loads(home.gpus.read_bytes())] == ["usable", "busy", "left_alone"]
     fake_nvml.set("gpus=3", "1.memory_used=0")
     two = running(one, 2)
     assert len({first, *(gpu for job in two for gpu in on(job))}) == 2
