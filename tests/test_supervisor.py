@@ -294,7 +294,7 @@ def test_a_torn_line_in_the_middle_costs_only_itself(said):
 class Taken:
     """A trainer on another machine that its engine has ended."""
 
-    pid, id, taken = None, "7", "PREEMPTED"
+    pid, id, taken, waits = None, "7", "PREEMPTED", ""
 
 
 def test_a_trainer_that_is_taken_away_goes_on_but_not_for_ever_where_it_never_comes_further(home):

@@ -252,10 +252,11 @@ class Attempt:
         status = self.trainer.poll()  # before reading, so that an ended trainer's last events are read
         offset = self._tail.offset
         events = self._tail.read()
-        if events:
+        waits = self.trainer.waits
+        if events or waits != self.job.progress.get("waits_for", ""):
             rungs = [event.data["rung"] for event in events if event.type in SETTLE_RUNG]
             changes: dict[str, Any] = {"trainer_pid": self.trainer.pid, "trainer_id": self.trainer.id}
-            changes["progress"] = progress_after(self.job.progress, events)
+            changes["progress"] = {**progress_after(self.job.progress, events), "waits_for": waits}
             if rungs:
                 changes["rung"] = rungs[-1]
             try:

@@ -44,6 +44,7 @@ class RayTrainer:
         """Ask nothing yet; it may still have to be submitted."""
         self.id = submission
         self.taken = ""
+        self.waits = ""
         self.order: dict[str, Any] | None = None  # to be given again, if the cluster turns out not to know it
         self._cluster = cluster
         self._folder = folder
@@ -95,6 +96,7 @@ class RayTrainer:
                 self._submit_again(self.order)
                 return
             self.order = None
+            self.waits = "PENDING" if info is not None and info["status"] == "PENDING" else ""
             if info is not None and info["status"] == "PENDING" and may_withdraw:
                 self._ended(End(ExitCode.STOPPED))
                 self._cluster.stop(self.id, seconds=_IN_A_THREAD)
