@@ -72,7 +72,7 @@ class Crew:
         if self.attempts and now < self._next_decision:
             return
         self._next_decision = now + _DECIDE_EVERY
-        queue = self._ledger.may_start(time.time(), limit=_LOOKED_AT)
+        queue = self._first_in_turn()
         if not queue:
             self.fleet.rest(config)
             return
@@ -236,6 +236,15 @@ class Crew:
             self._next_decision = 0.0
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
 
+    def _first_in_turn(self) -> list[Job]:
+        """Give the first jobs of the queue: so many that one for this machine is among them, if there is any."""
+        limit = _LOOKED_AT
+        while True:
+            queue = self._ledger.may_start(time.time(), limit=limit)
+            if len(queue) < limit or any(_launcher(job) == LOCAL for job in queue):
+                return queue
+            limit *= 4
+
     def _refused(self, config: Config, job: Job) -> bool:
         """Fail a job that wants more GPUs than there are."""
         wanted, there = job.settings.get("gpus_per_job", 1), self.fleet.count(config)
@@ -256,9 +265,10 @@ class Crew:
 
     def _wish(self, config: Config, job: Job, devices: Sequence[Device]) -> Wish:
         """Say what a job needs here. Without GPUs to choose from there is one device, whatever is done on it."""
+        same_as = "" if config.duplicates == "run" else _same_as(job)
         memory = min((one.memory for one in devices if one.memory), default=None)
         if memory is None or _launcher(job) != LOCAL:
-            return Wish(job.id, _launcher(job), same_as=_same_as(job))
+            return Wish(job.id, _launcher(job), same_as=same_as)
         wanted = job.settings.get("gpus_per_job", 1)
         shares = config.share_gpus and wanted in {1, "auto"}
         gpus: int | None = None if wanted == "auto" else wanted
@@ -266,7 +276,7 @@ class Crew:
             known = self._foresight.knows(job, gpu=devices[0].id, memory=memory)
             needed = self._foresight.of(job.id) or 0
             gpus = None if not known else gpus or gpus_for(needed, memory, most=len(devices))
-        return Wish(job.id, gpus=gpus, memory=self._foresight.of(job.id), shares=shares, same_as=_same_as(job))
+        return Wish(job.id, gpus=gpus, memory=self._foresight.of(job.id), shares=shares, same_as=same_as)
 
     def _work(self, config: Config, job: Job) -> Work:
         places, memory = _places(job), self._foresight.of(job.id)
