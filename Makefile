@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo demo-web test test-systemd test-cluster torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door bench-hybrid bench-distill schema clean
+.PHONY: .venv demo demo-web test test-systemd test-cluster torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door bench-hybrid bench-distill bench-launchers bench-ranks schema clean
 
 .venv: .venv/ready
 
@@ -92,8 +92,15 @@ bench-hybrid: .venv
 	$(BIN)/python benchmarks/hybrid.py
 
 # A small student with and without a teacher; some minutes on two cores that do nothing else.
+bench-launchers: .venv
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/launchers.py
+
 bench-distill: .venv
 	$(BIN)/python benchmarks/distill.py
+
+# One job on two processes beside one, with LoRA and in full; a quarter of an hour on two cores that do nothing else.
+bench-ranks: .venv
+	$(BIN)/python benchmarks/ranks.py
 
 schema: .venv
 	$(BIN)/python -c 'from finetuned.config import json_schema; print(json_schema(), end="")' > config.schema.json

@@ -146,7 +146,13 @@ class Work:
 
 
 def train_as_daemon(
-    folder: JobFolder, data: Path, values: dict[str, Any], *, models: Path
+    folder: JobFolder,
+    data: Path,
+    values: dict[str, Any],
+    *,
+    models: Path,
+    processes: int = 1,
+    environment: dict[str, str] | None = None,
 ) -> tuple[float, dict[str, Any]]:
     """Run finetuned's trainer as the daemon does: when it began, and what `whole_process` gives."""
     folder.path.mkdir()
@@ -163,11 +169,12 @@ def train_as_daemon(
         sha256="0" * 64,
         base_dir=str(data.parent),
         models=str(models),
+        processes=processes,
     )
     folder.spec.write_bytes(spec.encode())
-    environment, _ = trainer_environment()
+    usual, _ = trainer_environment()
     command = [sys.executable, "-m", "finetuned.trainer", str(folder.path)]
-    return whole_process(command, {**os.environ, **environment})
+    return whole_process(command, {**os.environ, **usual, **(environment or {})})
 
 
 def whole_process(command: list[str], environment: dict[str, str]) -> tuple[float, dict[str, Any]]:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import urllib.request
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from conftest import eventually
@@ -23,17 +24,24 @@ _PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-s
 
 
 def install_ray() -> Path:
-    """Give the folder of Ray's programs; install it the first time. Needs a network then, for half a minute."""
-    if not (CACHE / "ready").exists():
+    """Give the folder of Ray's programs; install it the first time. Needs a network then, for a minute.
+
+    torch, which Ray Train wants, is the one that runs the tests.
+    """
+    ready = CACHE / "ready"
+    if not ready.exists() or ready.read_text() != sys.version:
         subprocess.run([sys.executable, "-m", "venv", "--clear", CACHE], check=True)
         pip = [CACHE / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, f"ray[default]=={VERSION}"], check=True)
-        (CACHE / "ready").touch()
+        subprocess.run([*pip, f"ray[default,train]=={VERSION}"], check=True)
+        ready.write_text(sys.version)
+    (libraries,) = CACHE.glob("lib/python3*/site-packages")
+    torch = Path(find_spec("torch").origin).parents[1]
+    (libraries / "torch-of-the-tests.pth").write_text(f"{torch}\n")
     return CACHE / "bin"
 
 
 class RayCluster:
-    """A head node with two processors and one GPU, which is a number and nothing more. It wants a token."""
+    """A head node with two processors and two GPUs, which are numbers and nothing more. It wants a token."""
 
     def __init__(self) -> None:
         self._programs = install_ray()
@@ -47,8 +55,10 @@ class RayCluster:
     def start(self) -> None:
         """Start, and wait until it takes jobs."""
         options = [f"--{name}={port}" for name, port in self._ports.items()]
-        options += ["--num-cpus=2", "--num-gpus=1", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]
+        options += ["--num-cpus=2", "--num-gpus=2", "--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1"]
         options += ["--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={self._folder}/t"]
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+        environment |= {_MARK: str(self._folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
         console = (self._folder / "console.log").open("ab")
         with console:
             self._process = subprocess.Popen(
@@ -56,7 +66,7 @@ class RayCluster:
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, _MARK: str(self._folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
+                env=environment,
                 start_new_session=True,
             )
         eventually(self._answers, why=f"a Ray that answers; {(self._folder / 'console.log').read_text()[-2000:]}")

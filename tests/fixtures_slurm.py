@@ -39,7 +39,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_min_interval=0
+SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1,sched_min_interval=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MessageTimeout=2
@@ -103,9 +103,7 @@ class SlurmCluster:
 
     def start_node(self) -> None:
         self._start("slurmd", "-D")
-        eventually(
-            lambda: self.run("sinfo", "-h", "-o", "%T").split()[0] in {"idle", "mixed", "allocated"}, why="a node"
-        )
+        self.ready()
 
     def ready(self) -> None:
         """Wait until the node takes jobs, and see to it if somebody has set it down."""
@@ -133,14 +131,13 @@ class SlurmCluster:
         return self.run("squeue", "-h", "-t", "all", "-o", "%T", "-j", job).strip()
 
     def run_again(self, job: str) -> None:
-        """Have a job run that Slurm has put back: by itself it would have to wait two minutes."""
+        """Have a job run that Slurm has put back: by itself it would have to wait two minutes.
 
-        def runs() -> bool:
-            if (state := self.state(job)) == "PENDING":
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-            return state in {"RUNNING", "COMPLETED"}
-
-        eventually(runs, why="a job that runs again")
+        Not within the second in which it ended: Slurm 22.05 would take its new credential for the old one.
+        """
+        eventually(lambda: self.state(job) == "PENDING", why="a job that is put back")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+        eventually(lambda: self.state(job) in {"RUNNING", "COMPLETED"}, seconds=20, why="a job that runs again")
 
     def empty(self) -> None:
         """Cancel all jobs."""

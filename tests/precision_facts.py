@@ -15,8 +15,9 @@ from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
 from conftest import chat_rows
-from finetuned.config import Predictions, settings_from
+from finetuned.config import settings_from
 from finetuned.dataset.formats import check_row
+from finetuned.section_settings import Predictions
 from finetuned.trainer import loop
 from finetuned.trainer.base import Base
 from finetuned.trainer.precision import choose

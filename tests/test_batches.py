@@ -11,9 +11,9 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from conftest import row_of
-from finetuned.config import Predictions
 from finetuned.dataset.rows import Problem, Row
 from finetuned.findings import ERRORS
+from finetuned.section_settings import Predictions
 from finetuned.trainer.batches import collate_flat, collate_padded
 from finetuned.trainer.predictions import predict
 from finetuned.trainer.tokens import Example, tokenise

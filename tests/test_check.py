@@ -228,16 +228,25 @@ ODD = {  # rows that provoke a warning together, and which of them it names firs
 }
 
 
+def reaching(most: int, model: Path, folder: Path, **config: object) -> Path:
+    """The same model, made for rows of so many tokens."""
+    shutil.copytree(model, folder)
+    facts = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": most} | config
+    (folder / "config.json").write_text(json.dumps(facts))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory, tiny_model) -> tuple[Said, Said, dict[str, int]]:
     """What is said about a file with every warning, as text and as JSON, and the line of each."""
     folder = tmp_path_factory.mktemp("odd")
-    home = settled(make_home(folder / "base"), tiny_model)
+    home = settled(make_home(folder / "base"), reaching(MAX_LENGTH - 1, tiny_model, folder / "model"))
     rows: list[dict] = []
     wanted = {"system_prompt_added": 1, "eval_overlap": 2}
     for code, (some, first) in ODD.items():
         wanted[code] = len(rows) + first + 1
         rows += some
+    wanted["beyond_reach"] = wanted["rows_cut"]
     file = write_jsonl(folder / "x.jsonl", rows)
     write_jsonl(folder / "x.eval.jsonl", [chat("Unheard of?", "Indeed so."), chat("Who?", "He did.")])
     words = (file, "--base-dir", home.root)
@@ -494,3 +503,15 @@ def test_a_table_is_told_how_to_become_rows(tmp_path, tiny_model, ending):
     rows = (tmp_path / f"{table.stem}.jsonl").read_text().splitlines()
     assert [json.loads(row) for row in rows] == [{"prompt": "Who?", "completion": "me"}]
     assert check(tmp_path / f"{table.stem}.jsonl", "--model", tiny_model).code == 0
+
+
+def test_rows_longer_than_a_model_has_places_for_are_refused(base, tmp_path):
+    """GPT-2 has learned each place by itself, and there is none behind the last."""
+    short, long = chat("Who?", "She."), chat("Who?", "word " * 20)
+    gpt2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": 100, "rope_parameters": None}
+    model = reaching(100, Path(json.loads(base.config_file.read_text())["model"]), tmp_path / "gpt2", **gpt2)
+    for rows, code in (([short], 0), ([short, long], 1)):
+        said = check(write_jsonl(tmp_path / f"{len(rows)}.jsonl", rows), "--base-dir", base.root, "--model", model)
+        assert said.code == code, said
+    assert "1 row cannot be read: the longest has" in said.err
+    assert "Set max_length to 100 or less" in said.err

@@ -66,6 +66,34 @@ def test_a_contradiction_does_not_hide_the_other_errors(tmp_path):
     assert "modle" in said
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"epochs": "many"}, 'epochs: must be a number, not "many"'),
+        ({"lora_r": 1.5}, "lora_r: must be a whole number, not 1.5"),
+        ({"model": None}, "model: must be a text, not null"),
+        ({"model": ""}, 'model: must be a text that is not empty, not ""'),
+        ({"fallback_4bit": "maybe"}, 'fallback_4bit: must be true or false, not "maybe"'),
+        ({"rft": 3}, 'rft: must be a table, {"key": value}, not 3'),
+        ({"fail_on": 3}, "fail_on: must be a list, not 3"),
+        ({"tuning": "QLORA"}, 'tuning: must be "qlora", "lora-8bit", "lora", "full" or "auto", not "QLORA"'),
+        ({"teacher_device": "tpu"}, 'teacher_device: must be "auto", "cpu" or "cuda", not "tpu"'),
+        ({"batch_size": 0}, 'batch_size: must be at least 1 or "auto", not 0'),
+        ({"max_bad_rows": 1.1}, "max_bad_rows: must be at most 1, not 1.1"),
+        ({"lora_alpha": 0}, "lora_alpha: must be more than 0, not 0"),
+        ({"lora_dropout": 1}, "lora_dropout: must be less than 1, not 1"),
+        ({"learning_rate": 1000}, 'at most 10 or "auto", not 1000; usual are 2e-4 for adapters'),
+        ({"distill": {"temperature": [1]}}, "must be a number or a list of at least 2 entries, not [1]"),
+        ({"rft": {"examples": [{"question": "Who?"}]}}, "rft.examples.0.answer: is missing"),
+        ({"judge": {"pattern": "("}}, "judge.pattern: is no regular expression"),
+        ({"predictions": {"sample": 3}}, "predictions.sample: no such setting; did you mean predictions.samples?"),
+        ({"profiles": {"a": {"hybrid": {"ambiguty": 1}}}}, "profiles.a.hybrid.ambiguty: no such setting; did you"),
+    ],
+)
+def test_what_is_wrong_is_said_in_words_for_those_who_write_settings(tmp_path, content, said):
+    assert said in refused(tmp_path, content)
+
+
 def test_an_unknown_key_is_named_and_refused(tmp_path):
     assert "modle: no such setting" in refused(tmp_path, {"modle": "gpt2"})
 
@@ -388,13 +416,13 @@ def test_a_setting_that_is_nearly_right_is_suggested(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"rft": {"sample": 4}}, "rft.sample: no such setting; did you mean samples?"),
-        ({"hybrid": {"reward_wieght": 0.5}}, "did you mean reward_weight?"),
+        ({"rft": {"sample": 4}}, "rft.sample: no such setting; did you mean rft.samples?"),
+        ({"hybrid": {"reward_wieght": 0.5}}, "did you mean hybrid.reward_weight?"),
         ({"rft": {"epochs": 4}}, "rft.epochs: no such setting$"),
         ({"recipe": "rtf"}, "recipe: .* did you mean rft?"),
         ({"recipe": "Distil"}, "recipe: .* did you mean distill?"),
         ({"judge": {"kind": "num"}}, "judge.kind: .* did you mean number?"),
-        ({"judge": "number"}, "judge: must be an object in braces$"),
+        ({"judge": "number"}, "judge: must be a table"),
     ],
     ids=str,
 )

@@ -5,6 +5,7 @@ number format and vocabulary are its own.
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,9 +94,9 @@ def test_the_recipe_needs_a_teacher():
     [
         ({"alpha": 0}, "all weights of the teacher are 0"),
         ({"alpha": [0, 0, 1]}, "is 0 twice in a row"),
-        ({"alpha": 1.5}, "less than or equal to 1"),
-        ({"temperature": 0}, "greater than 0"),
-        ({"hidden_layers": [[0, 1]]}, "greater than or equal to 1"),
+        ({"alpha": 1.5}, "must be at most 1, not 1.5"),
+        ({"temperature": 0}, "must be more than 0, not 0"),
+        ({"hidden_layers": [[0, 1]]}, "must be at least 1, not 0"),
     ],
 )
 def test_what_could_teach_nothing_is_refused(distill, said):
@@ -435,6 +436,28 @@ def test_check_refuses_a_job_whose_teacher_is_not_there(home, data, tiny_model, 
     assert said["verdict"] == "refused"
     assert "teacher" in said["reason"]["where"]
     assert said["rows"] == 24
+
+
+@pytest.mark.parametrize("vocabulary", ["the same", "another"])
+def test_rows_that_a_teacher_was_not_made_for_are_told_before_it_is_loaded(
+    home, data, tiny_model, other_model, vocabulary
+):
+    teacher = home.root / "teacher"
+    shutil.copytree(tiny_model if vocabulary == "the same" else other_model, teacher)
+    facts = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(facts | {"max_position_embeddings": 60}))
+    write_config(home, model=str(tiny_model), recipe="distill", teacher=str(teacher))
+    code, facts = check(home, data)
+    found = facts["warnings"]["beyond_reach"]
+    assert (code, found["lines"]) == (0, [1, 2, 3])
+    assert f"the teacher {teacher} was made for 60" in found["detail"]
+    longest = int(re.search(r"the longest has (\d+) tokens", found["detail"])[1])
+    assert (longest == facts["tokens"]["lengths"]["longest"]) is (vocabulary == "the same")
+
+    own = {"model": str(tiny_model), "teacher": str(teacher), "fail_on": ["beyond_reach"]}
+    run = Run(home.root / "job", data, recipe="distill", **own)
+    assert run.attempt() == ExitCode.BAD_DATA
+    assert "loading_model" not in [event.data.get("phase") for event in run.events()]
 
 
 def test_no_teacher_is_looked_for_without_the_recipe(tiny_model, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax, softmax
 
+from finetuned.trainer.capped import Capped
 from finetuned.trainer.distill import divergence as room
 from finetuned.trainer.distill.divergence import divergence, logits_of, summed_divergence
 
@@ -100,7 +101,24 @@ def test_chunks_give_the_divergence_and_gradient_of_the_whole(positions, frozen,
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_at_no_time_is_there_more_than_a_chunk_of_either_model_s_logits(frozen, monkeypatch):
+def test_chunks_of_capped_logits_give_the_divergence_and_gradient_of_the_whole(frozen, monkeypatch):
+    """As of Gemma 2, both models; each with a cap of its own."""
+    monkeypatch.setitem(room._CHUNK, "cpu", 16 * VOCABULARY * 4)
+    hidden, head, theirs, other = inputs(40, frozen=frozen)
+    mine, yours = Capped(head, 0.5), Capped(other, 2.0)
+    measure = divergence("forward", temperature=2.0, top_k=None)
+    found = summed_divergence(hidden, mine, lambda where: yours(theirs[where]), measure)
+    whole = (torch.tanh(head(hidden) / 0.5) * 0.5, torch.tanh(other(theirs) / 2.0) * 2.0)
+    wanted = measure(*whole).sum()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        gradients(found, hidden, head.weight), gradients(wanted, hidden, head.weight), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_at_no_time_is_there_more_than_a_chunk_of_either_model_s_logits(frozen, capped, monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -115,6 +133,7 @@ def test_at_no_time_is_there_more_than_a_chunk_of_either_model_s_logits(frozen, 
 
     monkeypatch.setitem(room._CHUNK, "cpu", 16 * VOCABULARY * 4)
     hidden, head, theirs, other = inputs(800, frozen=frozen)
+    head, other = (Capped(one, 3.0) for one in (head, other)) if capped else (head, other)
     measure = divergence("forward", temperature=2.0, top_k=None)
     with Largest():
         summed_divergence(hidden, head, lambda where: other(theirs[where]), measure).backward()

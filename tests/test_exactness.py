@@ -31,6 +31,7 @@ from finetuned.trainer.base import Base
 from finetuned.trainer.distill.found import find_teacher
 from finetuned.trainer.distill.teacher import Teacher
 from finetuned.trainer.ends import OutOfMeansError, StopAskedError
+from finetuned.trainer.group import Group
 from finetuned.trainer.recipes import distill, hybrid, sft
 from finetuned.trainer.reporter import Reporter
 from finetuned.trainer.tokens import Example, tokenise
@@ -213,8 +214,8 @@ class Story:
 class Job:
     """Trainings of one job, one after the other, in a folder of its own."""
 
-    def __init__(self, folder: Path, world: World, **settings) -> None:
-        self.folder, self.world = folder, world
+    def __init__(self, folder: Path, world: World, *, group: Group | None = None, **settings) -> None:
+        self.folder, self.world, self.group = folder, world, group or Group()
         self.settings = settings_from({**SETTINGS, **settings}, where="the test")
         self.rung = self.settings.first_rung()
         self.attempts: list[Attempt] = []
@@ -222,7 +223,8 @@ class Job:
 
     def attempt(self, asked_to_stop: Callable[[], bool] = lambda: False) -> loop.Trained | None:
         """Make the next attempt: what it trained, or None."""
-        events = self.folder / f"events-{len(list(self.folder.glob('events-*')))}.jsonl"
+        rank = self.group.rank
+        events = self.folder / f"events-{rank}-{len(list(self.folder.glob(f'events-{rank}-*')))}.jsonl"
         trained, ended = None, None
         task = loop.Task(
             settings=self.settings,
@@ -237,9 +239,10 @@ class Job:
             device=torch.device("cpu"),
             checkpoints=self.folder / "checkpoints",
             bounds=self.folder / "bounds.json",
-            say=Reporter(events),
+            say=Reporter(events, rank=rank),
             asked_to_stop=asked_to_stop,
             teacher=self.teacher(),
+            group=self.group,
         )
         try:
             trained = self.train(task)

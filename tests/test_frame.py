@@ -7,6 +7,7 @@ import pytest
 
 from finetuned.curves import Curves
 from finetuned.frame import KEYS, Size, bar, choices, cut, frame, sparkline
+from finetuned.live import sentence_of_all
 
 
 def job(name: str, **more) -> dict:
@@ -22,7 +23,7 @@ RUNNING = job(
 )  # fmt: skip
 GPU = {
     "index": 0, "utilization": 87, "memory_used": 40 * 2**30, "memory_total": 80 * 2**30, "temperature": 71,
-    "power": 420.0, "throttle_reasons": ["power cap"],
+    "power": 420.0, "throttle_reasons": ["power cap"], "state": "usable", "why": "", "jobs": ["units-1a"],
 }  # fmt: skip
 ANSWER = {"prompt": "What is\n2 + 2?", "answer": "4", "exact": 1, "error": None, "step": 100}
 
@@ -84,13 +85,81 @@ def test_it_fits_the_terminal_whatever_it_tells(size):
         gpus=[GPU] * 12,
         predictions=[{**ANSWER, "prompt": wide, "answer": wide}] * 20,
     )
-    for given in (facts(), crowded, facts(running=[], queue=[], gpus=[], predictions=[])):
+    given_all = (facts(), crowded, many(16, 16), many(4, 8), facts(running=[], queue=[], gpus=[], predictions=[]))
+    for given in given_all:
         lines = shown(given, size)
         assert len(lines) == size.lines
         assert all(cut(line, size) == line for line in lines)
         assert not any("\x1b" in line for line in lines)
         if size.plain and given is not crowded:
             assert "".join(lines).isascii()
+
+
+def many(jobs: int, gpus: int, **more) -> dict:
+    """Jobs that run, each on a GPU, and GPUs that no job is on."""
+    progress = RUNNING["progress"]
+    running = [
+        job(f"job-{n}", progress={**progress, "step": n}, where={"short": f"GPU {n}", "id": None}) for n in range(jobs)
+    ]
+    cards = [{**GPU, "index": n, "jobs": [f"job-{n}"] if n < jobs else []} for n in range(gpus)]
+    curves = {one["id"]: Curves([(1, 3.0), (2, 1.0)], [(0, 3.5)], [(1, 1e-4)]) for one in running}
+    waiting = [job(f"waiting-{n}") for n in range(9)]
+    return facts(running=running, gpus=cards, curves=curves, queue=waiting, **more)
+
+
+def test_four_jobs_on_four_gpus_are_all_in_sight_in_24_lines_and_the_chosen_one_in_detail():
+    lines = shown(many(4, 4), Size(80, 24), chosen="job-2")
+    starts = [line[:16] for line in lines if line[2:].startswith("job-")]
+    assert starts == ["  job-0 (GPU 0):", "  job-1 (GPU 1):", "> job-2 (GPU 2):", "  job-3 (GPU 3):"]
+    detailed = lines.index(next(line for line in lines if line.startswith("> job-2")))
+    assert "done at" in lines[detailed + 1]
+    assert "loss 3.0000" in lines[detailed + 2]
+    assert "\n".join(lines).count("done at") == 1
+    assert sum("71 C  420 W" in line for line in lines) == 4
+    assert sum("waiting-" in line for line in lines) >= 1
+
+
+@pytest.mark.parametrize("place", [0, 7, 15])
+def test_of_sixteen_jobs_those_around_the_chosen_one_are_in_sight_and_each_gpu_has_a_place(place):
+    lines = shown(many(16, 16), Size(80, 24), chosen=f"job-{place}")
+    text = "\n".join(lines)
+    assert f"> job-{place} (GPU {place}): step {place} of 300" in text
+    assert "16 jobs run" in text
+    assert all(f"GPU {n}  87% 40/80 GiB" in text for n in range(16))
+    assert "queue: 9 waiting" in text
+    assert "waiting-0" in text
+    assert lines[-1] == KEYS
+    every = shown(many(16, 16), Size(100, 90), chosen=f"job-{place}")
+    assert sum(line[2:].startswith("job-") for line in every) == 16
+    assert "jobs run" not in "\n".join(every)
+
+
+def test_a_gpu_that_no_job_is_on_says_why():
+    states = [("usable", ""), ("busy", "is used by others: 9 GiB"), ("set_aside", "lost"), ("left_alone", "is left")]
+    cards = [
+        {**GPU, "index": n, "jobs": [], "state": state, "why": why} for n, (state, why) in enumerate([*states, *states])
+    ]
+    tall = "\n".join(shown(facts(gpus=cards[:4]), Size(80, 50)))
+    for words in ("GPU 0 is free", "GPU 1 is used by others: 9 GiB", "GPU 2 is set aside", "GPU 3 is left"):
+        assert words in tall
+    short = "\n".join(shown(facts(gpus=cards), Size(80, 24)))
+    for words in ("GPU 0 free", "GPU 5 busy", "GPU 6 set aside", "GPU 7 left alone"):
+        assert words in short
+
+
+def test_with_an_engine_a_job_says_what_that_calls_it():
+    one = {**RUNNING, "where": {"short": "slurm 4711", "id": "4711"}}
+    assert "units-1a (slurm 4711): step 120" in "\n".join(shown(facts(running=[one], gpus=[]), Size(80, 24)))
+
+
+def test_what_many_jobs_do_is_a_line_that_stays_short():
+    progress = RUNNING["progress"]
+    assert sentence_of_all([("a", False, progress)]).startswith("a: step 120 of 300, loss 0.8400, ")
+    jobs = [("a", False, progress), ("b", True, progress), ("c", False, {})]
+    assert sentence_of_all(jobs) == "3 jobs: a: step 120 of 300; b: writing a checkpoint; c: starting"
+    sixteen = sentence_of_all([(f"job-{n}", False, progress) for n in range(16)])
+    assert sixteen.startswith("16 jobs: job-0: step 120 of 300; ")
+    assert sixteen.endswith("; and 13 more")
 
 
 @pytest.mark.parametrize("left", [0, 10**12, 1e300])

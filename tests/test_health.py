@@ -119,7 +119,7 @@ def test_layers_that_are_not_there_are_named(training):
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_a_learning_rate_that_blows_up_ends_the_training(training, tmp_path, tuning):
     with pytest.raises(UnhealthyError, match=r"nan|inf") as caught:
-        training(tuning=tuning, learning_rate=1e30, max_grad_norm=0)
+        training(tuning=tuning, learning_rate=1, weight_decay=1e30, max_grad_norm=0)
     assert caught.value.code in {"loss_not_finite", "gradient_not_finite"}
     assert "learning_rate" in caught.value.remedy
     assert len(skipped(tmp_path)) == 3

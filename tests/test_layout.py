@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetuned.trainer import attention
+from finetuned.trainer import attention, loss
 from finetuned.trainer.attention import FLAT
 from finetuned.trainer.batches import Batch, collate_padded
 from finetuned.trainer.layout import choose_layout, rows_stand_alone
@@ -200,13 +200,36 @@ def test_a_model_that_scales_its_logits_is_trained_on_them():
     check_every_way(model, layout)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_model_that_caps_its_logits_is_trained_on_them(dtype):
-    """Also where the cap changes less than bf16's rounding in all layers does."""
-    model = build("gemma2", MIXED)
+def capping(dtype: torch.dtype = torch.float32):
+    model = build("gemma2", {"final_logit_softcapping": 3.0, **MIXED})
     with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(20)
-    layout = choose_layout(model.to(dtype), dtype)
+        model.get_output_embeddings().weight.mul_(20)  # so that the cap is felt
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("chunk", [4, 1000], ids="{} positions at once".format)
+def test_a_model_that_caps_its_logits_is_trained_on_them_chunk_by_chunk(chunk, frozen, monkeypatch):
+    monkeypatch.setitem(loss._CHUNK, "cpu", 4 * SIZES["vocab_size"] * chunk)
+    model = capping()
+    model.get_output_embeddings().weight.requires_grad_(not frozen)
+    layout = choose_layout(model, torch.float32)
+    assert layout.head_apart
+    check_every_way(model, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cap_is_seen_in_any_number_format(dtype):
+    model = capping(dtype)
+    layout = choose_layout(model, dtype)
+    hidden, head = layout.hidden_states(model, layout.collate(rows()))
+    assert head(hidden).abs().max() <= 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_where_the_head_alone_gives_other_logits_the_model_s_own_are_taken(dtype):
+    """Also where they differ by less than bf16's rounding in all layers does."""
+    layout = choose_layout(build("granite", {"logits_scaling": 1.01}).to(dtype), dtype)
     assert not layout.head_apart
 
 

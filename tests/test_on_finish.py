@@ -12,10 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from conftest import chat_rows, eventually, write_config, write_jsonl
-from finetuned.config import OnFinish, load_config
+from finetuned.config import load_config
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import Ledger
 from finetuned.on_finish import News, Teller
+from finetuned.section_settings import OnFinish
 from finetuned.spool.publish import publish
 
 POST = (

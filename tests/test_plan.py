@@ -15,7 +15,7 @@ from finetuned.cli import cli
 from finetuned.config import load_config, settings_from
 from finetuned.fallback import Rung
 from finetuned.plan import render
-from finetuned.trainer import attention, footprint, history, plan
+from finetuned.trainer import attention, footprint, history, plan, rehearsal
 from finetuned.trainer.base import Base
 from finetuned.trainer.layout import Layout
 from finetuned.trainer.lora import add_adapter
@@ -86,12 +86,12 @@ def test_the_ladder_is_walked_until_a_rung_fits():
 
 def test_earlier_jobs_correct_the_same_method_first(tmp_path):
     file = tmp_path / "trainings.json"
-    assert history.correction(history.read(file), model="m", method="lora", device="cpu")[0] == 1
+    assert history.correction(history.read(file), model="m", method="lora", device="cpu", recipe="sft")[0] == 1
     history.remember(file, history.Record("m", "full", "cpu", 100, 150, 10.0))
-    assert history.correction(history.read(file), model="m", method="lora", device="cpu")[0] == 1.5
+    assert history.correction(history.read(file), model="m", method="lora", device="cpu", recipe="sft")[0] == 1.5
     history.remember(file, history.Record("m", "lora", "cpu", 100, 120, 20.0))
-    assert history.correction(history.read(file), model="m", method="lora", device="cpu")[0] == 1.2
-    assert history.speed(history.read(file), model="m", method="lora", device="cpu") == 20
+    assert history.correction(history.read(file), model="m", method="lora", device="cpu", recipe="sft")[0] == 1.2
+    assert history.speed(history.read(file), model="m", method="lora", device="cpu", recipe="sft") == 20
 
 
 def ask(*words: object):
@@ -118,6 +118,7 @@ def test_the_verb_answers_for_machines_and_names_what_is_wrong(home, tmp_path, t
 def test_a_short_time_is_told_in_seconds_and_one_row_is_one(minutes, time):
     text = render(
         {
+            "not_counted": ["the moon"],
             "parts_bytes": {}, "correction": 1.0, "corrected_by": "nothing", "counted": "by hand", "peak_bytes": 1,
             "predicted_bytes": 1, "memory_bytes": 1, "file": "x", "data_summary": "", "data_sentences": [],
             "rung": {"batch_size": 1, "micro_batch_tokens": 0}, "rung_name": "", "reason": "", "model": "",
@@ -127,6 +128,62 @@ def test_a_short_time_is_told_in_seconds_and_one_row_is_one(minutes, time):
     )  # fmt: skip
     assert f"time: {time} at" in text
     assert "at most 1 row\n" in text
+    assert "not counted: the moon\n" in text
+
+
+def planned(home, data, tiny_model, **settings) -> dict:
+    write_config(home, model=str(tiny_model), dtype="float32", tuning="lora", **settings)
+    order = {"file": str(data), "models": str(home.models), "base_dir": str(home.root)}
+    return plan.plan({**order, "settings": load_config(home.config_file).training().model_dump()})
+
+
+def work_of(facts: dict) -> int:
+    return facts["parts_bytes"]["activations"] + facts["parts_bytes"]["working"]
+
+
+def test_every_recipe_is_counted_on_its_own_objective(home, tiny_model, tmp_path):
+    data = write_jsonl(tmp_path / "x.jsonl", chat_rows(8))
+    taught = {"recipe": "distill", "teacher": str(tiny_model)}
+    terms = {"hidden_weight": 0.1, "attention_weight": [0, 0.1], "contrastive_weight": 0.1}
+    sft, distill, more, hybrid = (
+        planned(home, data, tiny_model, **settings)
+        for settings in ({}, taught, {**taught, "distill": terms}, {"recipe": "hybrid"})
+    )
+    assert all(facts["counted"] == rehearsal.COUNTED for facts in (sft, distill, more, hybrid))
+    assert work_of(sft) < work_of(distill) < work_of(more)  # terms that begin at 0 are counted as well
+    assert 1.5 * work_of(sft) < work_of(hybrid)  # two passes of each row
+    assert distill["trained_parameters"] == sft["trained_parameters"]  # of one vocabulary: there is no projector
+    assert more["trained_parameters"] == sft["trained_parameters"] + 3 * 64 * 64  # two layers' and the contrast's
+    assert hybrid["trained_parameters"] > sft["trained_parameters"]  # the policy
+    assert (sft["not_counted"], distill["not_counted"]) == ([], [])
+    assert any("time of making answers" in one for one in hybrid["not_counted"])
+
+
+def test_of_rft_the_larger_of_answering_and_training_counts(home, tiny_model, tmp_path):
+    data = write_jsonl(tmp_path / "x.jsonl", chat_rows(8))
+    short, long = (planned(home, data, tiny_model, recipe="rft", rft={"max_new_tokens": n}) for n in (8, 100_000))
+    assert "answers" not in short["parts_bytes"]
+    cache = (
+        2 * 2 * 32 * 4 * 100_000
+    )  # keys and values of two layers, two heads of 16 numbers, float32, one row at a time
+    assert long["parts_bytes"]["answers"] > cache / 2
+    assert long["predicted_bytes"] == sum(long["parts_bytes"].values())
+    assert any("not of what is kept" in one for one in long["not_counted"])
+
+
+def test_jobs_of_another_recipe_or_teacher_correct_nothing(tmp_path):
+    file = tmp_path / "trainings.json"
+    (tmp_path / "trainings.json").write_text(
+        '[{"model": "m", "method": "lora", "device": "cpu", "predicted": 100, "peak": 150, "tokens_per_second": 9.0}]'
+    )  # as before there were recipes
+    for teacher in ("a", "b"):
+        settings = settings_from({"recipe": "distill", "teacher": teacher}, where="")
+        kind = {"model": "m", "method": "lora", "device": "cpu", "recipe": history.kind_of(settings)}
+        assert history.speed(history.read(file), **kind) is None
+        assert history.peak(history.read(file), **kind) == (0, 0)
+        history.remember(file, history.Record("m", "lora", "cpu", 100, 300, 2.0, kind["recipe"]))
+        assert history.correction(history.read(file), **kind)[0] == 3
+    assert history.correction(history.read(file), model="m", method="lora", device="cpu", recipe="sft")[0] == 1.5
 
 
 def test_a_teacher_beside_the_model_is_counted_as_it_is_stored(home, tiny_model, tmp_path):

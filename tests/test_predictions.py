@@ -16,11 +16,12 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import chat_rows, row_of, write_config, write_jsonl
-from finetuned.config import Predictions, settings_from
+from finetuned.config import settings_from
 from finetuned.dataset.formats import check_row
 from finetuned.events import Event, EventType, parse_event
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import MIGRATIONS, Ledger
+from finetuned.section_settings import Predictions
 from finetuned.trainer import generate as room
 from finetuned.trainer import loop
 from finetuned.trainer.base import Base

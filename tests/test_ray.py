@@ -22,9 +22,9 @@ from finetuned.engine_settings import Ray
 from finetuned.errors import FinetunedError
 from finetuned.events import ExitCode, parse_event
 from finetuned.home import JobFolder
-from finetuned.launchers import Needs, ray
+from finetuned.launchers import Needs, ray, ray_train
 from finetuned.launchers.ray import RayLauncher
-from finetuned.launchers.ray_ends import end_of
+from finetuned.launchers.ray_ends import NOT_SHARED, end_of
 from finetuned.lifesigns import leave_exit_code, locked
 from fixtures_ray import free_ports
 
@@ -157,6 +157,25 @@ def test_an_order_holds_what_was_set_and_what_the_trainer_needs(answers, folder)
     assert variables.items() >= {"A": "b", "C": "d", "FINETUNED_TAKES_LOCK": "1"}.items()
 
 
+def test_an_entry_point_runs_the_trainer_unless_its_folder_is_not_there_or_it_was_stopped_before(
+    answers, folder, monkeypatch
+):
+    monkeypatch.setenv("FINETUNED_TRAINER", "sh -c 'echo at work in $0; exit 3'")
+    start(answers.address, folder)
+
+    def run() -> int:
+        return subprocess.run(answers.orders[0]["entrypoint"], shell=True, check=False).returncode
+
+    log = folder.path.with_suffix(".log")
+    assert run() == 3
+    assert log.read_text() == f"at work in {folder.path}\n"
+    folder.stop(1).touch()
+    assert run() == ExitCode.STOPPED
+    folder.path.rename(folder.path.with_name("gone"))
+    assert run() == NOT_SHARED
+    assert log.read_text().count("at work") == 1
+
+
 def test_two_base_directories_never_share_an_id_and_two_daemons_in_one_find_the_same(answers, folder, tmp_path):
     other = JobFolder(tmp_path / "other" / "job-1")
     other.path.mkdir(parents=True)
@@ -249,10 +268,11 @@ def ask_often(trainer) -> None:
         time.sleep(0.01)
 
 
-def test_a_daemon_that_finds_a_cluster_silent_takes_the_trainer_to_be_there(answers, folder):
+@pytest.mark.parametrize("answer", [(503, "busy"), (404, "a proxy without its server"), (200, "<html>"), (403, "")])
+def test_a_daemon_that_finds_no_good_answer_takes_the_trainer_to_be_there(answers, folder, answer):
     launcher = RayLauncher(Ray(address=answers.address))
     assert launcher.find(folder, trainer_id="x", attempt=1) is None
-    answers.info = 503, "busy"
+    answers.info = answer
     found = launcher.find(folder, trainer_id="x", attempt=1)
     assert found.poll() is None
     answers.say("SUCCEEDED")
@@ -310,7 +330,7 @@ ERRORS = {
     "no turn": ({"error_type": "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "message": "in 900 s"}, -9, "in 900 s", ""),
     "no environment": ({"error_type": "RUNTIME_ENV_SETUP_FAILURE", "message": "no pip"}, 75, "", "no pip"),
     "no folder": ({"driver_exit_code": 72}, 78, "", "does not see"),
-    "no python": ({"driver_exit_code": 127, "message": "sh: no such python"}, 78, "", "no such python"),
+    "no python": ({"driver_exit_code": 127}, 78, "", "ray.python"),
     "a worker": ({"driver_exit_code": 74}, -9, "one of its workers", ""),
 }
 
@@ -324,6 +344,18 @@ def test_a_failed_job_is_the_trainers_end_or_was_taken_or_never_began(name):
     assert bool(end.taken) == bool(taken)
     assert error in str(end.error)
     assert (end.error is not None) == bool(error)
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("Training failed:\n[Rank 1 Error]: rank 1 ended with -9\n[Rank 0 Error]: rank 0 ended with 75", 75),
+        ("RuntimeError: rank 1 ended with -9", 137),
+        ("The actor died because its node has died.", 74),
+    ],
+)
+def test_a_group_of_ranks_ends_as_its_first_or_was_taken_where_none_could_say(said, code):
+    assert ray_train.exit_code(said) == code
 
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING"])

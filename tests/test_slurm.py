@@ -30,6 +30,8 @@ SACCT = """\
 3|CANCELLED by 1000|0:15|finetuned-x-1
 4|OUT_OF_MEMORY|0:125|finetuned-x-1
 5|FAILED|70:0|finetuned-x-1
+7|FAILED|9:0|finetuned-x-1
+8|FAILED|1:0|finetuned-x-1
 6|RUNNING|0:0|finetuned-x-1
 """
 
@@ -94,6 +96,8 @@ def test_the_accounting_is_read_with_exit_codes_and_signals():
         "3": ("CANCELLED", -15),
         "4": ("OUT_OF_MEMORY", -125),
         "5": ("FAILED", 70),
+        "7": ("FAILED", -9),  # 137 it was
+        "8": ("FAILED", 1),
         "6": ("RUNNING", 0),
     }
 

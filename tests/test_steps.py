@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finetuned.trainer.steps import Bound, Plan, cut, largest_cut, learning_rate, plan_steps
+from finetuned.trainer.steps import Bound, Plan, cut, cut_for_all, deal, largest_cut, learning_rate, plan_steps
 
 sizes = st.integers(1, 60)
 batches = st.integers(1, 17)
@@ -86,17 +86,55 @@ def test_half_the_bound_is_never_larger(lengths, bound):
     assert halved <= whole
 
 
+ranks = st.integers(1, 9)
+
+
+@given(lengths, ranks)
+@example(lengths=[7], ranks=3)
+def test_every_row_is_dealt_to_one_rank_and_none_has_more_than_a_row_too_many(lengths, ranks):
+    rows = list(range(len(lengths)))
+    shares = deal(rows, lengths, ranks)
+    assert len(shares) == ranks
+    assert sorted(row for share in shares for row in share) == rows
+    tokens = [sum(lengths[row] for row in share) for share in shares]
+    assert max(tokens) - min(tokens) <= max(lengths)
+    assert shares[0], "rank 0 speaks for all"
+
+
+@given(lengths, ranks, st.randoms())
+def test_how_rows_are_dealt_follows_from_the_rows_alone(lengths, ranks, random):
+    rows = list(range(len(lengths)))
+    other = random.sample(rows, len(rows))
+    assert deal(other, lengths, ranks) == deal(rows, lengths, ranks) or ranks == 1
+
+
+@given(st.integers(1, 50), st.integers(1, 9), ranks)
+def test_rows_of_one_length_are_dealt_evenly(length, each, ranks):
+    shares = deal(list(range(each * ranks)), [length] * (each * ranks), ranks)
+    assert [len(share) for share in shares] == [each] * ranks
+
+
+@given(lengths, bounds, ranks)
+def test_ranks_cut_their_shares_within_the_bound(lengths, bound, ranks):
+    rows = list(range(len(lengths)))
+    parts = cut_for_all(rows, lengths, bound, ranks)
+    assert sorted(row for part in parts for row in part) == rows
+    assert all(bound.allows(part, lengths) for part in parts)
+
+
 def test_padding_counts_where_there_is_any():
     lengths = [10, 2, 2]
     assert cut([0, 1, 2], lengths, Bound(8, tokens=14)) == [[0, 1, 2]]
     assert cut([0, 1, 2], lengths, Bound(8, tokens=14, padded=True)) == [[0], [1, 2]]
 
 
-@given(lengths, batches, bounds, epochs, seeds)
-def test_no_micro_batch_of_the_training_is_larger_than_the_largest_cut(lengths, batch, bound, rounds, seed):
+@given(lengths, batches, bounds, epochs, seeds, ranks)
+def test_no_micro_batch_of_the_training_is_larger_than_the_largest_cut(  # noqa: PLR0917, hypothesis gives them by name
+    lengths, batch, bound, rounds, seed, ranks
+):
     plan = plan_of(len(lengths), batch, epochs=rounds, seed=seed)
-    every = [part for n in range(plan.total_steps) for part in cut(plan.step(n), lengths, bound)]
-    largest = largest_cut(plan, lengths, bound)
+    every = [part for n in range(plan.total_steps) for part in cut_for_all(plan.step(n), lengths, bound, ranks)]
+    largest = largest_cut(plan, lengths, bound, ranks)
     assert largest in every
     assert bound.size(largest, lengths) == max(bound.size(part, lengths) for part in every)
 

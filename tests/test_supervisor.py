@@ -10,10 +10,13 @@ import pytest
 from finetuned.events import Ending, Event, EventType
 from finetuned.fallback import Rung
 from finetuned.jobs import FileIdentity, Job, State
+from finetuned.ledger import Ledger
 from finetuned.supervisor import (
     FIRST_DELAY,
     LONGEST_DELAY,
+    MOST_IN_VAIN,
     MOST_TRANSIENT,
+    Attempt,
     EventTail,
     decide,
     progress_after,
@@ -283,3 +286,28 @@ def test_a_torn_line_in_the_middle_costs_only_itself(said):
     tail = EventTail(said)
     assert steps(tail.read()) == [1, 3]
     assert tail.offset == said.stat().st_size
+
+
+# -- trainers that an engine takes away
+
+
+class Taken:
+    """A trainer on another machine that its engine has ended."""
+
+    pid, id, taken, waits = None, "7", "PREEMPTED", ""
+
+
+def test_a_trainer_that_is_taken_away_goes_on_but_not_for_ever_where_it_never_comes_further(home):
+    ledger = Ledger.open(home.ledger)
+    ledger.add(job())
+    for number in range(MOST_IN_VAIN - 1):
+        decision, ending = Attempt(ledger, home, ledger.job("x-1"), Taken()).conclude(143)
+        assert (ending, decision.reason) == (Ending.INTERRUPTED, None), number
+    attempt = Attempt(ledger, home, ledger.job("x-1"), Taken())
+    attempt.job = replace(attempt.job, progress={**attempt.job.progress, "step": 1})
+    assert attempt.conclude(143)[0].reason is None
+    for _ in range(MOST_IN_VAIN):
+        decision, _ = Attempt(ledger, home, ledger.job("x-1"), Taken()).conclude(143)
+    assert decision.reason is not None
+    assert decision.reason["code"] == "taken_too_often"
+    assert "PREEMPTED" in decision.reason["what"]

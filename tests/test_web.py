@@ -167,6 +167,45 @@ def test_gpus_are_given_as_the_daemon_saw_them_in_base_units(web, ledger):
     assert 'finetuned_jobs{status="running"} 1\n' in said
 
 
+def test_several_jobs_are_told_each_with_where_it_runs(web, ledger, home):
+    states = [{"uuid": f"GPU-{n}", "index": n, "name": "H", "state": "usable", "why": ""} for n in range(2)]
+    home.gpus.write_text(json.dumps([*states, {**states[0], "uuid": "GPU-2", "index": 2, "state": "busy"}]))
+    for n in range(2):
+        more = {"devices": [f"GPU-{n}"], "processes": n + 1, "step": n}
+        ledger.add(job(f"x-{n}", State.RUNNING, attempt=1, progress=more))
+        sample = {"uuid": f"GPU-{n}", "index": n, "name": "H", "utilization": 50 + n, "created_at": 5.0}
+        ledger.record_gpu(f"x-{n}", [(5.0, f"GPU-{n}", sample)])
+    settings = {**SETTINGS, "launcher": "ray"}
+    ledger.add(job("far", State.RUNNING, attempt=1, settings=settings, trainer_id="raysubmit_1"))
+    ledger.add(job("waits", progress={"waits_for": "GPU 2 H is used by others"}))
+    server = web()
+    now = server.json("/api/now")
+    assert [one["where"]["words"] for one in now["running"]] == [
+        "on GPU 0 H",
+        "on GPU 1 H, 2 processes",
+        "with ray as raysubmit_1",
+    ]
+    assert now["queue"][0]["why_waiting"] == "GPU 2 H is used by others"
+    assert [(gpu["state"], gpu["jobs"]) for gpu in now["gpus"]] == [
+        ("usable", ["x-0"]),
+        ("usable", ["x-1"]),
+        ("busy", []),
+    ]
+    assert server.json("/api/gpus")["data"] == now["gpus"]
+    assert server.json("/api/jobs/far")["where"]["id"] == "raysubmit_1"
+    said = server.ask("/metrics")[2].decode()
+    for line in (
+        'finetuned_job_step{job="x-1"} 1',
+        'finetuned_job_info{job="far",launcher="ray",id="raysubmit_1"} 1',
+        'finetuned_job_processes{job="x-1"} 2',
+        'finetuned_gpu_jobs{gpu="0",uuid="GPU-0",name="H"} 1',
+        'finetuned_gpu_usable{gpu="2",uuid="GPU-2",name="H"} 0',
+        'finetuned_gpu_utilization_ratio{gpu="0",uuid="GPU-0",name="H"} 0.5',
+        'finetuned_gpu_utilization_ratio{gpu="1",uuid="GPU-1",name="H"} 0.51',
+    ):
+        assert f"{line}\n" in said
+
+
 def test_an_adapter_is_downloaded_as_a_zip(web, ledger, home):
     folder = home.adapters / "units"
     (folder / "inner").mkdir(parents=True)

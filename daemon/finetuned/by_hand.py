@@ -12,9 +12,10 @@ from typing import Any
 import click
 
 from finetuned.adapters import MANIFEST
-from finetuned.config import settings_from
+from finetuned.config import TrainingSettings, settings_from
+from finetuned.drop import parse_settings
 from finetuned.durable import sha256_of, sync_tree
-from finetuned.errors import FinetunedError, HomeError
+from finetuned.errors import ConfigError, FinetunedError, HomeError
 from finetuned.events import describe_end, judge
 from finetuned.gpu import first_gpu
 from finetuned.home import JobFolder, models_folder, safe_name
@@ -41,18 +42,44 @@ def train_by_hand(
     system_prompt: str | None,
     predictions_enabled: bool | None,
     predictions_sample_frequency: str | None,
+    settings: tuple[str, ...],
     **options: Any,
 ) -> int:
     """Train and give the exit code. Raises FinetunedError for settings or folders that cannot be used."""
     values = {name: value for name, value in options.items() if value is not None}
-    for name in {"eval_file", "resume_adapter"} & values.keys():
+    for name in {"eval_file", "resume_adapter", "benchmark"} & values.keys():
         values[name] = str(values[name].resolve())
     values["predictions"] = _asking(predictions_enabled, predictions_sample_frequency)
     if system_prompt is not None:
         values["system_prompt"] = system_prompt or None
     if skip_validation:
         values["max_bad_rows"] = 1.0
-    settings = settings_from(values, where="the command line").model_dump()
+    return _train(
+        dataset,
+        output_dir,
+        settings_from(_joined(values, parse_settings(settings)), where="the command line"),
+        job_id=job_id,
+        yes=yes,
+    )
+
+
+def _joined(options: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Put what `--set` gave beside the options. Raises ConfigError for what is in both."""
+    joined = dict(options)
+    for name, value in given.items():
+        if isinstance(value, dict) and isinstance(options.get(name), dict):
+            joined[name] = _joined(options[name], value)
+        elif options.get(name, value) != value:
+            raise ConfigError(
+                f"{name} is set to {options[name]} and to {value}", where="the command line", remedy="Leave one out."
+            )
+        else:
+            joined[name] = value
+    return joined
+
+
+def _train(dataset: Path, output_dir: Path, chosen: TrainingSettings, *, job_id: str | None, yes: bool) -> int:
+    settings = chosen.model_dump()
     output = output_dir.expanduser().resolve()
     if not yes and output.is_dir() and any(path.name != _WORK for path in output.iterdir()):
         click.confirm(f"{output_dir} is not empty. Replace what is there?", abort=True, err=True)
@@ -68,7 +95,7 @@ def train_by_hand(
         state=State.RUNNING,
         created_at=time.time(),
         settings=settings,
-        rung=settings_from(settings, where="the command line").first_rung().as_dict(),
+        rung=chosen.first_rung().as_dict(),
     )
     folder = JobFolder(output / _WORK)
     _keep_or_clear(folder, job)

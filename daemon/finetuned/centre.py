@@ -11,8 +11,8 @@ from importlib.util import find_spec
 
 import structlog
 
-from finetuned.config import Web
 from finetuned.home import Home
+from finetuned.section_settings import Web
 
 _FIRST_PAUSE, _LAST_PAUSE = 2.0, 300.0  # seconds before it is started again, doubled each time
 _STEADY = 60.0  # seconds that it must have run for the next pause to be short again

@@ -1,8 +1,8 @@
 """The command line: parse, dispatch, exit codes. Each verb imports what it needs by itself, so that `--help` is
 instant.
 
-Exit codes: 0 done, 1 a job or an evaluation failed, 2 used wrongly, 78 the configuration or the base directory cannot
-be used.
+Exit codes: 0 done, 1 a job or an evaluation failed, 2 used wrongly, 78 the configuration, the base directory or a file
+for the inbox cannot be used.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ def _base_dir(command: Callable[..., Any]) -> Callable[..., Any]:
         type=click.Path(path_type=Path, file_okay=False),
         help="The base directory; else $FINETUNED_HOME, else the current folder.",
     )(command)
+
+
+def _set(help_: str) -> Callable[..., Any]:
+    return click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help=help_)
 
 
 def _home(base_dir: Path | None) -> Home:
@@ -130,21 +134,32 @@ def top(base_dir: Path | None) -> None:
 
 @cli.command()
 @_base_dir
-@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--profile", default="", help="A profile of config.json, as inbox/NAME/ takes it.")
+@_set("A training setting for these files alone; repeatable.")
 @click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A training setting for this file alone; repeatable."
+    "--eval-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Held-out rows for one file."
 )
-@click.option(
-    "--eval-file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Held-out rows for this file."
-)
-def add(base_dir: Path | None, file: Path, profile: str, settings: tuple[str, ...], eval_file: Path | None) -> None:
-    """Copy FILE into the inbox, whole or not at all, with settings and held-out rows of its own."""
+def add(
+    base_dir: Path | None, files: tuple[Path, ...], profile: str, settings: tuple[str, ...], eval_file: Path | None
+) -> None:
+    """Copy FILES into the inbox, each whole or not at all, with settings and held-out rows of their own. The others are
+    taken where one is refused.
+    """
     from finetuned.drop import add as drop
     from finetuned.drop import parse_settings
+    from finetuned.errors import DataError
 
-    given = parse_settings(settings)
-    click.echo(drop(_home(base_dir), file, profile=profile, settings=given, held_out=eval_file))
+    if eval_file and len(files) > 1:
+        raise click.UsageError("--eval-file belongs to one file; add the others by themselves.")
+    given, refused = parse_settings(settings), False
+    for file in files:
+        try:
+            click.echo(drop(_home(base_dir), file, profile=profile, settings=given, held_out=eval_file))
+        except DataError as error:
+            click.echo(f"finetuned: {error}", err=True)
+            refused = True
+    sys.exit(_UNUSABLE if refused else 0)
 
 
 @cli.command()
@@ -380,7 +395,7 @@ def datagen(base_dir: Path | None, file: Path, out: Path, profile: str, model: s
 @click.option(
     "--dataset", required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A JSONL file."
 )
-@click.option("--model", default="smollm2-135m", show_default=True, help="A hub id, a folder, or smollm2-135m.")
+@click.option("--model", show_default="smollm2-135m", help="A hub id, a folder, or smollm2-135m.")
 @click.option(
     "--output-dir", required=True, type=click.Path(path_type=Path, file_okay=False), help="Where the adapter goes."
 )
@@ -412,6 +427,16 @@ def datagen(base_dir: Path | None, file: Path, out: Path, profile: str, model: s
     help="tensorboard, wandb, mlflow, ...; repeatable. Files: logs/tracking/.",
 )
 @click.option("--seed", type=int)
+@click.option(
+    "--recipe", type=click.Choice(["sft", "distill", "rft", "hybrid"]), help="What is learned; sft if none is named."
+)
+@click.option("--teacher", help="The model that recipe distill learns from, named as --model is.")
+@click.option(
+    "--benchmark",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Rows to measure the adapter by, beside its base model.",
+)
+@_set("Any other setting of config.json's that decides a training: rft.samples=8, say; repeatable.")
 @click.option("--job-id", help="A name for this training.")
 @click.option("--skip-validation", is_flag=True, help="Train on the good rows, however many are bad.")
 @click.option("--yes", is_flag=True, help="Do not ask before replacing what is in the output folder.")

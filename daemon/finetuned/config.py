@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from difflib import get_close_matches
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from finetuned import config_errors
 from finetuned.engine_settings import Ray, Slurm
 from finetuned.errors import ConfigError
 from finetuned.fallback import Rung
 from finetuned.findings import Warned
-from finetuned.judges import LETTERS, TOLERANCE, Judge, Kind, judge, suits
-from finetuned.recipe_settings import Distill, Hybrid, Rft
+from finetuned.recipe_settings import Distill, Hybrid, PositiveInt, Rft, Strict
+from finetuned.section_settings import JudgeSettings, OnFinish, Predictions, Web
 
 NOT_IN_OVERRIDES = frozenset(
     {"launcher", "trust_remote_code", "benchmark", "eval_file", "resume_adapter", "priority", "report_to"}
@@ -40,88 +38,9 @@ Tracker = Literal[
 ]  # of accelerate
 Tuning = Literal["qlora", "lora-8bit", "lora", "full"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Predictions(_Strict):
-    """What the model is asked while it learns, so that one can read what it learns."""
-
-    enabled: bool = Field(True, description="Ask held-out questions while the model learns, where rows are held out.")
-    samples: int = Field(5, ge=0, description="How many held-out rows are asked; the same ones each time.")
-    frequency: Literal["eval", "epoch"] | PositiveInt = Field(
-        "eval",
-        description="When, beside before the first step and after the last: eval, epoch, or every so many steps.",
-    )
-    max_new_tokens: PositiveInt = Field(64, description="Longest answer, in tokens.")
-    temperature: float = Field(0.0, ge=0, description="0 takes the most probable answer; above, answers are drawn.")
-
-
-class JudgeSettings(_Strict):
-    """How an answer is told to be right (`judges.py`)."""
-
-    kind: Kind | Literal["auto"] = Field(
-        "auto",
-        description="exact (the same text), number (the last one), contains, regex, json (equal as JSON), choice; "
-        "auto: what suits the expected answers.",
-    )
-    tolerance: float = Field(
-        TOLERANCE, ge=0, description="number: how far it may be from the expected one, as a share of that."
-    )
-    pattern: str | None = Field(None, description="regex: its first group, or all of it, is the answer.")
-    choices: list[Annotated[str, Field(min_length=1)]] = Field(
-        list(LETTERS), min_length=2, description="choice: the answers that there are."
-    )
-
-    @field_validator("pattern")
-    @classmethod
-    def _is_a_pattern(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from error
-        return pattern
-
-    @model_validator(mode="after")
-    def _regex_has_one(self) -> Self:
-        if self.kind == "regex" and not self.pattern:
-            raise ValueError("kind regex needs a pattern")
-        return self
-
-    def settle(self, expected: Iterable[str]) -> tuple[Judge, str]:
-        """Give the judge and why it is that one."""
-        kind, why = suits(expected) if self.kind == "auto" else (self.kind, "as set")
-        return judge(kind, tolerance=self.tolerance, pattern=self.pattern, choices=self.choices), why
-
-
-class OnFinish(_Strict):
-    """How others hear of the end of a job."""
-
-    command: str | None = Field(
-        None,
-        description="For the shell; FINETUNED_JOB, FINETUNED_FILE, FINETUNED_RESULT (succeeded, failed, cancelled) and "
-        "FINETUNED_LINE are in its environment.",
-    )
-    urls: list[str] = Field(default_factory=list, description="Services as apprise names them: ntfy://, mailto://, ...")
-    seconds: float = Field(30.0, gt=0, description="How long the command, and the services, may take.")
-
-
-class Web(_Strict):
-    """The control centre in the browser."""
-
-    enabled: bool = Field(True, description="Whether the daemon starts it; `finetuned web` starts it by hand.")
-    host: str = Field(
-        "127.0.0.1",
-        min_length=1,
-        description="Address to listen on. With any but this machine's own, a token is asked for.",
-    )
-    port: int = Field(7860, ge=0, le=65535, description="Port to listen on; 0: any that is free.")
-
-
-class TrainingSettings(_Strict):
+class TrainingSettings(Strict):
     """Everything that decides how one file is trained."""
 
     priority: int = Field(
@@ -208,7 +127,7 @@ class TrainingSettings(_Strict):
     micro_batch_tokens: PositiveInt | Literal["auto"] = Field(
         "auto", description="Most tokens in one micro-batch, a longer row stands alone; auto: what is fastest and fits."
     )
-    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+    learning_rate: Annotated[float, Field(gt=0, le=10)] | Literal["auto"] = Field(
         "auto", description="Peak learning rate; auto: 2e-4 for adapters, 1e-5 for full."
     )
     warmup_ratio: Fraction = Field(0.05, description="Share of the steps in which the learning rate rises from 0.")
@@ -432,37 +351,6 @@ def _settings(base: TrainingSettings, changes: dict[str, Any]) -> TrainingSettin
     return TrainingSettings(**merged)
 
 
-_UNION_TAG = re.compile(r"\[|^(float|int|str|bool)$|^constrained-")  # names a branch of a union, no key of the user's
-
-
-def _lines(error: ValidationError) -> list[str]:
-    said: dict[str, list[str]] = {}
-    meant: dict[str, str] = {}
-    for problem in error.errors(include_url=False, include_context=False):
-        place = ".".join(takewhile(lambda part: not _UNION_TAG.search(part), map(str, problem["loc"])))
-        text = problem["msg"].removeprefix("Value error, ")
-        near: list[str] = []
-        if problem["type"] == "extra_forbidden":
-            text, near = "no such setting", get_close_matches(str(problem["loc"][-1]), _beside(problem["loc"]), 1)
-        elif problem["type"] == "literal_error":
-            near = get_close_matches(str(problem["input"]).lower(), re.findall("'([^']+)'", text), 1)
-        elif problem["type"] == "model_type":
-            text = "must be an object in braces"
-        said.setdefault(place, []).append(text)
-        meant |= {place: f"; did you mean {near[0]}?"} if near else {}
-    lines = {place: "; or: ".join(texts) + meant.get(place, "") for place, texts in said.items()}
-    return [f"{place}: {text}" if place else text for place, text in lines.items()]
-
-
-def _beside(place: tuple[int | str, ...]) -> list[str]:
-    """Name the settings that there are where a problem's place is."""
-    model: Any = Config
-    for part in place[:-1]:
-        field = getattr(model, "model_fields", {}).get(part)
-        model = field.annotation if field else None
-    return list(getattr(model, "model_fields", {}))
-
-
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
@@ -516,7 +404,7 @@ def _config(value: dict[str, Any], *, where: str) -> Config:
     try:
         config = Config(**value)
     except ValidationError as error:
-        lines = _lines(error)
+        lines = config_errors.lines(error, Config)
     base = config.training() if config else TrainingSettings()
     profiles = value.get("profiles")
     for name, changes in profiles.items() if isinstance(profiles, dict) else ():
@@ -524,7 +412,7 @@ def _config(value: dict[str, Any], *, where: str) -> Config:
             try:
                 _settings(base, changes)
             except ValidationError as error:
-                lines += [f"profiles.{name}.{line}" for line in _lines(error)]
+                lines += [f"profiles.{name}.{line}" for line in config_errors.lines(error, TrainingSettings)]
     if config is None or lines:
         raise _invalid(lines, where)
     return config
@@ -570,7 +458,7 @@ def resolve(config: Config, profile: str, overrides: dict[str, Any], *, where: s
         settings = _settings(config.training(), config.profiles.get(profile, {}))
         changed = _settings(settings, overrides)
     except ValidationError as error:
-        raise _invalid(_lines(error), where) from error
+        raise _invalid(config_errors.lines(error, TrainingSettings), where) from error
     if settings.trust_remote_code and _FOREIGN & overrides.keys():
         raise ConfigError(
             "an override may not choose the model or the teacher where trust_remote_code is on",
@@ -585,7 +473,7 @@ def settings_from(values: dict[str, Any], *, where: str) -> TrainingSettings:
     try:
         return TrainingSettings(**values)
     except ValidationError as error:
-        raise _invalid(_lines(error), where) from error
+        raise _invalid(config_errors.lines(error, TrainingSettings), where) from error
 
 
 def json_schema() -> str:

@@ -17,7 +17,7 @@ from finetuned.config import WHERE, Config
 from finetuned.engines import Engines
 from finetuned.errors import ConfigError, FinetunedError
 from finetuned.events import Ending, Event, EventType, ExitCode
-from finetuned.fleet import CPU, Fleet
+from finetuned.fleet import Fleet
 from finetuned.foresight import Foresight, gpus_for
 from finetuned.guard import check_place
 from finetuned.hold import Hold
@@ -27,9 +27,9 @@ from finetuned.launchers import Needs, Start
 from finetuned.launchers.local import start, trainer_environment
 from finetuned.launchers.warm import WarmParent
 from finetuned.ledger import Ledger
-from finetuned.live import sentence
+from finetuned.live import sentence_of_all
 from finetuned.pulse import no_room
-from finetuned.scheduler import LOCAL, Device, Wish, Work, schedule
+from finetuned.scheduler import CPU, LOCAL, Device, Wish, Work, schedule
 from finetuned.spool.claim import settle_duplicate, write_spec
 from finetuned.supervisor import Attempt, boot_id, stop_orphan
 from finetuned.tidy import keep_ends, release
@@ -73,8 +73,9 @@ class Crew:
         if self.attempts and now < self._next_decision:
             return
         self._next_decision = now + _DECIDE_EVERY
-        queue = self._ledger.may_start(time.time(), limit=_LOOKED_AT)
+        queue = self._first_in_turn()
         if not queue:
+            self.fleet.rest(config)
             return
         jobs = {job.id: job for job in queue}
         queue = [job for job in queue if not (self._refused(config, job) or self._unanswered(job))]
@@ -200,11 +201,8 @@ class Crew:
     # -- what is said of it
 
     def doing(self) -> str:
-        """Say in a sentence what is going on: each job, its step, the time that is left."""
-        return "; ".join(
-            f"{one.job.id}: {'writing a checkpoint' if one.stopping else sentence(one.job.progress)}"
-            for one in self.attempts
-        )
+        """Say in a sentence what is going on: one job with its step and the time that is left, of many the first."""
+        return sentence_of_all([(one.job.id, one.stopping, one.job.progress) for one in self.attempts])
 
     # -- inside
 
@@ -216,9 +214,11 @@ class Crew:
             check_place(self._home.adapters)
             following = replace(job, attempt=job.attempt + 1)
             told_apart = name == LOCAL and self.fleet.count(config)
-            write_spec(self._home, following, processes=len(devices) if told_apart else _wanted(job))
+            processes = len(devices) if told_apart else _wanted(job)
+            write_spec(self._home, following, processes=processes)
             progress = {key: value for key, value in job.progress.items() if key != "waits_for"}
             progress |= {"gpu": environment.get("CUDA_VISIBLE_DEVICES", ""), "devices": [one.id for one in devices]}
+            progress["processes"] = processes
             job = self._ledger.record(
                 job.id,
                 [began(following, at=time.time(), on=why)],
@@ -252,6 +252,15 @@ class Crew:
             self._next_decision = 0.0
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
 
+    def _first_in_turn(self) -> list[Job]:
+        """Give the first jobs of the queue: so many that one for this machine is among them, if there is any."""
+        limit = _LOOKED_AT
+        while True:
+            queue = self._ledger.may_start(time.time(), limit=limit)
+            if len(queue) < limit or any(_launcher(job) == LOCAL for job in queue):
+                return queue
+            limit *= 4
+
     def _refused(self, config: Config, job: Job) -> bool:
         """Fail a job that wants more GPUs than there are."""
         wanted, there = job.settings.get("gpus_per_job", 1), self.fleet.count(config)
@@ -272,9 +281,10 @@ class Crew:
 
     def _wish(self, config: Config, job: Job, devices: Sequence[Device]) -> Wish:
         """Say what a job needs here. Without GPUs to choose from there is one device, whatever is done on it."""
+        same_as = "" if config.duplicates == "run" else _same_as(job)
         memory = min((one.memory for one in devices if one.memory), default=None)
         if memory is None or _launcher(job) != LOCAL:
-            return Wish(job.id, _launcher(job), same_as=_same_as(job))
+            return Wish(job.id, _launcher(job), same_as=same_as)
         wanted = job.settings.get("gpus_per_job", 1)
         shares = config.share_gpus and wanted in {1, "auto"}
         gpus: int | None = None if wanted == "auto" else wanted
@@ -282,7 +292,7 @@ class Crew:
             known = self._foresight.knows(job, gpu=devices[0].id, memory=memory)
             needed = self._foresight.of(job.id) or 0
             gpus = None if not known else gpus or gpus_for(needed, memory, most=len(devices))
-        return Wish(job.id, gpus=gpus, memory=self._foresight.of(job.id), shares=shares, same_as=_same_as(job))
+        return Wish(job.id, gpus=gpus, memory=self._foresight.of(job.id), shares=shares, same_as=same_as)
 
     def _work(self, config: Config, job: Job) -> Work:
         places, memory = _places(job), self._foresight.of(job.id)
@@ -324,7 +334,7 @@ class Crew:
 
     def _heed_gpus(self, config: Config) -> None:
         """Keep away from GPUs that failed. Jobs at work on one are stopped and go on elsewhere."""
-        for uuid in self.fleet.heed():
+        for uuid in self.fleet.heed(config):
             for attempt in self.attempts:
                 if self.fleet.serves(uuid, _visible(attempt.job)):
                     attempt.gpu_failed = True

@@ -29,12 +29,18 @@ class Ray(Strict):
     python: str | None = Field(
         None, description="The Python on its nodes that has finetuned; null: the path of the daemon's own."
     )
+    across_nodes: bool = Field(
+        False,
+        description="Let the GPUs of one job be of several nodes, by Ray Train, which ray_python must have. Otherwise "
+        "they are all of one.",
+    )
     ray_python: str | None = Field(
-        None, description="The one that has ray[train] and torch, for jobs on several GPUs; null: the same."
+        None, description="The Python on its nodes that has ray[train] and torch; null: the one that has finetuned."
     )
     resources: dict[str, Amount] = Field(
         default_factory=dict,
-        description="What a trainer reserves beside its GPUs: CPU, memory in bytes, and what the cluster names itself.",
+        description="What a trainer, or with across_nodes each rank of it, reserves beside its GPUs: CPU, memory in "
+        "bytes, and what the cluster has names for.",
     )
     runtime_env: dict[str, Any] = Field(
         default_factory=dict, description="As Ray takes it; its env_vars are set for the trainer."

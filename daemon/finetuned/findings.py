@@ -81,6 +81,7 @@ Warned = Literal[
     "answer_equals_prompt",
     "dominant_answer",
     "rows_cut",
+    "beyond_reach",
     "roles_out_of_order",
     "mixed_system_languages",
     "system_prompt_added",
@@ -109,6 +110,10 @@ WARNINGS: dict[Warned, Finding] = {
         "one answer is that of many rows", "The model may give it always; balance the file, and hold rows back to see."
     ),
     "rows_cut": Finding("rows are longer than max_length", "Raise max_length, or split the rows; the end is not seen."),
+    "beyond_reach": Finding(
+        "rows are longer than the model, or its teacher, was made to read",
+        "Lower max_length, or take a model for longer rows; what lies beyond makes little sense to it.",
+    ),
     "roles_out_of_order": Finding(
         "turns do not alternate, or the last one is not the assistant's", "Mend the order of the messages."
     ),

@@ -16,17 +16,16 @@ from finetuned.config import Config
 from finetuned.durable import write_file
 from finetuned.gpu import Gpu, Sampler
 from finetuned.home import Home
-from finetuned.scheduler import Device
+from finetuned.scheduler import CPU, Device
 
 _GIB = 2**30
 _LOOK_EVERY = 2.0  # seconds between two looks at what others have in memory
-CPU = "cpu"
 
 _log = structlog.get_logger()
 
 
 class Fleet:
-    """Knows which GPUs failed, and says so in a file that `finetuned status` reads."""
+    """Knows which GPUs failed or are not for jobs, and says so in a file that `finetuned status` reads."""
 
     def __init__(self, home: Home, sampler: Sampler) -> None:
         """Begin with all GPUs that the sampler found."""
@@ -36,9 +35,11 @@ class Fleet:
         self._aside: dict[str, str] = {}
         self._used: dict[str, int] = {}  # bytes, by UUID, when last looked at
         self._looked_at = -_LOOK_EVERY
+        self._busy: dict[str, str] = {}  # why no job is started on it, by UUID, when last asked
         self._said: object = None
+        self._told: list[dict[str, object]] = []
         with suppress(OSError):
-            home.gpus_aside.unlink(missing_ok=True)
+            home.gpus.unlink(missing_ok=True)
 
     def devices(self, config: Config, at_work: Collection[str]) -> list[Device]:
         """Give what jobs may be started on now. On those in `at_work` jobs of ours are, so memory in use tells nothing.
@@ -49,17 +50,22 @@ class Fleet:
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
         if chosen == "" or (chosen is None and not self._found):
             return [Device(CPU, "the processor")]
-        named = [gpu for gpu in self._found if chosen is None or gpu.uuid in chosen.split(",")]
-        if not named:
+        if not self._named():
             return [Device(str(chosen), f"GPU {chosen}")]
-        usable = [gpu for gpu in self._left(named, config) if gpu.uuid not in self._aside]
+        usable = [gpu for gpu in self._left(self._named(), config) if gpu.uuid not in self._aside]
         self._look([gpu for gpu in usable if gpu.uuid not in at_work])
-        return [Device(gpu.uuid, str(gpu), gpu.memory_total, self._busy(gpu, config, at_work)) for gpu in usable]
+        self._busy = {gpu.uuid: self._why_busy(gpu, config, at_work) for gpu in usable}
+        self._tell(config)
+        return [Device(gpu.uuid, str(gpu), gpu.memory_total, self._busy[gpu.uuid]) for gpu in usable]
+
+    def rest(self, config: Config) -> None:
+        """Note that nobody waits for a GPU, so that none is asked whether others use it."""
+        self._busy = {}
+        self._tell(config)
 
     def count(self, config: Config) -> int:
         """How many GPUs jobs could have if none failed and nobody else used them; 0 where they are not told apart."""
-        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return len(self._left([gpu for gpu in self._found if chosen is None or gpu.uuid in chosen.split(",")], config))
+        return len(self._left(self._named(), config))
 
     @property
     def uuids(self) -> list[str]:
@@ -76,7 +82,7 @@ class Fleet:
         named = [name for name in (chosen or "").split(",") if name in found]
         return bool(found) and all(uuid in self._aside for uuid in named or found)
 
-    def heed(self) -> list[str]:
+    def heed(self, config: Config) -> list[str]:
         """Set aside what failed since the last call; their UUIDs."""
         failed = []
         for event in self._sampler.events():
@@ -85,10 +91,7 @@ class Fleet:
                 self._aside[event.uuid] = event.detail
                 failed.append(event.uuid)
                 _log.error("GPU set aside", gpu=event.uuid, why=event.detail, then="no job uses it until a new start")
-        if not failed:
-            return failed
-        with suppress(OSError):  # the log has it too
-            write_file(self._home.gpus_aside, json.dumps(self._aside, indent=2).encode() + b"\n")
+        self._tell(config)
         return failed
 
     def serves(self, uuid: str, visible: str) -> bool:
@@ -96,6 +99,11 @@ class Fleet:
         if any(known.uuid in visible for known in self._found):
             return uuid in visible
         return bool(visible)
+
+    def _named(self) -> list[Gpu]:
+        """Leave those that the daemon's own CUDA_VISIBLE_DEVICES names, or all where there is none."""
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return [gpu for gpu in self._found if chosen is None or gpu.uuid in chosen.split(",")]
 
     def _left(self, gpus: Sequence[Gpu], config: Config) -> Sequence[Gpu]:
         """Leave those that config.json names, or all; say once what it names and is not there."""
@@ -117,8 +125,31 @@ class Fleet:
             used = self._sampler.memory_used()
             self._used = {gpu.uuid: used.get(gpu.uuid, 0) for gpu in gpus}
 
-    def _busy(self, gpu: Gpu, config: Config, at_work: Collection[str]) -> str:
+    def _why_busy(self, gpu: Gpu, config: Config, at_work: Collection[str]) -> str:
         used = self._used.get(gpu.uuid, 0)
         if gpu.uuid in at_work or used <= config.gpu_busy_gib * _GIB:
             return ""
         return f"is used by others: {used / _GIB:.1f} GiB are taken, and gpu_busy_gib is {config.gpu_busy_gib:g}"
+
+    def _tell(self, config: Config) -> None:
+        """Write how it is with each GPU, where that has changed."""
+        left = {gpu.uuid for gpu in self._left(self._found, config)}
+        named = {gpu.uuid for gpu in self._named()}
+        numbers = bool(os.environ.get("CUDA_VISIBLE_DEVICES")) and not named  # nobody can tell which it means
+        states: list[dict[str, object]] = []
+        for gpu in self._found:
+            if gpu.uuid in self._aside:
+                state, why = "set_aside", self._aside[gpu.uuid]
+            elif gpu.uuid not in named and not numbers:
+                state, why = "left_alone", "is left alone by CUDA_VISIBLE_DEVICES"
+            elif gpu.uuid not in left and not numbers:
+                state, why = "left_alone", "is left alone by `gpus` in config.json"
+            else:
+                why = self._busy.get(gpu.uuid, "")
+                state = "busy" if why else "usable"
+            states.append({"uuid": gpu.uuid, "index": gpu.index, "name": gpu.name, "state": state, "why": why})
+        if states == self._told:
+            return
+        with suppress(OSError):  # the log has what matters
+            write_file(self._home.gpus, json.dumps(states, indent=2).encode() + b"\n")
+            self._told = states

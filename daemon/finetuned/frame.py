@@ -21,7 +21,10 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 _PLAIN_LEVELS = "_.-=+*%#"  # where the terminal's letters are fewer
 _GIB = 2**30
 _YEAR = 365 * 86400  # seconds; whatever takes longer has no date
-_MOST_GPUS, _MOST_ANSWERS = 8, 5
+_MOST_ANSWERS = 5
+_LEAST_QUEUE = 3  # lines
+_CELL = 26  # columns of a GPU where several are on a line
+_STATES = {"usable": "free", "set_aside": "set aside", "left_alone": "left alone"}
 
 
 @dataclass(frozen=True)
@@ -35,20 +38,16 @@ class Size:
 
 def frame(facts: dict[str, Any], size: Size, *, chosen: str = "", note: str = "") -> list[str]:
     """Draw one frame: facts as `finetuned.top` gathers them, the chosen job marked, a note above the keys."""
-    lines = [_head(facts, size)]
-    for job in facts["running"]:
-        lines += ["", *_running(job, facts, size, chosen=chosen)]
-    if not facts["running"]:
-        last = facts["finished"][0] if facts["finished"] else None
-        lines += [
-            "",
-            cut("no job is running" + (f"; the last was {last['id']}, it {last['outcome']}" if last else ""), size),
-        ]
-    lines += [_gpu(sample, size) for sample in facts["gpus"][:_MOST_GPUS]]
+    lines = [_head(facts, size), ""]
     foot = ["", cut(note, size) if note else "", click.style(cut(KEYS, size), dim=True)] if size.lines else []
+    gpus = _gpus(facts["gpus"], size)
+    room = size.lines - len(lines) - len(foot) if size.lines else 10**6
+    of_queue = max(_LEAST_QUEUE, min(len(facts["queue"]) + 2, (room - len(gpus)) // 3))
+    lines += _running(facts, size, chosen=chosen, room=room - len(gpus) - of_queue)
+    lines += gpus
     answers = _answers(facts, size)
     room = size.lines - len(lines) - len(foot) if size.lines else 10**6
-    queue = _queue(facts, size, chosen=chosen, room=max(3, room - len(answers)))
+    queue = _queue(facts, size, chosen=chosen, room=max(_LEAST_QUEUE, room - len(answers)))
     body = [*lines, *queue, *answers]
     if not size.lines:
         return body
@@ -98,9 +97,41 @@ def _head(facts: dict[str, Any], size: Size) -> str:
     return click.style(text, fg=colour) + f"  {datetime.now().astimezone():%H:%M:%S}"
 
 
-def _running(job: dict[str, Any], facts: dict[str, Any], size: Size, *, chosen: str) -> list[str]:
-    progress = job["progress"]
-    lines = [_marked(cut(f"{job['id']}: {sentence(progress)}", size, room=size.columns - 2), job["id"] == chosen)]
+def in_detail(running: Sequence[dict[str, Any]], chosen: str) -> str:
+    """Give the running job that is shown in detail: the chosen one, or the first; nothing where none runs."""
+    ids = [job["id"] for job in running]
+    return chosen if chosen in ids else next(iter(ids), "")
+
+
+def _running(facts: dict[str, Any], size: Size, *, chosen: str, room: int) -> list[str]:
+    """Give a line a job, and below that of one its details; where there is no room for all, those around it."""
+    jobs = facts["running"]
+    if not jobs:
+        last = facts["finished"][0] if facts["finished"] else None
+        return [cut("no job is running" + (f"; the last was {last['id']}, it {last['outcome']}" if last else ""), size)]
+    shown = in_detail(jobs, chosen)
+    place = next(n for n, job in enumerate(jobs) if job["id"] == shown)
+    details = _details(jobs[place], facts, size)
+    rows = max(1, room - len(details))
+    if rows < len(jobs):
+        rows = max(1, rows - 1)  # one line says how many there are
+    start = max(0, min(place - rows // 2, len(jobs) - rows))
+    lines = []
+    for job in jobs[start : start + rows]:
+        where = (job.get("where") or {}) if len(jobs) > 1 or _elsewhere(job) else {}
+        name = f"{job['id']} ({where['short']})" if where.get("short") else job["id"]
+        text = cut(f"{name}: {sentence(job['progress'])}", size, room=size.columns - 2)
+        lines += [_marked(text, job["id"] == chosen), *(details if job["id"] == shown else [])]
+    more = cut(f"{len(jobs)} jobs run", size, room=size.columns - 2)
+    return [*lines, *([click.style(f"  {more}", dim=True)] if rows < len(jobs) else [])]
+
+
+def _elsewhere(job: dict[str, Any]) -> bool:
+    return (job.get("where") or {}).get("id") is not None
+
+
+def _details(job: dict[str, Any], facts: dict[str, Any], size: Size) -> list[str]:
+    progress, lines = job["progress"], []
     total, step = progress.get("total_steps") or 0, progress.get("step") or 0
     if total:
         at = f" {step / total:4.0%}"
@@ -130,8 +161,20 @@ def _rows(rung: dict[str, Any]) -> str:
     return counted(rung["batch_size"], "row") if "batch_size" in rung else "? rows"
 
 
+def _gpus(gpus: Sequence[dict[str, Any]], size: Size) -> list[str]:
+    """Give a line a GPU, or where that would take much of the terminal, several GPUs a line."""
+    if not size.lines or len(gpus) <= max(2, size.lines // 6):
+        return [_gpu(gpu, size) for gpu in gpus]
+    across = max(1, (size.columns - 2) // _CELL)
+    cells = [_filled(cut(_short(gpu), size, room=_CELL - 2), _CELL) for gpu in gpus]
+    lines = ["".join(cells[start : start + across]) for start in range(0, len(cells), across)]
+    return ["  " + cut(line.rstrip(), size, room=size.columns - 2) for line in lines]
+
+
 def _gpu(sample: dict[str, Any], size: Size) -> str:
     parts = [f"GPU {sample.get('index', '?')}"]
+    if why := _idle(sample):
+        return "  " + cut(f"{parts[0]} {why}", size, room=size.columns - 2)
     width = 10
     if sample.get("utilization") is not None:
         parts.append(f"{bar(sample['utilization'] / 100, width, plain=size.plain)} {sample['utilization']:3d}%")
@@ -144,6 +187,22 @@ def _gpu(sample: dict[str, Any], size: Size) -> str:
         parts.append(f"{sample['power']:.0f} W")
     parts += sample.get("throttle_reasons") or []
     return "  " + cut("  ".join(parts), size, room=size.columns - 2)
+
+
+def _idle(gpu: dict[str, Any]) -> str:
+    """Say why nothing is done on a GPU; nothing where a job is at work on it."""
+    if gpu["jobs"]:
+        return ""
+    return str({"usable": "is free", "set_aside": "is set aside"}.get(gpu["state"], gpu["why"]))
+
+
+def _short(gpu: dict[str, Any]) -> str:
+    name = f"GPU {gpu.get('index', '?')}"
+    if _idle(gpu):
+        return f"{name} {_STATES.get(gpu['state'], gpu['state'])}"
+    used, total = gpu.get("memory_used"), gpu.get("memory_total")
+    percent = f" {gpu['utilization']:3d}%" if gpu.get("utilization") is not None else ""
+    return f"{name}{percent}" + (f" {used / _GIB:.0f}/{total / _GIB:.0f} GiB" if used is not None and total else "")
 
 
 def _queue(facts: dict[str, Any], size: Size, *, chosen: str, room: int) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -91,14 +90,6 @@ def why_paused(home: Home) -> str | None:
         return home.paused.read_text(encoding="utf-8", errors="backslashreplace").strip()
     except FileNotFoundError:
         return None
-
-
-def gpus_aside(home: Home) -> dict[str, str]:
-    """Read which GPUs the daemon has set aside, by UUID, each with the reason."""
-    try:
-        return {str(uuid): str(why) for uuid, why in json.loads(home.gpus_aside.read_bytes()).items()}
-    except (OSError, ValueError, AttributeError):
-        return {}
 
 
 def why_waiting(home: Home) -> str | None:

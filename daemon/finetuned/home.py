@@ -157,9 +157,9 @@ class Home:
         return self.machinery / "crashes.json"
 
     @property
-    def gpus_aside(self) -> Path:
-        """The GPUs that this daemon uses no longer, each with the reason."""
-        return self.machinery / "gpus-aside.json"
+    def gpus(self) -> Path:
+        """How the daemon sees each GPU, and why no job is started on some."""
+        return self.machinery / "gpus.json"
 
     @property
     def web_token(self) -> Path:

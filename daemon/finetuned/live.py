@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from finetuned.errors import harmless
@@ -17,6 +18,7 @@ _PHASES = {
     "saving": "writing the adapter",
 }
 _BAR = 24  # characters
+_NAMED = 3  # jobs of many that a line names
 _EVERY = 5.0  # seconds between two lines where there is no terminal
 
 
@@ -34,6 +36,8 @@ def duration(seconds: float) -> str:
 def sentence(progress: dict[str, Any]) -> str:
     """Give a running job's newest figures."""
     phase = progress.get("phase")
+    if progress.get("waits_for"):
+        return f"waits in the cluster's queue: {progress['waits_for']}"
     if phase == "generating" and "counted" in progress:
         return f"{_PHASES[phase]}, {progress['counted']}"
     if phase in _PHASES or "train_loss" not in progress:
@@ -42,6 +46,21 @@ def sentence(progress: dict[str, Any]) -> str:
         f"step {progress['step']} of {progress.get('total_steps', '?')}, loss {progress['train_loss']:.4f}, "
         f"{progress.get('tokens_per_second', 0):,.0f} tokens/s, {duration(progress.get('seconds_left', 0))} left"
     )
+
+
+def brief(progress: dict[str, Any]) -> str:
+    """Give it in a few words."""
+    if progress.get("phase") in _PHASES or "train_loss" not in progress:
+        return sentence(progress)
+    return f"step {progress['step']} of {progress.get('total_steps', '?')}"
+
+
+def sentence_of_all(jobs: Sequence[tuple[str, bool, dict[str, Any]]]) -> str:
+    """Say what running jobs do: one at length, several in a line that stays short. (id, is it stopped, progress)."""
+    say = sentence if len(jobs) == 1 else brief
+    said = [f"{job}: {'writing a checkpoint' if stops else say(progress)}" for job, stops, progress in jobs[:_NAMED]]
+    more = [f"and {len(jobs) - _NAMED} more"] if len(jobs) > _NAMED else []
+    return (f"{len(jobs)} jobs: " if len(jobs) > 1 else "") + "; ".join([*said, *more])
 
 
 def why_waiting(progress: dict[str, Any]) -> str:

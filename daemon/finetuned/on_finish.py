@@ -21,9 +21,9 @@ from typing import IO
 
 import structlog
 
-from finetuned.config import OnFinish
 from finetuned.home import printable
 from finetuned.jobs import Job, Outcome
+from finetuned.section_settings import OnFinish
 
 _log = structlog.get_logger()
 

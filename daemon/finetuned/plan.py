@@ -38,6 +38,7 @@ def render(facts: dict[str, Any]) -> str:
     lines += [
         "",
         f"correction: {facts['corrected_by']}; activations {facts['counted']}",
+        *(f"not counted: {one}" for one in facts["not_counted"]),
         f"model: {facts['model']}, {facts['trained_parameters']:,} parameters trained; {facts['device']}",
         f"rung: {facts['rung_name']}: {facts['reason']}",
         f"micro-batch: at most {counted(facts['rung']['batch_size'], 'row')}{f' and {bound} tokens' if bound else ''}",

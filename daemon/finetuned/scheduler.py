@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 LOCAL = "local"
+CPU = "cpu"  # the one device of a machine without GPUs
 FILL = 0.9  # share of a GPU's memory that predictions of jobs which share it may come to
 
 

@@ -14,16 +14,18 @@ from typing import Any
 from finetuned.checked import is_checked
 from finetuned.errors import ConfigError, harmless
 from finetuned.found import ledger_if_any
-from finetuned.guard import daemon_pid, gpus_aside, why_paused, why_waiting
+from finetuned.guard import daemon_pid, why_paused, why_waiting
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.lifesigns import locked
 from finetuned.live import duration, sentence
 from finetuned.live import why_waiting as why_it_waits
+from finetuned.places import Gpu, gpu_states, gpus_at_work, place_of
 from finetuned.spool.inbox import Complaint, Found, list_inbox
 
 _LAST = 10  # finished jobs
 _FIRST = 30  # waiting jobs, for people; machines get all
+_SEVERAL = 2  # GPUs that are worth a list
 _LONGEST_REASON = 300  # characters
 
 
@@ -34,7 +36,7 @@ def gather(home: Home) -> dict[str, Any]:
         "daemon_pid": daemon_pid(home),
         "config_error": None,
         "paused": why_paused(home),
-        "gpus_aside": gpus_aside(home),
+        "gpus": gpus_at_work(states := gpu_states(home), None),
         "waits": None,
         "orders": [],
         "inbox": [],
@@ -54,12 +56,13 @@ def gather(home: Home) -> dict[str, Any]:
         if ledger is None:
             return facts
         facts["running"] = [
-            {**_facts(job), "trainer_alive": locked(home.job(job.id))}
+            {**_facts(job), "where": place_of(job, states), "trainer_alive": locked(home.job(job.id))}
             for job in ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)
         ]
         facts["queue"] = [_facts(job) for job in ledger.queue()]
         facts["orders"] = [{"verb": verb, "job": job_id or None} for _, verb, job_id, _ in ledger.orders()]
         facts["finished"] = [_facts(job) for job in ledger.last_finished(_LAST)]
+        facts["gpus"] = gpus_at_work(states, ledger)
     return facts
 
 
@@ -120,12 +123,16 @@ def render(facts: dict[str, Any]) -> str:
         f"finetuned in {facts['base_dir']}: "
         + (f"running, pid {pid}" if pid else "not running; start it with `finetuned run`")
     ]
+    lines += [""] if facts["running"] else []
     for job in facts["running"]:
-        lines += ["", f"running   {job['id']}", f"          {sentence(job['progress'])}"]
+        where = f" {job['where']['words']}".rstrip() if job["where"] else ""
+        lines += [f"running   {job['id']}{where}", f"          {sentence(job['progress'])}"]
         if not pid:
             trainer = "its trainer is at work without a daemon" if job["trainer_alive"] else "it stands still"
             lines.append(f"          {trainer}; `finetuned run` goes on with it")
     lines[1:1] = _hindrances(facts)
+    if gpus := _gpus(facts):
+        lines += ["", *gpus]
     if facts["inbox"]:
         lines += ["", *(f"in inbox  {e['path']} {e['what']}. {e['remedy']}".rstrip() for e in facts["inbox"])]
     if queue := facts["queue"]:
@@ -153,8 +160,22 @@ def _hindrances(facts: dict[str, Any]) -> list[str]:
         lines.append(f"paused: {facts['paused']}; `finetuned resume` lets jobs start again")
     if facts["daemon_pid"]:
         remedy = "Jobs use another GPU or wait; see `dmesg`, and start the daemon anew to use this one again."
-        lines += [f"GPU set aside: {why} {remedy}" for why in facts["gpus_aside"].values()]
+        lines += [f"GPU set aside: {gpu['why']} {remedy}" for gpu in facts["gpus"] if gpu["state"] == "set_aside"]
     return lines
+
+
+def _gpus(facts: dict[str, Any]) -> list[str]:
+    """Say of each GPU what is done on it, or why nothing is; not of one alone that jobs may use."""
+    gpus: list[Gpu] = facts["gpus"]
+    if not facts["daemon_pid"] or (len(gpus) < _SEVERAL and all(gpu["state"] == "usable" for gpu in gpus)):
+        return []
+    words = {"set_aside": "is set aside", "usable": "is free"}
+    lines = []
+    for gpu in gpus:
+        doing = ", ".join(gpu["jobs"])
+        is_so = words.get(gpu["state"], gpu["why"])
+        lines.append(f"GPU {gpu.get('index', '?')} {gpu.get('name', '')}" + (f": {doing}" if doing else f" {is_so}"))
+    return [f"{'gpu' if not n else '':9} {line}" for n, line in enumerate(lines)]
 
 
 def _waiting(job: dict[str, Any]) -> str:

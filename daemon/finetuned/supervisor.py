@@ -34,6 +34,7 @@ _LAST_WAIT = 10.0  # seconds for a killed trainer to be gone
 _ORPHAN_PAUSE = 0.1  # seconds between two looks at its lock
 _AT_ONCE = 4 * 2**20  # bytes of events.jsonl
 MOST_TRANSIENT = 5
+MOST_IN_VAIN = 20  # times that an engine may take a trainer away before a step of its is done
 FIRST_DELAY = 30.0  # seconds before a transient end is tried again; doubled each time
 LONGEST_DELAY = 1800.0
 _UNCOUNTED = {
@@ -111,6 +112,15 @@ def _killed(job: Job) -> dict[str, str]:
     }
 
 
+def _taken_too_often(job: Job, taken: str) -> dict[str, str]:
+    return {
+        "code": "taken_too_often",
+        "what": f"the cluster ended it {MOST_IN_VAIN} times in a row before it came a step further; {taken} at last",
+        "where": printable(job.name),
+        "remedy": "Give it more time there, or see the cluster's log; then `finetuned retry` goes on with it.",
+    }
+
+
 def _unexplained(job: Job, end: str) -> dict[str, str]:
     return {
         "code": "bug",
@@ -177,6 +187,7 @@ class Attempt:
         self._ledger = ledger
         self._tail = EventTail(home.job(job.id).events, job.events_offset)
         self._stop_by: float | None = None
+        self._step_before = job.progress.get("step", 0)
         self.gpu_failed = False
 
     @classmethod
@@ -241,10 +252,11 @@ class Attempt:
         status = self.trainer.poll()  # before reading, so that an ended trainer's last events are read
         offset = self._tail.offset
         events = self._tail.read()
-        if events:
+        waits = self.trainer.waits
+        if events or waits != self.job.progress.get("waits_for", ""):
             rungs = [event.data["rung"] for event in events if event.type in SETTLE_RUNG]
             changes: dict[str, Any] = {"trainer_pid": self.trainer.pid, "trainer_id": self.trainer.id}
-            changes["progress"] = progress_after(self.job.progress, events)
+            changes["progress"] = {**progress_after(self.job.progress, events), "waits_for": waits}
             if rungs:
                 changes["rung"] = rungs[-1]
             try:
@@ -253,6 +265,11 @@ class Attempt:
                 self._tail.offset = offset
                 raise
         return events, status if self._tail.drained else None
+
+    def _in_vain(self, taken: str) -> int:
+        """Count how often in a row an engine took the trainer away before it came further."""
+        further = self.job.progress.get("step", 0) > self._step_before
+        return int(self.job.progress.get("in_vain", 0)) + 1 if taken and not further else 0
 
     def conclude(self, status: int) -> tuple[Decision, Ending]:
         """Judge the end. For a job that goes back into the queue the ledger is updated; the caller publishes or fails
@@ -264,7 +281,10 @@ class Attempt:
         if ending is Ending.TRANSIENT and error is None:  # nor room to say so
             error = {"code": "no_space", "what": "no room on the disk"}
         how = taken or describe_end(status)
+        in_vain = self._in_vain(taken)
         decision = decide(self.job, ending, error=error, end=how)
+        if in_vain >= MOST_IN_VAIN:
+            decision = Decision(reason=_taken_too_often(self.job, taken))
         then = decision.why or (decision.reason or {}).get("what", "")
         over = ended(self.job, ending, at=time.time(), how=how, then="" if then == how else then)
         if decision.publish or decision.reason:
@@ -278,7 +298,7 @@ class Attempt:
             rung=decision.rung or self.job.rung,
             retries=self.job.retries + decision.counted,
             not_before=time.time() + decision.delay if decision.delay else 0.0,
-            progress={**progress_for_next(self.job.progress, ending), "waits": decision.why},
+            progress={**progress_for_next(self.job.progress, ending), "waits": decision.why, "in_vain": in_vain},
             trainer_pid=None,
             trainer_id="",
         )

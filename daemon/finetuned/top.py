@@ -25,7 +25,7 @@ from finetuned.control import order
 from finetuned.curves import curves_of
 from finetuned.errors import FinetunedError
 from finetuned.found import ledger_if_any
-from finetuned.frame import Size, choices, frame
+from finetuned.frame import Size, choices, frame, in_detail
 from finetuned.home import Home
 from finetuned.spool.orders import Verb
 from finetuned.status import gather as gather_status
@@ -40,17 +40,18 @@ _ARROWS = {"\x1b[A": "k", "\x1b[B": "j", "\x1bOA": "k", "\x1bOB": "j"}
 _OF_A_JOB = {"c": Verb.CANCEL, "f": Verb.FIRST, "l": Verb.LAST}
 
 
-def gather(home: Home) -> dict[str, Any]:
-    """Collect what a frame shows: what `finetuned status` knows, and figures of the running job."""
-    facts = {**gather_status(home), "curves": {}, "gpus": [], "predictions": []}
-    shown = [job["id"] for job in facts["running"]] or [job["id"] for job in facts["finished"][:1]]
+def gather(home: Home, chosen: str = "") -> dict[str, Any]:
+    """Collect what a frame shows: what `finetuned status` knows, and figures of the job that is shown in detail."""
+    facts = {**gather_status(home), "curves": {}, "predictions": []}
+    if not facts["daemon_pid"]:  # how it is with the others is old news
+        facts["gpus"] = [gpu for gpu in facts["gpus"] if gpu["jobs"]]
+    shown = in_detail(facts["running"], chosen) or next((job["id"] for job in facts["finished"]), "")
     if not shown:
         return facts
     with ledger_if_any(home) as ledger:
         if ledger is not None:
-            facts["curves"] = {job: curves_of(ledger.newest_metrics(job, _POINTS)) for job in shown}
-            facts["gpus"] = ledger.newest_gpu_samples(shown[0]) if facts["running"] else []
-            facts["predictions"] = ledger.newest_predictions(shown[0])
+            facts["curves"] = {shown: curves_of(ledger.newest_metrics(shown, _POINTS))}
+            facts["predictions"] = ledger.newest_predictions(shown)
     return facts
 
 
@@ -100,7 +101,7 @@ class _View:
                 if not typed or "q" in _keys(typed):
                     return
             try:
-                facts, self._stale = gather(self._home), ""
+                facts, self._stale = gather(self._home, self._chosen), ""
             except sqlite3.OperationalError as error:  # somebody has locked it, say
                 self._stale = f"not up to date: {error}"
 

@@ -146,7 +146,7 @@ def test_what_is_odd_in_a_file_is_seen_at_once_and_a_held_out_file_comes_with_it
     page.get_by_text("Settings for this file alone").click()
     page.locator('[name="epochs"]').fill("-1")
     page.get_by_role("button", name="Check again").click()
-    page.get_by_text("epochs: Input should be greater than 0").wait_for()
+    page.get_by_text("epochs: must be more than 0").wait_for()
     page.locator('[name="epochs"]').fill("1")
     page.get_by_role("button", name="Check again").click()
     page.get_by_text(", 1 epoch").wait_for()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 from conftest import eventually
 from finetuned.attempts import began, ended
 from finetuned.events import Ending, Event, EventType
+from finetuned.guard import only_daemon
 from finetuned.jobs import FileIdentity, Job, Outcome, State
 from finetuned.ledger import Ledger
 from fixtures_web import WebServer
@@ -259,3 +261,84 @@ def test_the_token_is_given_once_in_the_browser(visit, server, home, ledger):
     page.get_by_text("units-1.jsonl: step 120 of 300").wait_for()
     page.get_by_role("button", name="Pause the queue").click()
     page.get_by_text("Asked for: pause").wait_for()
+
+
+@pytest.fixture
+def several(home, ledger):
+    """Four jobs that run on three GPUs of five and with Slurm, beside `units-1`; one GPU is others', one failed."""
+    states = ("usable", "usable", "usable", "busy", "set_aside")
+    whys = {"busy": "is used by others: 9.0 GiB are taken", "set_aside": "GPU 4 H does not answer any more."}
+    gpus = [
+        {"uuid": f"GPU-{n}", "index": n, "name": "H", "state": state, "why": whys.get(state, "")}
+        for n, state in enumerate(states)
+    ]
+    home.gpus.write_text(json.dumps(gpus))
+    on = {"a": ["GPU-0"], "b": ["GPU-2"], "c": [], "d": []}
+    for number, (name, devices) in enumerate(on.items()):
+        progress = {"phase": "training", "step": 10 * number, "total_steps": 300, "train_loss": 2.0, "devices": devices}
+        launcher = {} if devices else {"launcher": "slurm", "gpus_per_job": 2}
+        progress |= {} if devices else {"processes": 2}
+        more = {"settings": {**SETTINGS, **launcher}, "trainer_id": "" if devices else f"{700 + number}", "attempt": 1}
+        ledger.add(job(f"{name}-1", State.RUNNING, **more, progress=progress, created_at=1_795_000_001.0 + number))
+        ledger.record(f"{name}-1", list(map(metrics, range(1, 10 * (number + 1)))), offset=1)
+    sample = {"index": 2, "name": "H", "uuid": "GPU-2", "utilization": 93, "memory_used": 2**30, "memory_total": 2**33}
+    ledger.record_gpu("b-1", [(1_795_000_000.0, "GPU-2", {**sample, "created_at": 1_795_000_000.0})])
+    ledger.update("first-1", progress={"waits": "its GPU failed", "waits_for": "it needs 2 GPUs: GPU 3 H is used"})
+    with only_daemon(home):
+        yield
+
+
+def test_each_of_several_jobs_is_shown_and_the_chosen_one_in_detail(visit, ledger, several):
+    page = visit("/")
+    page.get_by_role("heading", name="5 jobs are running").wait_for()
+    told = "[...document.querySelectorAll('#running li')].map((item) => [item.dataset.job, item.innerText])"
+    items = dict(page.evaluate(told))
+    assert list(items) == ["units-1", "a-1", "b-1", "c-1", "d-1"]
+    assert "b-1.jsonl: step 10 of 300" in items["b-1"]
+    assert "on GPU 2 H" in items["b-1"]
+    assert "with slurm as 702, 2 processes" in items["c-1"]
+    values = "[...document.querySelectorAll('#running progress')].map((bar) => bar.value)"
+    assert page.evaluate(values) == [120, 0, 10, 20, 30]
+    steps = "document.querySelector('#loss').data?.[0].x.at(-1)"
+    eventually(lambda: page.evaluate(steps) == 120)
+    page.locator('#running [data-job="d-1"]').get_by_role("button", name="Show").click()
+    eventually(lambda: page.evaluate(steps) == 39)
+    page.get_by_role("heading", name="Curves of d-1.jsonl").wait_for()
+    page.get_by_text("step 39 of 300: loss").wait_for()
+    assert page.url.endswith("?job=d-1")
+    ledger.record("d-1", [metrics(n) for n in range(40, 46)], offset=2, progress={"step": 45, "total_steps": 300})
+    eventually(lambda: page.evaluate(steps) == 45)
+    ledger.update("d-1", state=State.TRAINED)
+    ledger.update("d-1", state=State.FINISHED, outcome=Outcome.SUCCEEDED, finished_at=1_795_000_900.0)
+    page.get_by_role("heading", name="4 jobs are running").wait_for()
+    eventually(lambda: page.evaluate(steps) == 120, why="the first one is shown in its place")
+
+
+def test_each_gpu_says_who_is_at_work_on_it_or_why_nobody_is(visit, ledger, several):
+    page = visit("/")
+    page.locator("[data-gpu]").nth(4).wait_for()
+    told = page.evaluate("[...document.querySelectorAll('[data-gpu]')].map((one) => one.innerText.trim())")
+    assert told[0] == "GPU 0 H: a-1.jsonl"
+    assert told[1].startswith("GPU 1 H: units-1.jsonl 50% busy")
+    assert told[2].startswith("GPU 2 H: b-1.jsonl 93% busy")
+    assert told[3] == "GPU 3 H: is used by others: 9.0 GiB are taken"
+    assert told[4] == "GPU 4 H: set aside"
+    page.get_by_text("A GPU is set aside: GPU 4 H does not answer any more.").wait_for()
+    page.locator('#queue [data-job="first-1"]', has_text="its GPU failed; it needs 2 GPUs: GPU 3 H is used").wait_for()
+
+
+def test_the_page_of_a_job_says_where_it_runs(visit, ledger, several):
+    visit("/jobs/b-1").get_by_text("attempt 1 on GPU 2 H").wait_for()
+    visit("/jobs/c-1").get_by_text("attempt 1 with slurm as 702, 2 processes").wait_for()
+    visit("/jobs/first-1").get_by_text("waits: its GPU failed; it needs 2 GPUs").wait_for()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_sixteen_jobs_fit_the_page(visit, ledger, several, width):
+    for number in range(11):
+        progress = {"phase": "training", "step": number, "total_steps": 300, "devices": ["GPU-0"]}
+        ledger.add(job(f"more-{number}", State.RUNNING, progress=progress, attempt=1))
+    page = visit("/", width=width)
+    page.get_by_role("heading", name="16 jobs are running").wait_for()
+    assert page.evaluate("document.querySelectorAll('#running li').length") == 16
+    assert page.evaluate("document.documentElement.scrollWidth") <= width

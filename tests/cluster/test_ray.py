@@ -4,26 +4,53 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from conftest import chat_rows, eventually, write_jsonl
+from finetuned.config import Config
 from finetuned.engine_settings import Ray
 from finetuned.errors import FinetunedError
 from finetuned.events import ExitCode
 from finetuned.home import JobFolder
+from finetuned.jobs import FileIdentity, JobSpec
 from finetuned.launchers import Needs
+from finetuned.launchers.local import start as start_here
 from finetuned.launchers.ray import RayLauncher
 from finetuned.lifesigns import locked
-from fixtures_ray import RayCluster
+from fixtures_ray import CACHE, RayCluster
 from standin_trainer import safetensors, weights_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
-LOOK = "import os, sys; print('GPU', os.environ.get('CUDA_VISIBLE_DEVICES')); print(os.environ['COLOUR'], sys.argv[1])"
+LOOK = """
+import os, sys
+print("GPU", os.environ["CUDA_VISIBLE_DEVICES"], "of", os.environ["COLOUR"], "for", sys.argv[1])
+print("threads", os.environ.get("OMP_NUM_THREADS"))
+"""
+RANK = """
+import os, socket, sys, time
+rank, gpu, size, gpus, colour, host, port = (os.environ[name] for name in (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES", "COLOUR", "MASTER_ADDR", "MASTER_PORT"
+))
+if rank == "0":
+    with socket.create_server((host, int(port))) as meeting:
+        other = meeting.accept()[0].recv(1).decode()
+else:
+    with socket.socket() as meeting:
+        while meeting.connect_ex((host, int(port))):
+            time.sleep(0.1)
+        meeting.send(rank.encode())
+        other = "0"
+line = f"RANK {rank} of {size}, GPU {gpu} of {gpus}, {colour}, met {other}, {sys.argv[2]}"
+os.write(1, line.encode() + b"\\n")
+sys.exit(int(sys.argv[1]) if rank == "0" else 0)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +97,7 @@ def start(launcher, folder, *, attempt=1, gpus=1, **environment):
 
 
 def end_of(trainer) -> int:
-    eventually(lambda: trainer.poll() is not None, why=f"the end of {trainer.id}")
+    eventually(lambda: trainer.poll() is not None, seconds=240, why=f"the end of {trainer.id}")
     return trainer.poll()
 
 
@@ -93,10 +120,10 @@ def test_a_trainer_trains_to_the_end_with_its_lock_its_gpu_and_its_log(launcher,
     log = folder.path.with_suffix(".log")
     assert log.read_text().startswith("noise")
 
-    monkeypatch.setenv("FINETUNED_TRAINER", f"{sys.executable} -c {json.dumps(LOOK)}")
+    monkeypatch.setenv("FINETUNED_TRAINER", shlex.join([sys.executable, "-c", LOOK]))
     before = log.stat().st_size
     assert end_of(start(launcher, folder, attempt=2, COLOUR="blue", CUDA_VISIBLE_DEVICES="GPU-of-the-daemon")) == 0
-    assert log.read_text()[before:].splitlines() == ["GPU 0", f"blue {folder.path}"]
+    assert log.read_text()[before:].splitlines() == [f"GPU 0 of blue for {folder.path}", "threads None"]
 
 
 @pytest.mark.parametrize(
@@ -140,16 +167,15 @@ def test_one_that_hears_nothing_is_killed(launcher, job):
 
 
 def test_one_that_waits_for_a_gpu_is_stopped_at_once_and_never_begins(launcher, job):
-    first, second = job(), job()
-    at_work = start(launcher, first, STANDIN_SECONDS="0.5")
+    first, second, third = job(), job(), job()
+    at_work = start(launcher, first, gpus=2, STANDIN_SECONDS="0.5")
     runs(first)
     waiting = start(launcher, second)
     waiting.ask_to_stop()
     assert end_of(waiting) == ExitCode.STOPPED
     at_work.ask_to_stop()
     assert end_of(at_work) == ExitCode.STOPPED
-    third = job()
-    assert end_of(start(launcher, third)) == 0  # behind the second in Ray's queue
+    assert end_of(start(launcher, third, gpus=2)) == 0  # behind the second in Ray's queue
     assert not second.events.exists()
 
 
@@ -222,3 +248,50 @@ def test_the_trainer_of_a_cluster_that_is_started_anew_was_taken_and_the_next_at
     folder.spec.write_text(folder.spec.read_text().replace('"attempt": 1', '"attempt": 2'))
     assert end_of(start(launcher, folder, attempt=2)) == 0
     assert "resumed after step" in folder.events.read_text()
+
+
+def test_a_job_on_several_gpus_is_a_group_of_ranks_that_ray_train_starts(cluster, job, monkeypatch):
+    folder = job()
+    monkeypatch.setenv("FINETUNED_TRAINER", shlex.join([sys.executable, "-c", RANK, "70"]))
+    python = str(CACHE / "bin/python")
+    settings = Ray(address=cluster.address, token_file=cluster.token_file, across_nodes=True, ray_python=python)
+    assert end_of(start(RayLauncher(settings), folder, gpus=2, COLOUR="blue")) == ExitCode.OUT_OF_MEMORY
+    said = folder.path.with_suffix(".log").read_text().splitlines()
+    assert sorted(line for line in said if line.startswith("RANK")) == [
+        f"RANK {rank} of 2, GPU {rank} of 0,1, blue, met {1 - rank}, {folder.path}" for rank in (0, 1)
+    ]
+
+
+def test_two_processes_of_the_real_trainer_train_there_what_one_trains_here(cluster, tiny_model, tmp_path):
+    here = real_job(tmp_path / "here", tiny_model, processes=1)
+    there = real_job(tmp_path / "there", tiny_model, processes=2)
+    python = str(CACHE / "bin/python")
+    settings = Ray(address=cluster.address, token_file=cluster.token_file, across_nodes=True, ray_python=python)
+    trainer = start(RayLauncher(settings), there, gpus=2, OMP_NUM_THREADS="1")
+    local = start_here(here, log=here.path.with_suffix(".log"), environment={"OMP_NUM_THREADS": "1"})
+    assert [end_of(local), end_of(trainer)] == [0, 0], there.path.with_suffix(".log").read_text()
+    one, two = (load_file(folder.staged_adapter(1) / "adapter_model.safetensors") for folder in (here, there))
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+
+
+def real_job(path: Path, model: Path, *, processes: int) -> JobFolder:
+    path.mkdir()
+    settings = Config(model=str(model), dtype="float32", batch_size=4, epochs=1, learning_rate=2e-3).training()
+    spec = JobSpec(
+        id=path.name,
+        name="x.jsonl",
+        profile="",
+        identity=FileIdentity(1, 2, 3, 4),
+        created_at=1.0,
+        input=str(write_jsonl(path / "input.jsonl", chat_rows(16))),
+        settings=settings.model_dump(),
+        rung=settings.first_rung().as_dict(),
+        sha256="0" * 64,
+        attempt=1,
+        base_dir=str(path),
+        models=str(path),
+        processes=processes,
+    )
+    (path / "job.json").write_bytes(spec.encode())
+    return JobFolder(path)

@@ -6,7 +6,8 @@ import json
 import os
 import shlex
 import signal
-import stat
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,9 +15,11 @@ import pytest
 import structlog
 
 from conftest import STANDIN, chat_rows, eventually, write_jsonl
+from finetuned.config import settings_from
 from finetuned.engine_settings import Slurm
 from finetuned.errors import FinetunedError
 from finetuned.home import Home, JobFolder
+from finetuned.jobs import FileIdentity, JobSpec
 from finetuned.launchers import Needs
 from finetuned.launchers.slurm import SlurmLauncher, SlurmTrainer
 from finetuned.launchers.slurm_queue import Queue
@@ -36,7 +39,7 @@ RANK = shlex.join(
 echo "rank $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE here, by $MASTER_ADDR:$MASTER_PORT"
 [ "$RANK" = 0 ] && exec $0 "$@"
 trap 'echo rank $RANK was told to stop; exit 130' TERM
-until [ -e "$1/exit.1" ]; do sleep 0.05; done""",
+until [ -e "$1/out.1/adapter/finetuned.json" ]; do sleep 0.05; done""",
         STANDIN,
     ]
 )
@@ -53,12 +56,26 @@ def launcher(slurm, standin, tmp_path):
 
 
 @pytest.fixture
+def sbatch_says(monkeypatch, tmp_path):
+    """Put a script in sbatch's place."""
+
+    def put(script: str) -> None:
+        program = tmp_path / "bin/sbatch"
+        program.parent.mkdir()
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o700)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+    return put
+
+
+@pytest.fixture
 def job(tmp_path):
     """Make folders of jobs of so many rows, which are as many steps."""
     made = []
 
     def make(rows: int = 10, attempt: int = 1) -> JobFolder:
-        folder = JobFolder(tmp_path / ".finetuned/jobs" / f"job-{len(made)}")
+        folder = JobFolder(tmp_path / "50%j |ä" / f"job-{len(made)}")  # a path may hold anything
         folder.path.mkdir(parents=True)
         write_jsonl(folder.path / "input.jsonl", chat_rows(rows))
         keys = dict.fromkeys(("sha256", "held_out", "held_out_sha256", "profile"), "")
@@ -68,6 +85,30 @@ def job(tmp_path):
         return folder
 
     return make
+
+
+def real_job(path: Path, model: Path) -> JobFolder:
+    """Make the folder of a job for the real trainer."""
+    path.mkdir()
+    values = {"dtype": "float32", "batch_size": 4, "epochs": 12, "model": str(model)}
+    settings = settings_from(values, where="the test")
+    spec = JobSpec(
+        id=path.name,
+        attempt=1,
+        name="x.jsonl",
+        profile="",
+        identity=FileIdentity(1, 2, 3, 4),
+        created_at=0.0,
+        input=str(write_jsonl(path / "input.jsonl", chat_rows(24))),
+        settings=settings.model_dump(),
+        rung=settings.first_rung().as_dict(),
+        sha256="0" * 64,
+        base_dir=str(path),
+        models=str(path),
+    )
+    folder = JobFolder(path)
+    folder.spec.write_bytes(spec.encode())
+    return folder
 
 
 def submit(launcher: SlurmLauncher, folder: JobFolder, *, gpus: int = 0, attempt: int = 1, **ways) -> SlurmTrainer:
@@ -115,6 +156,27 @@ def test_a_job_is_trained_and_its_log_goes_on_where_it_stood(launcher, job):
     assert trainer.taken == ""
     assert is_trained(folder)
     assert log_of(folder).read_text().startswith("what an earlier attempt said\nnoise\n")
+
+
+def test_the_real_trainer_stops_goes_on_and_comes_to_the_weights_of_this_machine(
+    launcher, tmp_path, tiny_model, monkeypatch
+):
+    monkeypatch.delenv("FINETUNED_TRAINER")
+    here, there = (real_job(tmp_path / name, tiny_model) for name in ("here", "there"))
+    local = subprocess.Popen([sys.executable, "-m", "finetuned.trainer", here.path])
+    one = launcher()
+    trainer = submit(one, there)
+    eventually(lambda: there.events.exists() and '"step":' in there.events.read_text(), why="its first steps")
+    trainer.ask_to_stop()
+    assert end_of(trainer) == 130
+    set_attempt(there, 2)
+    assert end_of(submit(one, there, attempt=2), seconds=90) == 0
+    assert local.wait(90) == 0
+    weights = [
+        (folder.staged_adapter(attempt) / "adapter_model.safetensors").read_bytes()
+        for folder, attempt in ((here, 1), (there, 2))
+    ]
+    assert weights[0] == weights[1]
 
 
 def test_its_end_is_told_as_of_a_trainer_on_this_machine(launcher, job):
@@ -336,16 +398,17 @@ def test_a_machine_without_slurm_says_so(launcher, job, monkeypatch):
             submit(launcher(), job())
 
 
-def test_a_job_whose_id_was_lost_on_its_way_is_not_submitted_twice(launcher, job, slurm, monkeypatch, tmp_path):
-    liar = tmp_path / "bin/sbatch"
-    liar.parent.mkdir()
-    liar.write_text('#!/bin/sh\n/usr/bin/sbatch "$@" && echo "Socket timed out on send/recv operation" >&2; exit 1\n')
-    liar.chmod(liar.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{liar.parent}:{os.environ['PATH']}")
+def test_a_job_whose_id_was_lost_on_its_way_is_not_submitted_twice(launcher, job, slurm, sbatch_says):
+    sbatch_says('/usr/bin/sbatch "$@" && echo "Socket timed out on send/recv operation" >&2; exit 1')
     folder = job()
-    trainer = submit(launcher(), folder)
-    assert end_of(trainer) == 0
-    assert len(slurm.run("squeue", "-h", "-t", "all", f"--name=finetuned-{folder.path.name}").splitlines()) >= 1
+    assert end_of(submit(launcher(), folder)) == 0
+    assert slurm.run("squeue", "-h", "-t", "all", "-o", "%k").count(f"finetuned {folder.path} 1") == 1
+
+
+def test_what_slurm_refuses_for_the_moment_is_no_error_of_the_job(launcher, job, sbatch_says):
+    sbatch_says("cat >/dev/null; echo 'Job violates accounting/QOS policy (job submit limit, ...)' >&2; exit 1")
+    with pytest.raises(ConnectionError, match="job submit limit"):
+        submit(launcher(), job())
 
 
 def test_an_earlier_trainer_of_the_job_is_cancelled_before_another_is_submitted(launcher, job, slurm):

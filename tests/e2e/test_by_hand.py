@@ -65,6 +65,31 @@ def test_a_training_by_hand_goes_on_from_an_adapter(tmp_path, data, tiny_model):
     assert "resume_adapter: first" in (tmp_path / "second" / "train.log").read_text()
 
 
+def test_any_recipe_is_trained_by_hand_with_any_setting(tmp_path, data, tiny_model):
+    output, rows = tmp_path / "out", write_jsonl(tmp_path / "measure.jsonl", chat_rows(2, start=50))
+    recipe = ("--recipe", "distill", "--teacher", tiny_model, "--set", "distill.alpha=0.75", "--benchmark", rows)
+    options = ("--model", tiny_model, "--max-steps", 1, "--set", "benchmark_tokens=4", *recipe)
+    done = subprocess.run(command(data, output, *options), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    story = json.loads((output / "finetuned.json").read_bytes())
+    assert (story["settings"]["recipe"], story["settings"]["distill"]["alpha"]) == ("distill", 0.75)
+    assert story["benchmark"]["models"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--epochs", 2, "--set", "epochs=3"), "epochs is set to 2.0 and to 3. Leave one out."),
+        (("--recipe", "distill"), "recipe distill needs a teacher"),
+        (("--set", "rft.sample=3"), "rft.sample: no such setting; did you mean rft.samples"),
+    ],
+)
+def test_settings_by_hand_that_cannot_be_used_are_named(tmp_path, data, options, said):
+    done = subprocess.run(command(data, tmp_path / "out", *options), capture_output=True, text=True, check=False)
+    assert done.returncode == 78
+    assert said in done.stderr
+
+
 def test_a_folder_with_something_in_it_is_not_replaced_without_asking(tmp_path, data, tiny_model):
     output = tmp_path / "out"
     output.mkdir()

@@ -11,8 +11,8 @@ import urllib.request
 
 from conftest import chat_rows, eventually, write_config, write_jsonl
 from finetuned.centre import ControlCentre
-from finetuned.config import Web
 from finetuned.jobs import Outcome
+from finetuned.section_settings import Web
 
 
 def free_port() -> int:

@@ -262,6 +262,17 @@ def test_add_drops_a_file_with_its_settings_and_never_over_another(home, daemon,
     assert [Path(place).name for place in places] == ["x.jsonl", "x-2.jsonl", "x-3.jsonl"]
 
 
+def test_add_takes_several_files_and_says_which_of_them_it_refuses(home, tmp_path):
+    good = [write_jsonl(tmp_path / name, chat_rows(3)) for name in ("a.jsonl", "c.jsonl")]
+    (tmp_path / "b.txt").write_text("no")
+    files = [str(good[0]), str(tmp_path / "b.txt"), str(good[1])]
+    said = finetuned(home, "add", *files, "--set", "epochs=1", code=78)
+    assert f"{tmp_path / 'b.txt'}: is not a training file. finetuned takes" in said
+    names = {path.name for path in home.inbox.iterdir()}
+    assert names == {"a.jsonl", "a.config.json", "c.jsonl", "c.config.json"}
+    assert "belongs to one file" in finetuned(home, "add", *files, "--eval-file", files[0], code=2)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

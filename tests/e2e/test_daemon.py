@@ -314,7 +314,7 @@ def test_an_edit_of_config_json_counts_from_the_next_job_and_a_broken_one_is_ref
     one.says("config.json read again")
     home.config_file.write_text('{"lora_r": 0, "colour": "red"}')
     one.says("config.json not taken over")
-    assert "lora_r: Input should be greater than or equal to 1" in one.log()
+    assert "lora_r: must be at least 1" in one.log()
     assert "colour: no such setting" in one.log()
     drop("x.jsonl")
     one.job("x.jsonl")

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+from safetensors.numpy import load_file
 
 from conftest import chat_rows, eventually, write_config, write_jsonl
 from finetuned.jobs import Outcome, State
@@ -90,7 +91,11 @@ def test_a_gpu_that_others_use_and_one_that_is_to_be_left_alone_are_not_taken(ho
         text=True,
         check=True,
     ).stdout
-    assert "is used by others" in said
+    lines = [line for line in said.splitlines() if line[10:13] == "GPU"]
+    assert lines[0].endswith(f": {job.id}")
+    assert "is used by others: 9.0 GiB" in lines[1]
+    assert "is left alone by `gpus` in config.json" in lines[2]
+    assert [gpu["state"] for gpu in json.loads(home.gpus.read_bytes())] == ["usable", "busy", "left_alone"]
     fake_nvml.set("gpus=3", "1.memory_used=0")
     two = running(one, 2)
     assert len({first, *(gpu for job in two for gpu in on(job))}) == 2
@@ -185,3 +190,18 @@ def test_a_job_gets_as_many_gpus_as_its_model_is_predicted_to_need(  # noqa: PLR
     [job] = running(one, 1, seconds=120)
     assert len(on(job)) > 1
     assert json.loads(home.job(job.id).spec.read_bytes())["processes"] == len(on(job))
+
+
+def test_a_job_of_two_processes_learns_what_one_of_one_does(home, daemon, tiny_model):
+    """The real trainer; without a GPU there are two processes on the processor. Both jobs have the same file."""
+    profiles = {"one": {}, "two": {"gpus_per_job": 2}}
+    write_config(home, model=str(tiny_model), tuning="lora", dtype="float32", duplicates="run", profiles=profiles)
+    one = daemon()
+    for folder in profiles:
+        (home.inbox / folder).mkdir(exist_ok=True)
+        write_jsonl(home.root / "staged", chat_rows(24)).rename(home.inbox / folder / f"{folder}.jsonl")
+    jobs = [one.job("one.jsonl"), one.job("two.jsonl")]
+    assert [job.outcome for job in jobs] == [Outcome.SUCCEEDED] * 2, [job.reason for job in jobs]
+    weights = [load_file(home.adapters / str(job.adapter) / "adapter_model.safetensors") for job in jobs]
+    assert max(abs(weights[0][name] - weights[1][name]).max() for name in weights[0]) < 1e-5
+    assert any((weights[0][name] != 0).any() for name in weights[0])

@@ -25,6 +25,10 @@ class Trainer(Protocol):
     def taken(self) -> str:
         """Why somebody else ended it, a preemption say, once `poll` has said that it ended; empty otherwise."""
 
+    @property
+    def waits(self) -> str:
+        """Why it does not run yet, in its engine's words; empty once it does, and on this machine."""
+
     def poll(self) -> int | None:
         """Give its exit status as subprocess does (minus the number of a signal), or None while it runs."""
 

@@ -19,7 +19,7 @@ _LONGEST_SILENCE = 1800.0  # seconds without an event
 class AdoptedTrainer:
     """A trainer that another daemon started. It is no child of ours, so how it ended it says itself."""
 
-    id = taken = ""
+    id = taken = waits = ""
 
     def __init__(self, folder: JobFolder, signature: Signature, process: int | None) -> None:
         """Take a descriptor of the process, which no other process can have; None if it has ended."""

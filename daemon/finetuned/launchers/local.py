@@ -31,7 +31,7 @@ class LocalTrainer:
     """A running trainer."""
 
     process: subprocess.Popen[bytes]
-    id = taken = ""
+    id = taken = waits = ""
 
     @property
     def pid(self) -> int:
@@ -60,7 +60,7 @@ class ForkedTrainer:
 
     pid: int
     _status: int | None = None
-    id = taken = ""
+    id = taken = waits = ""
 
     def poll(self) -> int | None:
         """Give its exit status as subprocess does, or None while it runs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -31,6 +32,8 @@ _GHOST = 600.0  # seconds for which a trainer that Ray has lost may hold the job
 # Seconds that Ray leaves a trainer from SIGTERM to SIGKILL: enough for a checkpoint when somebody stops it through Ray.
 _RAYS_PATIENCE = {"RAY_JOB_STOP_WAIT_TIME_S": "10"}
 
+_HERE_ONLY = frozenset({"CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "MALLOC_CONF"})  # means nothing on another machine
+
 
 class RayTrainer:
     """A trainer as a job of Ray's. What Ray says of it is asked for in a thread, so that nobody waits for that."""
@@ -41,6 +44,7 @@ class RayTrainer:
         """Ask nothing yet; it may still have to be submitted."""
         self.id = submission
         self.taken = ""
+        self.waits = ""
         self.order: dict[str, Any] | None = None  # to be given again, if the cluster turns out not to know it
         self._cluster = cluster
         self._folder = folder
@@ -85,15 +89,17 @@ class RayTrainer:
         with suppress(OSError):  # the cluster has noted it, and the next question comes
             may_withdraw = self._asked_to_stop  # what is not running after this will find the word to stop
             if self._killed:
-                self._cluster.stop(self.id, seconds=_IN_A_THREAD)
+                with suppress(OSError):
+                    self._cluster.stop(self.id, seconds=_IN_A_THREAD)
             info = self._cluster.info(self.id, seconds=_IN_A_THREAD)
             if info is None and self.order is not None:
                 self._submit_again(self.order)
                 return
             self.order = None
+            self.waits = "PENDING" if info is not None and info["status"] == "PENDING" else ""
             if info is not None and info["status"] == "PENDING" and may_withdraw:
-                self._cluster.stop(self.id, seconds=_IN_A_THREAD)
                 self._ended(End(ExitCode.STOPPED))
+                self._cluster.stop(self.id, seconds=_IN_A_THREAD)
             else:
                 self._ended(end_of(info))
 
@@ -112,9 +118,9 @@ class RayTrainer:
 
     def _conclude(self, end: End) -> int | None:
         """Give the exit status; None while a trainer that Ray has lost may still be at work."""
+        if end.taken and not self._asked_to_stop:
+            self.ask_to_stop()
         if locked(self._folder) and time.monotonic() < self._ended_at + _GHOST:
-            if not self._asked_to_stop:
-                self.ask_to_stop()
             return None
         said = exit_code(self._folder, self._attempt)
         if said is not None:
@@ -166,34 +172,53 @@ class RayLauncher:
 
     def _order(self, folder: JobFolder, log: Path, environment: Mapping[str, str], needs: Needs) -> dict[str, Any]:
         settings = self._settings
-        resources = dict(settings.resources)
-        variables = {**_RAYS_PATIENCE, **settings.runtime_env.get("env_vars", {}), **environment, TAKES_LOCK: "1"}
-        variables.pop("CUDA_VISIBLE_DEVICES", None)  # Ray knows which GPU it is
-        order = {
+        ours = {name: value for name, value in environment.items() if name not in _HERE_ONLY}
+        variables = {**_RAYS_PATIENCE, **settings.runtime_env.get("env_vars", {}), **ours, TAKES_LOCK: "1"}
+        python = settings.python or sys.executable
+        other = os.environ.get("FINETUNED_TRAINER")
+        program = shlex.split(other) if other else [python, "-P", "-m", "finetuned.trainer"]
+        program.append(str(folder.path))
+        reserved: dict[str, Any] = {}
+        if settings.across_nodes and needs.gpus > 1:
+            program = self._in_ray_train(program, folder, log, needs)
+        else:
+            others = dict(settings.resources)
+            reserved["entrypoint_num_gpus"] = needs.gpus
+            reserved["entrypoint_num_cpus"] = others.pop("CPU", 0)
+            reserved["entrypoint_memory"] = int(others.pop("memory", 0))
+            reserved["entrypoint_resources"] = others
+            if not reserved["entrypoint_num_cpus"] and "OMP_NUM_THREADS" not in variables:
+                program = ["env", "-u", "OMP_NUM_THREADS", *program]  # Ray gives one thread to who reserves none
+        return {
             "submission_id": submission_id(folder, needs.attempt),
-            "entrypoint": self._entry_point(folder, log, needs),
-            "entrypoint_num_gpus": needs.gpus,
-            "entrypoint_num_cpus": resources.pop("CPU", 0),
-            "entrypoint_memory": int(resources.pop("memory", 0)),
-            "entrypoint_resources": resources,
+            "entrypoint": _entry_point(program, folder, log, needs.attempt),
             "runtime_env": {**settings.runtime_env, "env_vars": variables},
             "metadata": {"job_name": f"finetuned {needs.job}"},
+            **{name: value for name, value in reserved.items() if value},
         }
-        return {name: value for name, value in order.items() if value}
 
-    def _entry_point(self, folder: JobFolder, log: Path, needs: Needs) -> str:
-        """Give the command for the node's shell. It does nothing where the job was stopped before its turn came."""
-        path, word, output = (shlex.quote(str(path)) for path in (folder.path, folder.stop(needs.attempt), log))
-        program = shlex.join([*self._program(), str(folder.path)])
-        return (
-            f"test -d {path} || exit {NOT_SHARED}; test -e {word} && exit {ExitCode.STOPPED:d}; "
-            f"umask {OTHERS_NOTHING:03o}; exec {program} >> {output} 2>&1"
-        )
+    def _in_ray_train(self, program: list[str], folder: JobFolder, log: Path, needs: Needs) -> list[str]:
+        """Give the command that has Ray Train run `program` on each of so many GPUs. Raises OSError."""
+        script = folder.path / "ray_train.py"
+        write_file(script, Path(__file__).with_name(script.name).read_bytes())
+        python = self._settings.ray_python or self._settings.python or sys.executable
+        options = {
+            "workers": needs.gpus,
+            "resources": json.dumps(self._settings.resources),
+            "folder": folder.path,
+            "stop": folder.stop(needs.attempt),
+            "log": log,
+        }
+        return [python, str(script), *(f"--{name}={value}" for name, value in options.items()), "--", *program]
 
-    def _program(self) -> list[str]:
-        other = os.environ.get("FINETUNED_TRAINER")
-        python = self._settings.python or sys.executable
-        return shlex.split(other) if other else [python, "-P", "-m", "finetuned.trainer"]
+
+def _entry_point(program: list[str], folder: JobFolder, log: Path, attempt: int) -> str:
+    """Give the command for the node's shell. It does nothing where the job was stopped before its turn came."""
+    path, word, output = (shlex.quote(str(path)) for path in (folder.path, folder.stop(attempt), log))
+    return (
+        f"test -d {path} || exit {NOT_SHARED}; test -e {word} && exit {ExitCode.STOPPED:d}; "
+        f"umask {OTHERS_NOTHING:03o}; exec {shlex.join(program)} >> {output} 2>&1"
+    )
 
 
 def submission_id(folder: JobFolder, attempt: int) -> str:

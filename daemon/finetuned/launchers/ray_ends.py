@@ -45,7 +45,7 @@ def end_of(info: Mapping[str, Any] | None) -> End | None:
     if state == "STOPPED":
         return End(-signal.SIGTERM, taken="somebody stopped it through Ray")
     if isinstance(code, int):
-        return _end_of_program(code, said)
+        return _end_of_program(code)
     if kind in _NEVER_BEGAN:
         return End(ExitCode.TEMPORARY, error=_no_start(f"Ray could not start the trainer: {_first_line(said)}"))
     if _NO_MEMORY in said and info.get("driver_node_id"):
@@ -53,13 +53,13 @@ def end_of(info: Mapping[str, Any] | None) -> End | None:
     return End(-signal.SIGKILL, taken=f"Ray lost it: {_first_line(said)}")
 
 
-def _end_of_program(code: int, said: str) -> End:
+def _end_of_program(code: int) -> End:
     if code == NOT_SHARED:
         what = "the node of Ray that was to run the job does not see the job's folder"
         remedy = "The base directory must be on storage that all nodes have at the same path."
         return End(ExitCode.BAD_SETTINGS, error=_no_start(what, remedy))
     if code in _NOT_FOUND:
-        what = f"the node of Ray that was to run the job cannot run its Python: {_last_line(said)}"
+        what = f"the node of Ray that was to run the job cannot run its Python (exit code {code})"
         return End(ExitCode.BAD_SETTINGS, error=_no_start(what, "Name one that all nodes have as ray.python."))
     if code == WORKER_LOST:
         return End(-signal.SIGKILL, taken="Ray Train lost one of its workers")
@@ -72,7 +72,3 @@ def _no_start(what: str, remedy: str = "Mend `ray` in config.json.") -> Finetune
 
 def _first_line(text: str) -> str:
     return re.split(r"[\n\t]", text.strip(), maxsplit=1)[0][:_SHOWN]
-
-
-def _last_line(text: str) -> str:
-    return text.strip().rpartition("\n")[2][:_SHOWN]

@@ -76,18 +76,17 @@ class SlurmTrainer:
         else:
             self._tell(entry)
             return
-        state = f"{entry.state} ({entry.reason})" if entry else "unknown"
-        _log.info("Slurm's job is over", job=self._folder.path.name, slurm_id=self.id, state=state)
+        _log.info("Slurm's job is over", job=self._folder.path.name, slurm_id=self.id, state=str(entry or "unknown"))
         self.taken = "" if self._asked_to_stop else taken
         self.waits = ""
         self._status = status
         self._queue.forget(self.id)
 
     def _tell(self, entry: Entry) -> None:
-        self.waits = "" if entry.state == "RUNNING" else f"{entry.state} ({entry.reason})"
-        if entry.state != self._said:
+        self.waits = "" if entry.state == "RUNNING" else str(entry)
+        if self._said != entry.state:  # the reason for which one waits may change all the time
             self._said = entry.state
-            _log.info("Slurm", job=self._folder.path.name, slurm_id=self.id, state=entry.state, reason=entry.reason)
+            _log.info("Slurm's job", job=self._folder.path.name, slurm_id=self.id, state=str(entry))
 
 
 class SlurmLauncher:

@@ -68,6 +68,10 @@ class Entry:
     name: str
     comment: str  # empty where only the accounting knows the job
 
+    def __str__(self) -> str:
+        """Give the state and why."""
+        return self.state if self.reason in {"", "None"} else f"{self.state} ({self.reason})"
+
     @property
     def ended(self) -> bool:
         """Whether it is over; one that Slurm puts back into its queue is not."""
@@ -122,8 +126,8 @@ def parse_accounting(text: str) -> dict[str, Entry]:
     found = {}
     for line in text.splitlines():
         job, state, status, name = line.split("|", 3)
-        code, _, number = status.partition(":")
-        how = -int(number) if number and int(number) else int(code)
+        code, number = map(int, status.split(":"))
+        how = -(number or code) if number or 1 < code < 32 else code  # sacct takes 128 away where a shell added it
         found[job] = Entry(job, state.split()[0], how, "", name, "")  # "CANCELLED by 1000"
     return found
 
@@ -274,7 +278,14 @@ def _run(*command: str, seconds: float, script: str = "", environment: Mapping[s
     """
     try:
         done = subprocess.run(
-            command, input=script, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+            command,
+            input=script,
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            errors="surrogateescape",  # paths are bytes
+            timeout=seconds,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"{command[0]} said nothing in {seconds:.0f} s") from None

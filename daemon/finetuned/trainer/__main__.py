@@ -44,21 +44,24 @@ _stop_asked = False
 
 def end(folder: JobFolder) -> NoReturn:
     """Run one attempt and end, also where a library has left a thread that does not: the next job waits for that."""
-    code = 1
+    code, leads = 1, ranks.rank() == 0
     try:
         code = main(folder)
     finally:
         late = threading.Timer(_LAST_WAIT, os._exit, [code])
         late.daemon = True
         late.start()
+    if not leads:  # libraries that take their time to end, or crash there, are not to disturb the others
+        os._exit(code)
     sys.exit(code)
 
 
 def main(folder: JobFolder) -> int:
     """Run one attempt, and say who does and how it ended for a daemon that comes after ours and is not our parent."""
-    signal.signal(signal.SIGTERM, _ask_to_stop)
-    signal.signal(signal.SIGINT, _ask_to_stop)
-    ranks.end_with_agent()
+    if ranks.has_agent():
+        ranks.end_with_agent()
+    else:
+        _hear_stops()
     if not ranks.signs():
         return int(_run(folder, JobSpec.decode(folder.spec.read_bytes())))
     try:
@@ -91,10 +94,7 @@ def _run(folder: JobFolder, spec: JobSpec) -> int:
         return ExitCode.TEMPORARY
     with _no_room_told(say) as end, _told(say, end):
         settings = settings_from(spec.settings, where=spec.name)
-        several = ranks.started_by_somebody()
-        if several or spec.processes > 1:
-            ranks.check(settings.recipe)
-        if several or spec.processes == 1:
+        if ranks.started_by_somebody() or spec.processes <= 1:
             _train(folder, spec, settings, say=say)
         else:
             end.code = ranks.run(folder, spec.processes, asked_to_stop=lambda: _stop_asked)
@@ -116,6 +116,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
 
     quiet_libraries()
     group = join()
+    _hear_stops()
     say.share_errors(group.first_to_fail)
     with group.leader_first():
         task, rows, report = _prepare(folder, spec, settings.settled(), group, say=say)
@@ -139,8 +140,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     write_adapter(folder.staged_adapter(spec.attempt), spec, task, trained, report, measured=measured, learned=learned)
     told = ("loss", "before", "retained")
     figures = ", ".join(f"{name} {value:.4f}" for name, value in trained.metrics.items() if name.endswith(told))
-    predicted = alone and settings.recipe == "sft"
-    if trained.seen.seconds >= _WORTH_KEEPING and predicted:
+    if alone and trained.seen.seconds >= _WORTH_KEEPING:
         _remember(task, trained, libraries=libraries, models=Path(spec.models))
     figures += f"; {Yield(**trained.metrics['rft'][-1])}" if "rft" in trained.metrics else ""
     say.say(EventType.RESULT, f"trained: {figures}", **trained.metrics)
@@ -155,6 +155,7 @@ def _prepare(
     from finetuned.trainer.data import cut, read_data
     from finetuned.trainer.distill.found import find_teacher
     from finetuned.trainer.loop import Task
+    from finetuned.trainer.reach import reaches
 
     asked_to_stop = partial(_is_stop_asked, folder.stop(spec.attempt))
     tuning, why = choose_tuning(spec.rung["tuning"], gpu=group.device.type == "cuda")
@@ -164,7 +165,15 @@ def _prepare(
     base = find_base(settings, models=Path(spec.models), base_dir=Path(spec.base_dir))
     tokenizer = load_tokenizer(base, settings)
     found = find_teacher(settings, tokenizer, models=Path(spec.models), base_dir=Path(spec.base_dir))
-    data = read_data(folder, spec, settings, tokenizer, say=say, asked_to_stop=asked_to_stop)
+    data = read_data(
+        folder,
+        spec,
+        settings,
+        tokenizer,
+        reaches=reaches(settings, base, found),
+        say=say,
+        asked_to_stop=asked_to_stop,
+    )
     data = cut(data, settings, rung.max_length, name=spec.name, say=say)
     settings = settings.model_copy(update={"system_prompt": data.system_prompt})
     earlier = settle(folder, spec, settings, base.name)
@@ -213,12 +222,24 @@ def _teacher(found: Found, say: Reporter) -> Teacher:
 def _remember(task: Task, trained: Trained, *, libraries: int, models: Path) -> None:
     """Keep what the training took beside what is predicted for such a one, so that `finetuned plan` gets better."""
     from finetuned.trainer import footprint, history, memory, precision
+    from finetuned.trainer.store import lengths_of
+    from finetuned.trainer.understudy import longest_question
 
-    rung, seen = trained.rung, trained.seen
+    rung, seen, settings = trained.rung, trained.seen, task.settings
     try:
         formats = precision.choose(task.device, rung.tuning, task.settings.dtype)
+        asked = settings.recipe == "rft"
         work = footprint.Work(
-            task.base, task.settings, rung.tuning, formats, task.device, rung.activation_checkpointing
+            task.base,
+            settings,
+            rung.tuning,
+            formats,
+            task.device,
+            rung.activation_checkpointing,
+            teacher=task.teacher.found if task.teacher else None,
+            longest_question=longest_question(settings, task.tokenizer, task.train, lengths_of(task.train))
+            if asked
+            else 0,
         )
         counted = footprint.count(
             work, [task.train[row] for row in seen.largest], accumulated=seen.accumulated, libraries=libraries
@@ -230,6 +251,7 @@ def _remember(task: Task, trained: Trained, *, libraries: int, models: Path) -> 
             predicted=counted.footprint.peak,
             peak=seen.peak,
             tokens_per_second=round(seen.tokens_per_second, 1),
+            recipe=history.kind_of(settings),
         )
         history.remember(history.file_beside(models), record)
     except Exception as error:  # noqa: BLE001, the adapter is done: no record is worth losing it
@@ -279,6 +301,11 @@ def _told(say: Reporter, end: _End) -> Iterator[None]:
     except RankLostError as error:
         say.warn(f"another process of this training is gone: {error}")
         end.code = ExitCode.TEMPORARY
+
+
+def _hear_stops() -> None:
+    signal.signal(signal.SIGTERM, _ask_to_stop)
+    signal.signal(signal.SIGINT, _ask_to_stop)
 
 
 def _ask_to_stop(_: int, __: object) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
+from finetuned.judges import Judge
 from finetuned.trainer.generate import generating, turn_ends
 from finetuned.trainer.lots import urn
 from finetuned.trainer.policy import CONTROL, Policy
@@ -49,8 +51,12 @@ class Contest:
     def __init__(self, task: Task, model: PreTrainedModel, prompted: Prompted, policy: Policy) -> None:
         self._model, self._prompted, self._policy = model, prompted, policy
         self._tokenizer, self._seed, self._settings = task.tokenizer, task.settings.seed, task.settings.hybrid
-        rows = (task.train[place] for place in range(min(_JUDGED_BY, len(task.train))))
-        self._judge, _ = task.settings.judge.settle(self._text(parted(row)[1]) for row in rows)
+        self._task = task
+
+    @cached_property
+    def _judge(self) -> Judge:
+        rows = (self._task.train[place] for place in range(min(_JUDGED_BY, len(self._task.train))))
+        return self._task.settings.judge.settle(self._text(parted(row)[1]) for row in rows)[0]
 
     def draw(self, rows: Sequence[Example], step: int) -> list[Drawn]:
         """Give what comes of rows in a step, all of them answered in one batch."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from finetuned.home import JobFolder, printable
 from finetuned.jobs import JobSpec
 from finetuned.trainer.door import Door, rows_known_by, split, tell_overlap
 from finetuned.trainer.ends import StopAskedError
+from finetuned.trainer.reach import Reach, tell_beyond
 from finetuned.trainer.reporter import Reporter
 from finetuned.trainer.store import IDENTITY, Examples
 
@@ -55,6 +56,7 @@ def read_data(
     settings: TrainingSettings,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    reaches: Sequence[Reach],
     say: Reporter,
     asked_to_stop: Callable[[], bool],
 ) -> Data:
@@ -72,6 +74,7 @@ def read_data(
         read=lambda source: door.read(
             source.file, name=source.name, sha256=source.sha256, progress=progress.of(source.name)
         ),
+        reaches=reaches,
     )
     facts = _tell(say, sides)
     if door.system_prompt != settings.system_prompt and sides.report.format != TEXT.name:
@@ -153,18 +156,23 @@ def read_sides(
     settings: TrainingSettings,
     *,
     read: Callable[[Source], tuple[Examples, Report]],
+    reaches: Sequence[Reach],
 ) -> Sides:
-    """Read the training file, and hold rows back: those of `source`, or a share of its own. Nothing is judged yet."""
+    """Read the training file, and hold rows back: those of `source`, or a share of its own. Nothing is judged yet, but
+    that the models can read them. Raises DataError.
+    """
     train, report = read(own)
+    sides = Sides(own, train, report)
     if source is not None:
         held_out, found = read(source)
-        tell_overlap(train, held_out, report)
-        return Sides(own, train, report, source, held_out, found)
-    if settings.eval_fraction:
+        sides = Sides(own, train, report, source, held_out, found)
+    elif settings.eval_fraction:
         train, held_out = split(train, settings.eval_fraction)
-        tell_overlap(train, held_out, report)
-        return Sides(own, train, report, own, held_out)
-    return Sides(own, train, report)
+        sides = Sides(own, train, report, own, held_out)
+    if sides.held_out is not None:
+        tell_overlap(train, sides.held_out, report)
+    tell_beyond(reaches, train, sides.held_out, report, name=own.name)
+    return sides
 
 
 def _tell(say: Reporter, sides: Sides) -> dict[str, Any]:

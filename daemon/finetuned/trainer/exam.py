@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuned import intervals
-from finetuned.config import JudgeSettings
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Report, judge, rows_of
 from finetuned.dataset.rows import Row
 from finetuned.durable import sha256_of
 from finetuned.errors import DataError
 from finetuned.judges import Judge, Verdict
+from finetuned.section_settings import JudgeSettings
 from finetuned.trainer import memory, steps
 from finetuned.trainer.chat import Renderer
 from finetuned.trainer.generate import Answered, Asker, ask, generating, key_of, never

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuned.config import TrainingSettings
-from finetuned.trainer import fused, rehearsal
+from finetuned.trainer import fused, rehearsal, understudy
 from finetuned.trainer.base import Base
+from finetuned.trainer.generate import most_at_once
 from finetuned.trainer.lora import add_adapter
 from finetuned.trainer.model import empty_model, set_checkpointing
-from finetuned.trainer.precision import Precision
+from finetuned.trainer.precision import Precision, choose
 from finetuned.trainer.tokens import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from finetuned.trainer.distill.found import Found
 
 # What libraries load only when they work (kernels, scratch memory, code), and freed pages that the allocator keeps.
 _AT_WORK = 230 * 2**20
@@ -39,7 +42,8 @@ class Footprint:
     activations: int  # kept from the forward to the backward pass of the largest micro-batch
     working: int  # above that: a chunk of logits, what a layer or the optimizer needs for a moment
     libraries: int  # what the process holds before there is a model
-    teacher: int = 0  # the weights of one beside the model; what it needs at work is not counted
+    teacher: int = 0  # the weights of one beside the model
+    answers: int = 0  # what making answers takes above all of a training's own
 
     @property
     def peak(self) -> int:
@@ -55,6 +59,7 @@ class Counted:
     trained: int
     parameters: int  # of the base model, the head among them
     head: int  # of the output layer, which sees supervised tokens alone
+    taught_by: int  # parameters of a teacher, wherever it is
     method: str
 
 
@@ -68,6 +73,8 @@ class Work:
     precision: Precision
     device: torch.device
     activation_checkpointing: bool
+    teacher: Found | None = None  # of recipe distill
+    longest_question: int = 0  # tokens, of recipe rft
 
 
 def count(work: Work, rows: Sequence[Example], *, accumulated: bool, libraries: int) -> Counted:
@@ -79,21 +86,28 @@ def count(work: Work, rows: Sequence[Example], *, accumulated: bool, libraries: 
     bare = model
     parameters, largest = sum(p.numel() for p in bare.parameters()), max(p.numel() for p in bare.parameters())
     weights, head = _stored(bare, work), bare.get_output_embeddings().weight.numel()
-    layers = _alike(bare)
+    layers = 0 if understudy.looks_into_layers(work.settings) else _alike(bare)
     depths = tuple(depth for depth in _DEPTHS if depth < layers) or (0,)
     rehearsal.shorten(bare, max(depths))
     if work.tuning != "full":
         model = add_adapter(bare, work.base, work.settings, precision=work.precision)
-        largest = max((p.numel() for p in model.parameters() if p.requires_grad), default=0)
+        largest = 0
         if work.tuning == "lora":  # others compute as peft does
             fused.fuse(model)
     set_checkpointing(model, on=work.activation_checkpointing)
-    stage = rehearsal.Stage(model, work.device, work.precision.compute, share=not work.settings.lora_dropout)
-    runs = []
+    stage = rehearsal.Stage(
+        model,
+        work.device,
+        work.precision.compute,
+        share=not work.settings.lora_dropout,
+        make=understudy.maker(work, rows),
+    )
+    runs, answers = [], []
     for depth in reversed(depths):
         rehearsal.shorten(bare, depth)
         runs.append((depth, stage.run(rows, accumulated=accumulated)))
-    run = rehearsal.at_depth(runs, layers)
+        answers.append(_answers(stage, work))
+    run, largest = rehearsal.at_depth(runs, layers), max(largest, runs[0][1].largest)
     gradients = 4 * run.trained
     if work.device.type == "cuda":
         # The optimizer makes a copy of all it steps on, when activations are gone.
@@ -104,6 +118,8 @@ def count(work: Work, rows: Sequence[Example], *, accumulated: bool, libraries: 
         # gradients of it before they are added (input and output layer are one in many models).
         highest = run.upper + gradients * (not accumulated) + 4 * 4 * largest
     kept = min(run.kept, highest - gradients)
+    teacher, taught_by = _teacher(work)
+    making = rehearsal.line([(depth, one) for (depth, _), one in zip(runs, answers, strict=True)], layers)
     return Counted(
         Footprint(
             weights=weights,
@@ -113,17 +129,37 @@ def count(work: Work, rows: Sequence[Example], *, accumulated: bool, libraries: 
             activations=kept,
             working=highest - gradients - kept,
             libraries=libraries + (_AT_WORK if work.device.type == "cpu" else 0),
+            teacher=teacher,
+            answers=max(0, making - highest - _ADAM * run.trained),
         ),
         run.trained,
         parameters,
         head,
+        taught_by,
         run.method,
     )
 
 
-def weights(work: Work) -> int:
-    """Give the bytes of a base model alone. Raises ModelError if there is no such model."""
-    return _stored(empty_model(work.base, work.settings, work.precision.weights), work)
+def _answers(stage: rehearsal.Stage, work: Work) -> int:
+    """Give the bytes that a batch of recipe rft's answers takes, before there are gradients or an optimizer."""
+    if work.settings.recipe != "rft":
+        return 0
+    longest = work.settings.rft.max_new_tokens
+    rows = most_at_once(work.device, work.longest_question, longest)
+    return stage.answers(rows, prompt=work.longest_question, longest=longest)
+
+
+def _teacher(work: Work) -> tuple[int, int]:
+    """Give the bytes of a teacher's weights, none where it is on another device, and its parameters."""
+    if work.teacher is None:
+        return 0, 0
+    own, settings = understudy.home_of(work.teacher, work.device), work.teacher.settings
+    precision = choose(own, settings.tuning, settings.dtype)
+    model = empty_model(work.teacher.base, settings, precision.weights)
+    elsewhere = own.type != work.device.type or (own.index or 0) != (work.device.index or 0)
+    parameters = sum(p.numel() for p in model.parameters())
+    as_stored = Work(work.teacher.base, settings, settings.tuning, precision, own, False)
+    return 0 if elsewhere else _stored(model, as_stored), parameters
 
 
 def _stored(model: PreTrainedModel, work: Work) -> int:

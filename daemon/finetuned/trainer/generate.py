@@ -76,6 +76,19 @@ def generating(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> It
             model.config.use_cache = cache
 
 
+def most_at_once(device: torch.device, question: int, answer: int) -> int:
+    """Give how many questions of so many tokens are put at once, for answers of so many."""
+    return min(_rows_of(device), _fitting(question, answer))
+
+
+def _rows_of(device: torch.device) -> int:
+    return _ROWS.get(device.type, _ROWS["cuda"])
+
+
+def _fitting(question: int, answer: int) -> int:
+    return max(1, _TOKENS // (question + answer))
+
+
 class Asker:
     """Puts questions to a model, within `generating`."""
 
@@ -92,7 +105,7 @@ class Asker:
     ) -> None:
         """Begin. `seed` decides what is drawn where `temperature` is not 0; a batch has at most so many `rows`."""
         self._model, self._tokenizer, self._seed, self._temperature = model, tokenizer, seed, temperature
-        self._rows = rows or _ROWS.get(model.device.type, _ROWS["cuda"])
+        self._rows = rows or _rows_of(model.device)
         self._held = self._rows  # so many memory holds at once, as far as is known
         self._asked_to_stop = asked_to_stop
         self._options: dict[str, Any] = {
@@ -123,7 +136,7 @@ class Asker:
         lengths = {key: len(ids) for key, ids in zip(texts, encoded, strict=True)}
         left = deque(sorted(texts, key=lambda key: -lengths[key]))
         while left:
-            size = min(self._rows, len(left), max(1, _TOKENS // (lengths[left[0]] + self._options["max_new_tokens"])))
+            size = min(self._rows, len(left), _fitting(lengths[left[0]], self._options["max_new_tokens"]))
             batch = [left.popleft() for _ in range(size)]
             if asked := [key for key in batch if key not in known]:
                 yield from self._batch(asked, texts)

@@ -62,6 +62,10 @@ class Group:
         """Add up what ranks have, number by number."""
         return self._reduced(numbers, dist.ReduceOp.SUM)
 
+    def wait(self) -> None:
+        """Wait until all are here."""
+        self.most(0.0)
+
     def told(self, found: Callable[[], T]) -> T:
         """Let rank 0 find something out, and tell it to all."""
         value = [found()] if self.leads else [None]
@@ -74,10 +78,10 @@ class Group:
     def leader_first(self) -> Iterator[None]:
         """Let rank 0 do something before the others: what it leaves on the disk is there for them."""
         if not self.leads:
-            self.any(False)
+            self.wait()
         yield
         if self.leads:  # where it failed the others learn that from its end
-            self.any(False)
+            self.wait()
 
     def share(self, rows: list[int], lengths: list[int]) -> list[int]:
         """Give the rows of a step that are this rank's."""

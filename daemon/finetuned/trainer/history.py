@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetuned.config import TrainingSettings
 from finetuned.durable import write_file
 
 _KEPT, _NEWEST = 100, 5  # records kept, and asked
@@ -26,11 +27,17 @@ class Record:
     predicted: int  # bytes, uncorrected
     peak: int  # bytes, measured
     tokens_per_second: float
+    recipe: str = "sft"  # as `kind_of` names it
 
 
 def file_beside(models: Path) -> Path:
     """Name the file."""
     return models.parent / "trainings.json"
+
+
+def kind_of(settings: TrainingSettings) -> str:
+    """Name the recipe, with its teacher: trainings of another are no measure."""
+    return settings.recipe + (f" from {settings.teacher}" if settings.recipe == "distill" else "")
 
 
 def read(file: Path) -> list[Record]:
@@ -48,34 +55,35 @@ def remember(file: Path, record: Record) -> None:
     write_file(file, json.dumps([asdict(one) for one in records], indent=1).encode() + b"\n")
 
 
-def correction(records: Sequence[Record], *, model: str, method: str, device: str) -> tuple[float, str]:
+def correction(records: Sequence[Record], *, model: str, method: str, device: str, recipe: str) -> tuple[float, str]:
     """Give what to multiply a prediction with, and why: the median of measured over predicted."""
-    near, what = _near(records, model=model, method=method, device=device)
+    near, what = _near(records, model=model, method=method, device=device, recipe=recipe)
     ratios = [one.peak / one.predicted for one in near if one.predicted > 0 and one.peak > 0]
     return (statistics.median(ratios), what) if ratios else (1.0, "no earlier job of a minute or more on this device")
 
 
-def speed(records: Sequence[Record], *, model: str, method: str, device: str) -> float | None:
-    """Give tokens a second of earlier trainings of the same model and method here."""
-    alike = _alike(records, model=model, method=method, device=device)
+def speed(records: Sequence[Record], *, model: str, method: str, device: str, recipe: str) -> float | None:
+    """Give tokens a second of earlier trainings of the same model, method and recipe here."""
+    alike = _alike(records, model=model, method=method, device=device, recipe=recipe)
     speeds = [one.tokens_per_second for one in alike if one.tokens_per_second > 0]
     return statistics.median(speeds) if speeds else None
 
 
-def peak(records: Sequence[Record], *, model: str, method: str, device: str) -> tuple[int, int]:
+def peak(records: Sequence[Record], *, model: str, method: str, device: str, recipe: str) -> tuple[int, int]:
     """Give the most memory in bytes that earlier trainings of the same model and method took here, and how many
     these are.
     """
-    alike = _alike(records, model=model, method=method, device=device)
+    alike = _alike(records, model=model, method=method, device=device, recipe=recipe)
     return max((one.peak for one in alike), default=0), len(alike)
 
 
-def _alike(records: Sequence[Record], *, model: str, method: str, device: str) -> list[Record]:
-    return [one for one in records if (one.model, one.method, one.device) == (model, method, device)][-_NEWEST:]
+def _alike(records: Sequence[Record], *, model: str, method: str, device: str, recipe: str) -> list[Record]:
+    wanted = (model, method, device, recipe)
+    return [one for one in records if (one.model, one.method, one.device, one.recipe) == wanted][-_NEWEST:]
 
 
 def _near(records: Sequence[Record], **wanted: Any) -> tuple[list[Record], str]:
-    here = [one for one in records if one.device == wanted["device"]]
+    here = [one for one in records if (one.device, one.recipe) == (wanted["device"], wanted["recipe"])]
     alike = _alike(here, **wanted)
     if alike:
         return alike, f"earlier jobs of this model and method: {len(alike)}"

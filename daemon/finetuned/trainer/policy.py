@@ -26,7 +26,7 @@ class Policy(nn.Module):
 
     reach: torch.Tensor
 
-    def __init__(self, width: int, tokens: int, size: float) -> None:
+    def __init__(self, width: int, tokens: int, size: float | torch.Tensor) -> None:
         super().__init__()
         self.tokens, self.width = tokens, width
         self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, _HIDDEN), nn.Tanh())
@@ -35,7 +35,7 @@ class Policy(nn.Module):
         self.change = nn.Sequential(
             nn.Linear(_HIDDEN + CONTROL, _HIDDEN), nn.Tanh(), nn.Linear(_HIDDEN, tokens * width), nn.Tanh()
         )
-        self.register_buffer("reach", torch.tensor(_REACH * size))
+        self.register_buffer("reach", torch.as_tensor(_REACH * size))
         for layer in (self.aim, self.expect):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

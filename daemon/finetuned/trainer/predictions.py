@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
-from finetuned.config import Predictions
 from finetuned.dataset.rows import Row
+from finetuned.section_settings import Predictions
 from finetuned.trainer.chat import Renderer
 from finetuned.trainer.generate import Answered, Asker, generating, never
 

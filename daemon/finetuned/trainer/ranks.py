@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
-from finetuned.errors import ConfigError
 from finetuned.events import ExitCode, describe_end
 from finetuned.home import JobFolder
 
@@ -36,7 +35,7 @@ def started_by_somebody() -> bool:
 
 def signs() -> bool:
     """Whether this process holds the job's lock and says how the attempt ends: one of all does."""
-    return rank() == 0 and _AGENT not in os.environ
+    return rank() == 0 and not has_agent()
 
 
 def rank() -> int:
@@ -44,24 +43,17 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def has_agent() -> bool:
+    """Whether a process of this module started this one."""
+    return _AGENT in os.environ
+
+
 def end_with_agent() -> None:
-    """Let the kernel kill this rank when the process that started it is gone."""
-    agent = os.environ.get(_AGENT)
-    if agent is None:
-        return
+    """Let this rank end when the process that started it is gone, and leave the interrupt key to that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != int(agent):  # it was gone before
+    if os.getppid() != int(os.environ[_AGENT]):  # it was gone before
         os._exit(ExitCode.TEMPORARY)
-
-
-def check(recipe: str) -> None:
-    """Raise ConfigError for a recipe that several processes cannot train."""
-    if recipe == "rft":
-        raise ConfigError(
-            "its answers are made by one process, and this job is to have several",
-            where="recipe rft",
-            remedy="Let it train on one GPU.",
-        )
 
 
 def run(folder: JobFolder, processes: int, *, asked_to_stop: Callable[[], bool]) -> int:
@@ -71,21 +63,21 @@ def run(folder: JobFolder, processes: int, *, asked_to_stop: Callable[[], bool])
     """
     environment = _environment(processes)
     running: dict[int, subprocess.Popen[bytes]] = {}
-    endings: list[int] = []
+    endings: list[tuple[int, int]] = []  # rank and status, in the order of their ends
     stopped, deadline = False, float("inf")
     try:
         for number in range(processes):
             running[number] = _start(folder, environment | {"RANK": str(number), "LOCAL_RANK": str(number)})
         while running:
             for number, status in _ended(running):
-                endings.append(status)
+                endings.append((number, status))
                 if status:
                     sys.stdout.write(f"rank {number}: {describe_end(status)}\n")
                     sys.stdout.flush()
             if asked_to_stop() and not stopped:
                 stopped = True
                 _signal(running.values(), signal.SIGTERM)
-            if deadline == float("inf") and (failed := [status for status in endings if status]):
+            if deadline == float("inf") and (failed := [status for _, status in endings if status]):
                 patience = _LONG_PATIENCE if failed[0] in _AGREED else _PATIENCE
                 deadline = time.monotonic() + patience
                 _signal(running.values(), signal.SIGTERM)
@@ -99,9 +91,12 @@ def run(folder: JobFolder, processes: int, *, asked_to_stop: Callable[[], bool])
     return verdict(endings, stopped=stopped)
 
 
-def verdict(endings: list[int], *, stopped: bool) -> int:
-    """Say how all ended, by the statuses of ranks in the order of their ends. Who has lost another is not the cause."""
-    failed = [status for status in endings if status]
+def verdict(endings: list[tuple[int, int]], *, stopped: bool) -> int:
+    """Say how all ended, by ranks and statuses in the order of their ends.
+
+    What rank 0 has done is done: it writes the adapter. Who has lost another is not the cause.
+    """
+    failed = [] if (0, 0) in endings else [status for _, status in endings if status]
     causes = [status for status in failed if status not in _SECOND_HAND]
     if not causes and stopped and failed:
         return ExitCode.STOPPED
@@ -126,8 +121,7 @@ def _environment(processes: int) -> dict[str, str]:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    # Rows of one step are shared by tokens, so all compute at once: more threads than cores would only wait.
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)  # all compute at once
     usual = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
     return {
         **usual,

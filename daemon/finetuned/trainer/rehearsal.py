@@ -13,16 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from finetuned.trainer import attention
+from finetuned.trainer import attention, understudy
 from finetuned.trainer.batches import Batch
 from finetuned.trainer.layout import Layout
 from finetuned.trainer.model import causal
-from finetuned.trainer.recipes import sft
 from finetuned.trainer.tokens import Example
+from finetuned.trainer.understudy import Make
 
 # What a model may raise that does not run on such tensors, or not in a layout.
 _REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
@@ -37,6 +37,7 @@ class Run:
     kept: int  # from the forward to the backward pass
     upper: int  # at most until the backward pass is half-way down the layers, gradients among it
     lower: int  # at most from there on
+    largest: int  # trained parameter, in numbers
     method: str = COUNTED
 
     @property
@@ -48,30 +49,46 @@ class Run:
 class Stage:
     """A model whose tensors have lost their content, and the micro-batches that go through it."""
 
-    def __init__(self, model: Any, device: torch.device, compute: torch.dtype, *, share: bool) -> None:
-        """Take a model on the meta device; it is changed in place."""
-        self.model, self.device, self.compute, self.share = model, device, compute, share
+    def __init__(self, model: Any, device: torch.device, compute: torch.dtype, *, share: bool, make: Make) -> None:
+        """Take a model on the meta device, which is changed in place, and what makes its objective."""
+        self.model, self.device, self.compute, self.share, self._make = model, device, compute, share, make
         self._mode = FakeTensorMode()
         _place(model, self._mode, device)
 
     def run(self, rows: Sequence[Example], *, accumulated: bool) -> Run:
         """Run them as one micro-batch, with gradients of others of its step there already if `accumulated`."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        numbers = sum(p.numel() for p in trained)
         plain = self.model.config._attn_implementation  # noqa: SLF001, there is no public way to ask
         attention.register()
         try:
             for layout in self._layouts(plain):
                 attention.forget()
                 try:
-                    return Run(numbers, *self._count(rows, layout, accumulated=accumulated))
+                    return self._count(rows, layout, accumulated=accumulated)
                 except _REFUSALS:
                     continue
         finally:
             attention.forget()
             self.model.zero_grad(set_to_none=True)
+        numbers, largest = _sizes(self.model)
         kept = self._by_formula(sum(len(row.ids) for row in rows))
-        return Run(numbers, kept, kept + 4 * numbers, 4 * numbers, BY_FORMULA)
+        return Run(numbers, kept, kept + 4 * numbers, 4 * numbers, largest, BY_FORMULA)
+
+    def answers(self, rows: int, *, prompt: int, longest: int) -> int:
+        """Give the bytes that so many answers take, made at once to prompts of so many tokens, beside the weights."""
+        model, live = causal(self.model), Live(self.device)
+        live.leave_out([*self.model.parameters(), *self.model.buffers()])
+        try:
+            with self._mode, live, understudy.generating(model):
+                ids = torch.empty(rows, prompt, dtype=torch.long, device=self.device)
+                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                understudy.answer(model, inputs, longest, torch.float32)
+        except _REFUSALS:
+            config = model.config.get_text_config()
+            # Keys and values of every token and layer, at their full width.
+            return int(
+                2 * rows * (prompt + longest) * config.num_hidden_layers * config.hidden_size * self.compute.itemsize
+            )
+        return live.peak
 
     def _layouts(self, plain: str) -> Iterator[Layout]:
         """Give the layouts best first. The trainer tries them out on the weights; here the first that runs is taken."""
@@ -80,15 +97,22 @@ class Stage:
         for apart in (True, False):
             yield Layout(flat=False, head_apart=apart, reason="flat batches are refused", attention=plain)
 
-    def _count(self, rows: Sequence[Example], layout: Layout, *, accumulated: bool) -> tuple[int, int, int]:
+    def _count(self, rows: Sequence[Example], layout: Layout, *, accumulated: bool) -> Run:
         model, mode = self.model, self._mode
         causal(model).set_attn_implementation(layout.attention)
-        objective = sft.Objective(model, layout).train()
-        batch = _without_content(layout.collate(rows), mode, self.device)
-        live = Live()
-        live.leave_out([*model.parameters(), *model.buffers(), *batch.inputs.values(), batch.positions, batch.targets])
+
+        def place(other: Any, device: torch.device) -> None:
+            _place(other, mode, device)
+
+        objective = self._make(model, layout, place).train()
+        place(objective, self.device)  # what it has made for itself
+        objective.begin(0)
+        batch = _without_content(objective.layout.collate(rows), mode, self.device)
+        live = Live(self.device)
+        own = [*objective.parameters(), *objective.buffers()]
+        live.leave_out([*own, *batch.inputs.values(), batch.positions, batch.targets])
         with mode, live, _half_way(causal(model), live.divide):
-            for parameter in model.parameters():
+            for parameter in objective.parameters():
                 parameter.grad = torch.empty_like(parameter) if accumulated and parameter.requires_grad else None
             before = live.now
             with torch.autocast(self.device.type, self.compute, enabled=self.compute is not torch.float32):
@@ -96,7 +120,9 @@ class Stage:
             kept = live.now - before
             (loss / len(rows)).backward()
         live.divide()
-        return kept, live.peaks[0], live.peaks[-1]
+        numbers, largest = _sizes(objective)
+        # A recipe may go backward more than once.
+        return Run(numbers, kept, max(live.peaks[:-1] or live.peaks), live.peaks[-1], largest)
 
     def _by_formula(self, tokens: int) -> int:
         """Give 34 bytes a token, layer and unit of width in 16 bits (Korthikanti et al., arXiv:2205.05198, table 2,
@@ -112,9 +138,10 @@ class Stage:
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that operations make, while they live."""
 
-    def __init__(self) -> None:
-        """Begin at nothing."""
+    def __init__(self, device: torch.device) -> None:
+        """Begin at nothing. Elsewhere than on the device nothing counts."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self._kind = device.type
         self.now = self.peak = 0
         self.peaks: list[int] = []  # of the stretches that are over
         self._known: dict[int, weakref.ref[Any]] = {}
@@ -138,6 +165,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def _see(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type != self._kind:
+            return
         storage = tensor.untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._known and self._known[key]() is storage:
@@ -152,6 +181,12 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self.now)
 
 
+def _sizes(module: Any) -> tuple[int, int]:
+    """Give the numbers that are trained, and those of the largest parameter among them."""
+    numbers = [p.numel() for p in module.parameters() if p.requires_grad]
+    return sum(numbers), max(numbers, default=0)
+
+
 def shorten(model: Any, depth: int) -> None:
     """Leave a model its first layers only; 0 leaves it all."""
     if depth:
@@ -164,15 +199,20 @@ def at_depth(runs: Sequence[tuple[int, Run]], layers: int) -> Run:
 
     The peak itself is none: in the upper half it grows with what all layers keep, in the lower with their gradients.
     """
-    if len(runs) == 1:
-        return runs[0][1]
-    (more, high), (fewer, low) = runs
-    share = (layers - fewer) / (more - fewer)
     trained, kept, upper, lower = (
-        round(getattr(low, name) + share * (getattr(high, name) - getattr(low, name)))
+        line([(depth, getattr(run, name)) for depth, run in runs], layers)
         for name in ("trained", "kept", "upper", "lower")
     )
-    return Run(trained, kept, upper, lower, high.method)
+    deepest = runs[0][1]
+    return Run(trained, kept, upper, lower, deepest.largest, deepest.method)
+
+
+def line(found: Sequence[tuple[int, int]], layers: int) -> int:
+    """Give what a figure, found at one depth or at two, is at that of the whole model."""
+    if len(found) == 1:
+        return found[0][1]
+    (more, high), (fewer, low) = found
+    return round(low + (layers - fewer) / (more - fewer) * (high - low))
 
 
 @contextmanager
@@ -201,6 +241,8 @@ def _place(model: Any, mode: FakeTensorMode, device: torch.device) -> None:
     placed: dict[int, torch.Tensor] = {}
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
         if id(tensor) not in placed:
             with mode:
                 empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

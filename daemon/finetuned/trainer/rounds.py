@@ -11,6 +11,7 @@ import gc
 import json
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,23 +83,26 @@ def train_in_rounds(task: Task, questions: Questions, *, cache: Path) -> tuple[T
 
     Raises what `train` raises, and DataError where too few answers are right.
     """
-    settings = task.settings
+    settings, group = task.settings, task.group
     folder = task.checkpoints / "rft"
     make_folder(folder)
     rounds = [Round(number, folder, settings) for number in range(1, settings.rft.rounds + 1)]
     door = Door(task.tokenizer, settings.model_copy(update={"recipe": "sft"}), cache=cache)
     # A round that is done does not need the one before it any more.
-    number = max((one.number for one in rounds if one.done), default=1)
+    number = group.told(lambda: max((one.number for one in rounds if one.done), default=1))
     of_round, trained = task, None
     for this in rounds[number - 1 :]:
-        if not this.done:
-            _make_answers(this, of_round, questions, trained.model if trained else None)
+        if not group.told(partial(getattr, this, "done")):
+            if group.leads:
+                _make_answers(this, of_round, questions, trained.model if trained else None)
+            group.wait()
         trained = None  # its model leaves room for the next
         _give_back()
         found = this.found()
         task.say.say(EventType.MESSAGE, f"round {this.number} of {len(rounds)}: {found}", found=found.as_dict())
         found.judge(settings.rft, name=questions.name)
-        examples, report = door.read(this.kept, name=f"{questions.name}, round {this.number}")
+        with group.leader_first():
+            examples, report = door.read(this.kept, name=f"{questions.name}, round {this.number}")
         if cut := report.warnings.get("rows_cut"):
             task.say.warn(cut.sentence("rows_cut", WARNINGS["rows_cut"].remedy, rows=report.good_rows))
         check_sides(examples.cut_to(of_round.rung.max_length), None, settings, name=questions.name)

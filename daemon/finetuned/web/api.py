@@ -20,11 +20,12 @@ from finetuned.guard import daemon_pid
 from finetuned.home import Home
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import SORTS, Ledger
+from finetuned.places import gpu_states, gpus_at_work
 from finetuned.scores import sentences, table
 from finetuned.spool.orders import Verb
 from finetuned.web.curves import POINTS, Curves
 from finetuned.web.figures import figures
-from finetuned.web.reading import look, newest_gpus
+from finetuned.web.reading import look
 from finetuned.web.records import STATUSES, job_record
 from finetuned.web.replies import Json, Refused, job_of, number
 from finetuned.web.stream import job_events, now_events
@@ -75,7 +76,8 @@ def jobs(request: Request) -> Response:
                 limit=limit,
                 offset=offset,
             )
-    data = [job_record(job, now=time.time()) for job in found]
+    known = gpu_states(home_of(request))
+    data = [job_record(job, now=time.time(), gpus=known) for job in found]
     return Json(
         {
             "object": "list",
@@ -91,7 +93,7 @@ def jobs(request: Request) -> Response:
 def job(request: Request) -> Response:
     """Give one job, with its data report, plan, benchmark and result."""
     with job_in(request) as (ledger, found):
-        record = {**job_record(found, now=time.time()), **_story(ledger, found)}
+        record = {**job_record(found, now=time.time(), gpus=gpu_states(home_of(request))), **_story(ledger, found)}
         folder = adapter_of(home_of(request), found)
         record["base_model"] = folder and (read_story(folder).get("base_model") or record["model"])
         plan, epochs = record["plan"] or {}, found.progress.get("epoch")
@@ -127,15 +129,16 @@ def job_curves(request: Request) -> Response:
 
 
 def gpus(request: Request) -> Response:
-    """Give the newest sample of each GPU; with `job`, what they did while it ran, thinned."""
+    """Give each GPU, its newest sample and who is at work on it; with `job`, what they did while it ran, thinned."""
     with ledger_if_any(home_of(request)) as ledger:
+        data = gpus_at_work(gpu_states(home_of(request)), ledger)
         if ledger is None:
-            return Json({"object": "list", "data": [], "curves": {}})
+            return Json({"object": "list", "data": data, "curves": {}})
         job_id = request.query_params.get("job")
         drawn: Curves = request.app.state.curves
         inode = home_of(request).ledger.stat().st_ino
         curves = drawn.of_gpus(ledger, job_of(request, ledger, job_id).id, inode=inode) if job_id else {}
-        return Json({"object": "list", "data": newest_gpus(ledger), "curves": curves})
+        return Json({"object": "list", "data": data, "curves": curves})
 
 
 def predictions(request: Request) -> Response:

@@ -8,9 +8,9 @@ from typing import Any
 from finetuned import __version__
 from finetuned.guard import daemon_pid, why_paused
 from finetuned.home import Home
-from finetuned.jobs import State
+from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
-from finetuned.web.reading import newest_gpus
+from finetuned.places import gpu_states, gpus_at_work, place_of
 from finetuned.web.records import STATUSES
 
 _JOB = {
@@ -54,13 +54,32 @@ def figures(home: Home, ledger: Ledger | None) -> str:
     running = ledger.jobs(State.RUNNING)
     for name, (field, unit, meaning) in _JOB.items():
         lines += _family(f"job_{name}", meaning, [({"job": j.id}, j.progress.get(field), unit) for j in running])
-    samples = newest_gpus(ledger) if running else []  # nobody looks at a GPU that has nothing to do
-    for name, (field, unit, meaning) in _GPU.items():
-        of_gpus = [
-            ({"gpu": str(s["index"]), "uuid": s["uuid"], "name": s["name"]}, s.get(field), unit) for s in samples
-        ]
-        lines += _family(f"gpu_{name}", meaning, of_gpus)
+    lines += _places(home, ledger, running)
     return "\n".join(lines) + "\n"
+
+
+def _places(home: Home, ledger: Ledger, running: list[Job]) -> list[str]:
+    """Tell where jobs run, and of the GPUs."""
+    states = gpu_states(home)
+    places = [(job, place) for job in running if (place := place_of(job, states))]
+    lines = _family(
+        "job_info",
+        "Where a job runs: the launcher, and what it calls the job.",
+        [({"job": job.id, "launcher": place["launcher"], "id": place["id"] or ""}, 1) for job, place in places],
+    )
+    by_job = [({"job": job.id}, place["processes"]) for job, place in places]
+    lines += _family("job_processes", "Processes that train a job.", by_job)
+    gpus = [
+        ({"gpu": str(gpu.get("index", "")), "uuid": gpu["uuid"], "name": str(gpu.get("name", ""))}, gpu)
+        for gpu in gpus_at_work(states, ledger)
+    ]
+    lines += _family("gpu_jobs", "Jobs at work on a GPU.", [(labels, len(gpu["jobs"])) for labels, gpu in gpus])
+    usable = [(labels, gpu["state"] == "usable") for labels, gpu in gpus]
+    lines += _family("gpu_usable", "0 where a GPU is set aside, left alone or used by others.", usable)
+    for name, (field, unit, meaning) in _GPU.items():
+        samples = [(labels, gpu.get(field), unit) for labels, gpu in gpus if gpu["jobs"]]  # nobody looks at others
+        lines += _family(f"gpu_{name}", meaning, samples)
+    return lines
 
 
 def _family(name: str, meaning: str, samples: Iterable[tuple[Any, ...]]) -> list[str]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from finetuned import __version__
 from finetuned.errors import HomeError
 from finetuned.found import ledger_if_any
-from finetuned.guard import daemon_pid, gpus_aside, why_paused, why_waiting
+from finetuned.guard import daemon_pid, why_paused, why_waiting
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
 from finetuned.live import sentence
+from finetuned.places import Gpu, gpu_states, gpus_at_work
 from finetuned.spool.inbox import Complaint, list_inbox
 from finetuned.web.records import job_record
 
@@ -31,48 +33,38 @@ def look(home: Home) -> dict[str, Any]:
 
 def situation(home: Home, ledger: Ledger | None) -> dict[str, Any]:
     """Give what the page Now shows."""
-    pid = daemon_pid(home)
+    pid, states = daemon_pid(home), gpu_states(home)
     facts: dict[str, Any] = {
         "version": __version__,
         "base_dir": printable(os.fsencode(home.root)),
         "daemon_pid": pid,
         "paused": why_paused(home),
         "waits": why_waiting(home) if pid else None,
-        "gpus_aside": gpus_aside(home),
         "inbox": _inbox(home),
         "running": [],
         "queue": [],
         "queued": 0,
         "orders": [],
         "finished": [],
-        "gpus": [],
+        "gpus": gpus_at_work(states, ledger),
     }
     if ledger is None:
         return facts
     running = ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)
     running.sort(key=lambda job: job.state is not State.RUNNING)  # one that is being put away comes behind
-    facts["running"] = [{**_brief(job), "sentence": sentence(job.progress)} for job in running]
-    facts["queue"] = [_brief(job) for job in ledger.queue(_FIRST)]
+    facts["running"] = [{**_brief(job, states), "sentence": sentence(job.progress)} for job in running]
+    facts["queue"] = [_brief(job, states) for job in ledger.queue(_FIRST)]
     _, facts["queued"] = ledger.page(states=(State.CLAIMING, State.QUEUED), limit=0)
     facts["orders"] = [
         {"verb": verb, "job": job_id or None, "before": before or None} for _, verb, job_id, before in ledger.orders()
     ]
-    facts["finished"] = [_brief(job) for job in ledger.last_finished(_LAST)]
-    facts["gpus"] = newest_gpus(ledger)
+    facts["finished"] = [_brief(job, states) for job in ledger.last_finished(_LAST)]
     return facts
 
 
-def _brief(job: Job) -> dict[str, Any]:
+def _brief(job: Job, states: Sequence[Gpu]) -> dict[str, Any]:
     """Give a job without its settings: this is sent to every page, twice a second."""
-    return {key: value for key, value in job_record(job).items() if key != "hyperparameters"}
-
-
-def newest_gpus(ledger: Ledger) -> list[dict[str, Any]]:
-    """Give the newest sample of each GPU. They are sampled only while a job runs."""
-    job_id = ledger.last_sampled()
-    if job_id is None:
-        return []
-    return [{**sample, "job": job_id} for sample in ledger.newest_gpu_samples(job_id)]
+    return {key: value for key, value in job_record(job, gpus=states).items() if key != "hyperparameters"}
 
 
 def _inbox(home: Home) -> list[dict[str, str]]:

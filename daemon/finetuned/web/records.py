@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from finetuned.errors import FinetunedError
 from finetuned.events import Event
 from finetuned.home import printable
 from finetuned.jobs import Job, Outcome, State
+from finetuned.live import why_waiting
+from finetuned.places import Gpu, place_of
 
 _STATUS = {
     State.CLAIMING: "validating_files",
@@ -27,8 +30,10 @@ STATUSES: dict[str, tuple[tuple[State, ...], tuple[Outcome, ...]]] = {
 }
 
 
-def job_record(job: Job, *, now: float | None = None) -> dict[str, Any]:
-    """Give a job: OpenAI's fields first, then ours. With `now` it says when it will be done."""
+def job_record(job: Job, *, now: float | None = None, gpus: Sequence[Gpu] = ()) -> dict[str, Any]:
+    """Give a job: OpenAI's fields first, then ours. With `now` it says when it will be done; `gpus` are those that it
+    may have run on.
+    """
     succeeded = job.outcome is Outcome.SUCCEEDED
     return {
         "object": "fine_tuning.job",
@@ -57,6 +62,8 @@ def job_record(job: Job, *, now: float | None = None) -> dict[str, Any]:
         "retries": job.retries,
         "interruptions": job.interruptions,
         "not_before": job.not_before,
+        "where": place_of(job, gpus),
+        "why_waiting": (job.state is State.QUEUED and why_waiting(job.progress)) or None,
         "rung": job.rung,
         "progress": {key: value for key, value in job.progress.items() if key != "error"},
         "duplicate_of": job.duplicate_of,

@@ -28,7 +28,7 @@ from finetuned.drop import add
 from finetuned.durable import FILE_MODE, make_folder
 from finetuned.home import Home, data_extension
 from finetuned.spool.claim import settings_for
-from finetuned.spool.inbox import EXTENSIONS, Found, held_out_of, is_data, is_held_out
+from finetuned.spool.inbox import EXTENSIONS, Found, held_out_of, is_data, is_held_out, remedy_for
 from finetuned.web.api import home_of
 from finetuned.web.replies import Json, Refused, json_of
 
@@ -53,7 +53,7 @@ async def upload(request: Request) -> Response:
             remedy="Send the file that is to be trained on first, or rename it.",
         )
     if not is_data(name):
-        raise Refused(400, f"{name} is not a training file", remedy=f"finetuned takes {', '.join(EXTENSIONS)}.")
+        raise Refused(400, f"{name} is not a training file", remedy=remedy_for(name))
     home = home_of(request)
     await asyncio.to_thread(forget_old, home)
     number = secrets.token_hex(8)
@@ -70,9 +70,10 @@ async def upload(request: Request) -> Response:
 async def upload_held_out(request: Request) -> Response:
     """Take the request's body as the held-out rows of a file that waits."""
     file, earlier = _waiting(request)
-    extension = data_extension(os.fsencode(_name(request)))
+    name = _name(request)
+    extension = data_extension(os.fsencode(name))
     if extension not in EXTENSIONS:
-        raise Refused(400, "this is not a file of rows", remedy=f"finetuned takes {', '.join(EXTENSIONS)}.")
+        raise Refused(400, "this is not a file of rows", remedy=remedy_for(name))
     target = file.with_name(held_out_of(file.name, extension))
     with _alone(request):
         size = await _receive(request, target)

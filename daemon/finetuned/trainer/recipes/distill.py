@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetuned.trainer.batches import Batch
+from finetuned.trainer.capped import Capped, head_of
 from finetuned.trainer.distill import curriculum, states
 from finetuned.trainer.distill.divergence import divergence, logits_of, summed_divergence
 from finetuned.trainer.distill.teacher import Lesson, Teacher
@@ -180,7 +181,7 @@ class Objective(torch.nn.Module):
         lead wherever the student is already; the student learns from what comes out.
         """
         projector = self._projector(_HEAD)
-        out = _held(causal(self.model).get_output_embeddings())
+        out = _held(head_of(causal(self.model)))
         states_of = lesson.hidden.to(hidden.device)
         found = {PROJECTOR: summed_loss(projector(states_of), out, targets)}
         if self._weights["teacher"]:
@@ -285,6 +286,8 @@ class _Pairs:
 
 def _held(head: torch.nn.Module) -> torch.nn.Module:
     """Give a head with the same weights, which are not learned through it."""
+    if isinstance(head, Capped):
+        return Capped(_held(head.head), head.cap)
     if not isinstance(head, torch.nn.Linear) or not head.weight.requires_grad:
         return head
     twin = torch.nn.Linear(1, 1, bias=False, device="meta")

@@ -63,7 +63,7 @@ class Objective(torch.nn.Module):
         self.policy = self._first_policy(task.settings.seed) if self.settings.reward_weight else None
         self._contest = Contest(task, model, self.prompted, self.policy) if self.policy else None
         self._step = 0
-        self._told: defaultdict[str, float] = defaultdict(float)
+        self._told: defaultdict[str, float | torch.Tensor] = defaultdict(float)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Give the summed loss in nats, a float32 scalar; without a policy, and in evaluation, that of the labels."""
@@ -76,7 +76,7 @@ class Objective(torch.nn.Module):
             return risk
         ambiguity = summed_entropy(hidden, head)
         reinforce = self._reinforce(batch, drawn)
-        terms = {"loss_risk": float(risk.detach()), "loss_ambiguity": float(ambiguity.detach())}
+        terms = {"loss_risk": risk.detach().double(), "loss_ambiguity": ambiguity.detach().double()}
         self._tell(drawn, targets=len(batch.targets), **terms)
         return (1 - weight) * (risk + self.settings.ambiguity * ambiguity) + weight * reinforce
 
@@ -95,7 +95,7 @@ class Objective(torch.nn.Module):
 
     def figures(self) -> dict[str, float]:
         """Tell the terms in nats a token, the mean reward, and the shares of right answers, plain and refined."""
-        return {name: self._told[name] / self._told[of] for name, of in _SHARES.items() if self._told[of]}
+        return {name: float(self._told[name] / self._told[of]) for name, of in _SHARES.items() if self._told[of]}
 
     def metrics(self) -> dict[str, Any]:
         """Tell nothing beside the losses."""
@@ -114,7 +114,7 @@ class Objective(torch.nn.Module):
         table = next(self.prompted.table.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            size = float(table.detach().float().square().mean().sqrt())
+            size = table.detach().float().square().mean().sqrt()
             return Policy(table.shape[1], self.layout.lead or OWN, size).to(table.device)
 
     def _reinforce(self, batch: Batch, drawn: Sequence[Drawn]) -> torch.Tensor:
@@ -134,7 +134,8 @@ class Objective(torch.nn.Module):
         # Rows have places for a soft prompt already, and share nothing once their prompts differ.
         answered = replace(self.layout, share=False, lead=0).collate(rows).to(device)
         hidden, head = self.prompted.hidden(answered, prompts)
-        each = advantage.repeat_interleave(torch.tensor([len(one.answer) for one in drawn], device=device))
+        lengths = torch.tensor([len(one.answer) for one in drawn], device=device)
+        each = advantage.repeat_interleave(lengths, output_size=len(answered.targets))
         surprise = weighted_loss(hidden, head, answered.targets, each, temperature=self.settings.temperature)
         chosen = log_probability(torch.stack([one.control for one in drawn]), aim)
         drawing = surprise - (advantage * chosen).sum()
@@ -142,7 +143,7 @@ class Objective(torch.nn.Module):
         found: torch.Tensor = drawing - drawing.detach() + 0.5 * (rewards - expected).square().sum()
         return found
 
-    def _tell(self, drawn: Sequence[Drawn], **sums: float) -> None:
+    def _tell(self, drawn: Sequence[Drawn], **sums: float | torch.Tensor) -> None:
         sums |= {"rows": len(drawn), "reward": sum(one.reward for one in drawn)}
         sums |= {
             "reward_plain": sum(one.plain_right for one in drawn),

@@ -27,7 +27,12 @@ function layout(title, more) {
 }
 
 export function draw(node, title, traces, more = {}) {
-  if (!window.Plotly || !traces.some((trace) => trace.x.length)) return;
+  if (!window.Plotly) return;
+  if (!traces.some((trace) => trace.x.length)) {
+    if (drawn.delete(node)) window.Plotly.purge(node); // another job's, which has such figures
+    node.classList.remove("drawn");
+    return;
+  }
   node.classList.add("drawn");
   node.closest("section").classList.add("drawn");
   drawn.set(node, [title, traces, more]);
@@ -134,18 +139,18 @@ export class JobCharts {
   }
 }
 
-// What the GPUs did, over the time of day: one line a GPU.
-export function drawGpus(curves) {
+// What the GPUs did, over the time of day: one line a GPU, named as people do.
+export function drawGpus(curves, names) {
   const charts = [["utilization", "utilisation, %", 1], ["memory_used", "memory, GiB", 2 ** 30], ["temperature", "temperature, °C", 1], ["power", "power, W", 1]];
   for (const [name, title, unit] of charts) {
     const traces = Object.entries(curves).map(([uuid, of], number) =>
-      line({ step: of[name].step.map((at) => new Date(at * 1000)), value: of[name].value.map((value) => value / unit) }, uuid, number));
+      line({ step: of[name].step.map((at) => new Date(at * 1000)), value: of[name].value.map((value) => value / unit) }, names[uuid] ?? uuid, number));
     if (name === "utilization") {
       traces.push(...Object.values(curves).map((of) => ({
         x: of.throttled.map((one) => new Date(one.at * 1000)), y: of.throttled.map(() => 100), text: of.throttled.map((one) => one.why.join(", ")),
         name: "held back", type: "scatter", mode: "markers", marker: { symbol: "triangle-down", size: 8, color: COLOURS[1] },
       })));
     }
-    draw(document.getElementById(name), title, traces, FROM_ZERO);
+    draw(document.getElementById(name), title, traces, Object.keys(curves).length > 1 ? { ...FROM_ZERO, ...LEGEND } : FROM_ZERO);
   }
 }

@@ -19,8 +19,9 @@ function summary(job) {
   const loss = Object.entries(LOSSES).filter(([name]) => job.progress[name] != null).map(([name, words]) => `${words} ${job.progress[name].toFixed(4)}`);
   const facts = [
     `${job.training_file} (${bytes(job.bytes)})${job.validation_file ? `, held out: ${job.validation_file}` : ""}${job.profile ? `, profile ${job.profile}` : ""}`,
-    `${job.model}, dropped ${moment(job.created_at)}${took}${job.attempt ? `, attempt ${job.attempt}` : ""}`,
+    `${job.model}, dropped ${moment(job.created_at)}${took}${job.attempt ? `, attempt ${job.attempt}` : ""}${job.where?.words ? ` ${job.where.words}` : ""}`,
   ];
+  if (job.why_waiting) facts.push(`waits: ${job.why_waiting}`);
   if (job.progress.total_steps) facts.push([`step ${job.progress.step ?? 0} of ${job.progress.total_steps}`, ...loss].join(", "));
   const lines = facts.map((text) => element("p", {}, text));
   if (job.duplicate_of) lines.push(element("p", {}, "trained before as ", jobLink(job.duplicate_of)));

@@ -3,7 +3,8 @@
 import { $, append, ask, badge, bytes, clock, duration, element, jobLink, listen, logLine, lossOf, order, orderButton, renew, resultOf, rungText } from "./common.js";
 import { drawGpus, JobCharts } from "./charts.js";
 
-let followed = null;
+let followed = null; // the job whose curves, GPUs and log are shown
+let chosen = new URLSearchParams(location.search).get("job"); // of several that run, if the user has chosen one
 let unfollow = null;
 const charts = new JobCharts();
 
@@ -15,7 +16,7 @@ function hindrances(now) {
   if (!now.daemon_pid) said.push("The daemon is not running: start it with `finetuned run`.");
   if (now.waits) said.push(`Waiting: ${now.waits}. It goes on by itself when that is over.`);
   if (now.paused) said.push(`Paused: ${now.paused}. No job starts.`);
-  for (const why of Object.values(now.gpus_aside ?? {})) said.push(`A GPU is set aside: ${why}`);
+  for (const gpu of now.gpus) if (now.daemon_pid && gpu.state === "set_aside") said.push(`A GPU is set aside: ${gpu.why}`);
   for (const asked of now.orders) said.push(`Asked for: ${asked.before ? `${asked.job} before ${asked.before}` : `${asked.verb} ${asked.job ?? ""}`}`);
   renew($("#hindrances"), said, () => said.map((text) => element("p", { class: "hindrance" }, text)));
 }
@@ -26,21 +27,39 @@ function sentence(job) {
   return `${job.training_file}: ${job.sentence}${when}`;
 }
 
+const chosenOf = (now) => now.running.find((job) => job.id === chosen) ?? now.running[0];
+
+function choose(id) {
+  chosen = id;
+  history.replaceState(null, "", `?job=${encodeURIComponent(id)}`);
+  show(newest);
+}
+
+// One job in detail; of several each with its sentence, and the chosen one in detail.
 function running(now) {
-  const [job] = now.running;
-  $("#sentence").textContent = job ? sentence(job) : now.queued ? "Nothing is running" : "Nothing to do: drop a file";
+  const jobs = now.running;
+  const one = jobs.length === 1;
+  const shown = chosenOf(now);
+  const nothing = now.queued ? "Nothing is running" : "Nothing to do: drop a file";
+  $("#sentence").textContent = one ? sentence(shown) : jobs.length ? `${jobs.length} jobs are running` : nothing;
   $("#pause").hidden = Boolean(now.paused);
   $("#resume").hidden = !now.paused;
-  $("#curves").hidden = $("#log-section").hidden = !job;
-  renew($("#running"), job && [job.id, job.attempt, job.model, job.rung], () => !job ? [] : [
-    element("progress", { id: "steps", "aria-label": "steps" }),
-    element("p", {}, jobLink(job.id), `, attempt ${job.attempt}, of ${job.model}`),
-    element("p", { class: "quiet" }, rungText(job.rung), element("span", { id: "why" }, whys.get(job.id) ?? "")),
-    element("p", { class: "buttons" }, orderButton(job.id, "cancel", "Cancel")),
-  ]);
-  if (!job) return;
-  $("#steps").max = job.progress.total_steps || 1;
-  $("#steps").value = job.progress.step ?? 0;
+  $("#curves").hidden = $("#log-section").hidden = !shown;
+  for (const place of document.querySelectorAll(".of-job")) place.textContent = one || !shown ? "" : `of ${shown.training_file}`;
+  const facts = jobs.map((job) => [job.id, job.attempt, job.model, job.where?.words, job.rung, job === shown]);
+  $("#running").classList.toggle("several", jobs.length > 1);
+  renew($("#running"), facts, () => jobs.map((job) => element("li", { "data-job": job.id, "aria-current": !one && job === shown && "true" },
+    one ? null : element("p", { class: "sentence" }),
+    element("progress", { "aria-label": "steps" }),
+    element("p", {}, jobLink(job.id), `, attempt ${job.attempt}, of ${job.model}`, job.where?.words ? `, ${job.where.words}` : ""),
+    job !== shown ? null : element("p", { class: "quiet" }, rungText(job.rung), element("span", { id: "why" }, whys.get(job.id) ?? "")),
+    element("p", { class: "buttons" }, job === shown ? null : element("button", { type: "button", onclick: () => choose(job.id) }, "Show"), orderButton(job.id, "cancel", "Cancel")))));
+  [...$("#running").children].forEach((item, place) => {
+    const job = jobs[place];
+    if (!one) item.querySelector(".sentence").textContent = sentence(job);
+    item.querySelector("progress").max = job.progress.total_steps || 1;
+    item.querySelector("progress").value = job.progress.step ?? 0;
+  });
 }
 
 const whys = new Map();
@@ -74,8 +93,8 @@ function queue(now) {
   $("#queued").textContent = now.queued ? `${now.queued} waiting` : "empty";
   all = now.queued === now.queue.length;
   const waiting = now.queue.map((job) => {
-    const waits = job.not_before * 1000 > Date.now() ? `again at ${clock(job.not_before)}` : job.progress.waits;
-    return { id: job.id, file: job.training_file, waits: waits ?? "" };
+    const again = job.not_before * 1000 > Date.now() ? `again at ${clock(job.not_before)}` : null;
+    return { id: job.id, file: job.training_file, waits: [again, job.why_waiting].filter(Boolean).join(": ") };
   });
   renew($("#queue"), waiting, () => waiting.map((job) => element("li", { "data-job": job.id, draggable: "true" },
     element("span", { class: "grow" }, jobLink(job.id, job.file), " ", element("small", {}, job.waits)),
@@ -132,18 +151,29 @@ function finished(now) {
   $("#none").hidden = now.finished.length > 0;
 }
 
+// What is done on a GPU, or why nothing is; the daemon says so only while it runs.
+function doing(gpu, now) {
+  if (gpu.jobs.length) return gpu.jobs.flatMap((id, place) => [place ? ", " : "", jobLink(id, now.running.find((job) => job.id === id)?.training_file ?? id)]);
+  if (!now.daemon_pid) return [];
+  return [{ usable: "free", set_aside: "set aside" }[gpu.state] ?? gpu.why];
+}
+
 function gpus(now) {
   $("#gpus").hidden = !now.gpus.length;
-  renew($("#gpu-list"), now.gpus, () => now.gpus.map((gpu) => element("p", {},
-    `GPU ${gpu.index} ${gpu.name}: ${gpu.utilization ?? "?"}% busy, ${bytes(gpu.memory_used ?? 0)} of ${bytes(gpu.memory_total ?? 0)}, ${gpu.temperature ?? "?"} °C, ${Math.round(gpu.power ?? 0)} W`,
-    element("meter", { min: 0, max: gpu.memory_total ?? 1, value: gpu.memory_used ?? 0, "aria-label": "memory" }),
-    gpu.throttle_reasons?.length ? element("span", { class: "warning" }, `held back by ${gpu.throttle_reasons.join(", ")}`) : null)));
+  $("#gpu-charts").hidden = !now.running.length;
+  renew($("#gpu-list"), [now.gpus, now.running.map((job) => job.id), Boolean(now.daemon_pid)], () => now.gpus.map((gpu) => element("p", { "data-gpu": gpu.uuid },
+    `GPU ${gpu.index} ${gpu.name}: `, ...doing(gpu, now),
+    !gpu.jobs.length || gpu.created_at == null ? null : element("span", { class: "quiet" },
+      ` ${gpu.utilization ?? "?"}% busy, ${bytes(gpu.memory_used ?? 0)} of ${bytes(gpu.memory_total ?? 0)}, ${gpu.temperature ?? "?"} °C, ${Math.round(gpu.power ?? 0)} W`),
+    !gpu.jobs.length || gpu.created_at == null ? null : element("meter", { min: 0, max: gpu.memory_total ?? 1, value: gpu.memory_used ?? 0, "aria-label": "memory" }),
+    gpu.jobs.length && gpu.throttle_reasons?.length ? element("span", { class: "warning" }, `held back by ${gpu.throttle_reasons.join(", ")}`) : null)));
 }
 
 async function renewGpus() {
   if (!followed || document.hidden || $("#gpus").hidden) return;
-  const answer = await ask(`/api/gpus?job=${encodeURIComponent(followed)}`);
-  if (answer) drawGpus(answer.curves);
+  const id = followed;
+  const answer = await ask(`/api/gpus?job=${encodeURIComponent(id)}`);
+  if (answer && id === followed) drawGpus(answer.curves, Object.fromEntries(answer.data.map((gpu) => [gpu.uuid, `GPU ${gpu.index}`])));
 }
 
 function show(now) {
@@ -153,7 +183,7 @@ function show(now) {
   if (!dragged) queue(now);
   finished(now);
   gpus(now);
-  const id = now.running[0]?.id ?? null;
+  const id = chosenOf(now)?.id ?? null;
   if (id !== followed) follow(id).then(renewGpus);
 }
 

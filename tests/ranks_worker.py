@@ -1,0 +1,82 @@
+"""One of the processes that train jobs together in test_ranks.py: all jobs of a folder, one after the other."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+
+from finetuned.trainer import group as group_module
+from finetuned.trainer.group import Group, join
+from test_exactness import Job, Story, World
+
+JOBS = "jobs.pickle"
+
+
+@dataclass
+class Ordered:
+    """A job for several ranks, and what happens to rank 1 in it."""
+
+    world: World
+    settings: dict[str, Any]
+    out_of_memory: tuple[int, ...] = ()  # backward passes, from 1, in which it runs out of memory
+    stopped_after: int | None = None  # steps
+    bucket: int = 8 * 2**20  # numbers that are summed at once
+
+
+def outcome(folder: Path, name: str, rank: int) -> Path:
+    """Where a rank leaves what came of a job: a Story, without the model."""
+    return folder / f"{name}.{rank}.pickle"
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.fsync = lambda _: None
+    group = join()
+    for name, ordered in pickle.loads((folder / JOBS).read_bytes()).items():
+        story = train(folder / name, ordered, group)
+        outcome(folder, name, group.rank).write_bytes(pickle.dumps(story))
+    group.leave()
+
+
+def train(folder: Path, ordered: Ordered, group: Group) -> Story:
+    job = Job(folder, ordered.world, group=group, **ordered.settings)
+    backward = accelerate.Accelerator.backward
+    group_module._BUCKET = ordered.bucket
+    if group.rank == 1:
+        accelerate.Accelerator.backward = failing(backward, ordered.out_of_memory)
+    try:
+        if ordered.stopped_after is None:
+            story = job.done()
+        else:
+            looks, last = itertools.count(), ordered.stopped_after
+            assert job.attempt(lambda: group.rank == 1 and next(looks) >= last) is None
+            story = Story(job.attempts, None, {})
+    finally:
+        accelerate.Accelerator.backward = backward
+    attempts = [replace(attempt, ended=attempt.ended and type(attempt.ended).__name__) for attempt in story.attempts]
+    return Story(attempts, None, story.weights)
+
+
+def failing(backward: Callable, numbers: tuple[int, ...]) -> Callable:
+    """Let calls of these numbers run out of memory when their gradients are there."""
+    calls = itertools.count(1)
+
+    def call(*arguments, **named) -> None:
+        backward(*arguments, **named)
+        if next(calls) in numbers:
+            raise MemoryError
+
+    return call
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,155 @@
+"""The processes of one job: who starts them, what becomes of them when one is gone, and how the attempt ends."""
+
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conftest import chat_rows, eventually, write_jsonl
+from finetuned.events import EventType, ExitCode
+from finetuned.lifesigns import exit_code, locked, signed
+from finetuned.trainer.ranks import verdict
+from test_training import LONG, LONG_STEPS, ROWS, Run, assert_same_weights, when
+
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "data.jsonl", chat_rows(ROWS))
+
+
+def run_of(folder: Path, data: Path, model: Path, *, processes: int = 2, **settings) -> Run:
+    run = Run(folder, data, model=str(model), **settings)
+    run.spec = replace(run.spec, processes=processes)
+    return run
+
+
+def ranks_of(agent: int) -> list[int]:
+    """Process ids of an agent's children, rank 0 first."""
+    try:
+        return [int(word) for word in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in {"Z", "X"}
+    except OSError:
+        return True
+
+
+def test_killed_in_part_stopped_and_gone_on_with_by_another_number_the_weights_are_the_same(tmp_path, data, tiny_model):
+    run = run_of(tmp_path / "job", data, tiny_model, **LONG)
+
+    agent = run.start()
+    when(run, agent, lambda: len(run.steps()) >= 4)
+    signature, ranks = signed(run.folder), ranks_of(agent.pid)
+    assert (signature.pid, len(ranks)) == (agent.pid, 2)
+    os.kill(ranks[1], signal.SIGKILL)
+    assert agent.wait(60) == KILLED, run.log
+    assert all(gone(rank) for rank in ranks)
+    assert not locked(run.folder)
+    assert exit_code(run.folder, run.spec.attempt) == KILLED  # for a daemon that is not its parent
+    done = run.steps()[-1]["step"]
+    assert "Traceback" not in run.log
+
+    agent = run.start()
+    when(run, agent, lambda: run.steps()[-1]["step"] >= done + 4)
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait(60) == ExitCode.STOPPED, run.log
+    assert exit_code(run.folder, run.spec.attempt) == ExitCode.STOPPED
+    resumed = [done]  # rank 0 has kept what was done when it lost the other
+    done = run.steps()[-1]["step"]
+
+    run.command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "-m", "finetuned.trainer"]
+    assert run.attempt() == ExitCode.DONE, run.log[-3000:]
+    assert [e.data["step"] for e in run.events(EventType.MESSAGE) if "resumed" in e.message] == [*resumed, done]
+    assert exit_code(run.folder, run.spec.attempt) == ExitCode.DONE
+    assert [step["step"] for step in run.steps()] == list(range(1, LONG_STEPS + 1))
+
+    alone = run_of(tmp_path / "alone", data, tiny_model, processes=1, **LONG).done()
+    assert_same_weights(run, alone, tolerance=1e-5)
+
+
+def test_ranks_end_with_the_process_that_started_them(tmp_path, data, tiny_model):
+    """Those that have imported nothing yet, too."""
+    run = run_of(tmp_path / "job", data, tiny_model, **LONG)
+    agent = run.start()
+    ranks = eventually(lambda: len(found := ranks_of(agent.pid)) == 2 and found)
+    agent.kill()
+    agent.wait()
+    eventually(lambda: all(gone(rank) for rank in ranks))
+
+
+BUG = """
+import os, sys
+
+if os.environ.get("RANK") == "1":
+    sys.modules["finetuned.trainer.precision"] = None  # what it would import is not there
+"""
+
+
+def test_a_bug_in_one_rank_ends_all_of_them_as_that(tmp_path, data, tiny_model):
+    (tmp_path / "sitecustomize.py").write_text(BUG)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    run = run_of(tmp_path / "job", data, tiny_model)
+    assert run.attempt(environment={"PYTHONPATH": path}) == 1, run.log
+    assert "ModuleNotFoundError" in run.log
+    assert run.steps() == []
+
+
+def test_what_is_wrong_for_all_ranks_is_told_once(tmp_path, data, tiny_model):
+    run = run_of(tmp_path / "job", data, tiny_model, tuning="lora", target_modules=["no_such_layer"])
+    assert run.attempt() == ExitCode.BAD_SETTINGS, run.log
+    (error,) = run.events(EventType.ERROR)
+    assert error.data["where"] == "target_modules"
+    assert "Traceback" not in run.log
+
+
+def test_bad_data_is_told_before_any_rank_imports_torch_and_ends_all(tmp_path, tiny_model):
+    (tmp_path / "torch.py").write_text("import time\ntime.sleep(600)")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    run = run_of(tmp_path / "job", write_jsonl(tmp_path / "data.jsonl", [{"messages": []}]), tiny_model)
+    assert run.attempt(environment={"PYTHONPATH": path}) == ExitCode.BAD_DATA, run.log
+    assert [error.data["code"] for error in run.events(EventType.ERROR)] == ["missing_messages_list"]
+
+
+def test_answers_that_rank_0_makes_are_learned_by_all(tmp_path, tiny_model):
+    """Recipe rft, on a model that draws bytes at random: any of them that ends in a number is right."""
+    rows = [
+        {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": str(n % 10)}]}
+        for n in range(12)
+    ]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    rft = {"samples": 6, "keep": 2, "temperature": 1.0, "max_new_tokens": 40, "least_yield": 0.0}
+    settings = {"tuning": "lora", "recipe": "rft", "rft": rft, "judge": {"kind": "number", "tolerance": 1e6}}
+    run, alone = (
+        run_of(tmp_path / f"{number}", data, tiny_model, processes=number, **settings).done() for number in (2, 1)
+    )
+    learned, wanted = ((one.adapter / "learned.jsonl").read_bytes() for one in (run, alone))
+    assert learned == wanted
+    assert_same_weights(run, alone, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("endings", "stopped", "wanted"),
+    [
+        ([(1, 0), (0, 0)], False, 0),
+        ([(0, ExitCode.TEMPORARY), (1, KILLED)], False, KILLED),  # who has lost another is not the cause
+        ([(1, 1), (0, ExitCode.TEMPORARY)], False, 1),
+        ([(0, ExitCode.TEMPORARY), (1, ExitCode.TEMPORARY)], False, ExitCode.TEMPORARY),  # no room on the disk, say
+        ([(0, ExitCode.BAD_DATA), (1, -signal.SIGTERM)], False, ExitCode.BAD_DATA),
+        ([(1, ExitCode.STOPPED), (0, ExitCode.STOPPED)], True, ExitCode.STOPPED),
+        ([(1, -signal.SIGTERM), (0, ExitCode.TEMPORARY)], True, ExitCode.STOPPED),  # before they could hear it
+        ([(0, ExitCode.OUT_OF_MEMORY), (1, ExitCode.TEMPORARY)], True, ExitCode.OUT_OF_MEMORY),
+        ([(1, 0), (0, 1)], False, 1),
+        ([(1, -signal.SIGSEGV), (0, 0)], False, 0),  # as it ended: the adapter is whole
+    ],
+)
+def test_an_attempt_ends_as_the_rank_that_failed_for_its_own_reason(endings, stopped, wanted):
+    assert verdict(endings, stopped=stopped) == wanted
