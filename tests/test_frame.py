@@ -6,7 +6,7 @@ import click
 import pytest
 
 from finetuned.curves import Curves
-from finetuned.frame import KEYS, Size, bar, choices, cut, frame, sparkline
+from finetuned.frame import KEYS, Size, bar, choices, cut, frame, meaning_of_keys, sparkline
 from finetuned.live import sentence_of_all
 
 
@@ -160,6 +160,30 @@ def test_what_many_jobs_do_is_a_line_that_stays_short():
     sixteen = sentence_of_all([(f"job-{n}", False, progress) for n in range(16)])
     assert sixteen.startswith("16 jobs: job-0: step 120 of 300; ")
     assert sixteen.endswith("; and 13 more")
+
+
+def test_jobs_that_failed_or_were_cancelled_can_be_chosen_to_be_tried_again():
+    last = [
+        job("good-1", outcome="succeeded", reason=None),
+        job("bad-1", outcome="failed", reason={"what": "row 3 is no JSON"}),
+        job("gone-1", outcome="cancelled", reason=None),
+    ]
+    given = facts(finished=last)
+    assert list(choices(given))[-2:] == ["bad-1", "gone-1"]
+    lines = shown(given, Size(80, 24), chosen="bad-1")
+    assert "> failed bad-1: row 3 is no JSON" in lines
+    assert "  cancelled gone-1" in lines
+    assert "good-1" not in "\n".join(lines)
+
+
+@pytest.mark.parametrize("size", [Size(80, 24), Size(20, 4)], ids=str)
+def test_every_key_is_explained_as_far_as_there_is_room(size):
+    lines = meaning_of_keys(size)
+    assert len(lines) == size.lines
+    assert all(len(line) <= size.columns for line in lines)
+    assert len(KEYS) <= 80
+    explained = {line.split()[0].rstrip(",") for line in meaning_of_keys(Size(80, 24)) if line}
+    assert explained == {words.split()[0].partition("/")[0] for words in KEYS.split("  ")}
 
 
 @pytest.mark.parametrize("left", [0, 10**12, 1e300])

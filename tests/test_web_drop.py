@@ -47,6 +47,20 @@ def test_a_file_is_sent_confirmed_and_lies_in_the_inbox_with_its_settings(web, h
     assert post(server, f"/api/drops/{second}/confirm", status=404)
 
 
+def test_what_was_sent_and_not_confirmed_is_found_again(web, home):
+    server = web()
+    assert server.json("/api/drops")["data"] == []
+    first, second = upload(server), upload(server, "y.jsonl")
+    server.json(f"/api/drops/{first}/eval?name=z.jsonl", method="POST", body=ROWS, status=201)
+    (home.uploads / "no-number").mkdir()
+    found = {one["id"]: one for one in server.json("/api/drops")["data"]}
+    assert set(found) == {first, second}
+    assert [found[first][name] for name in ("file", "bytes", "held_out")] == ["x.jsonl", len(ROWS), "x.eval.jsonl"]
+    assert found[second]["held_out"] is None
+    post(server, f"/api/drops/{first}/confirm")
+    assert [one["file"] for one in server.json("/api/drops")["data"]] == ["y.jsonl"]
+
+
 @pytest.mark.parametrize(
     "name",
     ["", "..", ".x.jsonl", "%2e%2e%2fx.jsonl", "a/x.jsonl", "a%5cx.jsonl", "x%00.jsonl", "x%0a.jsonl", "-x.jsonl",

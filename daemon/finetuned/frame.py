@@ -16,14 +16,26 @@ from finetuned.curves import Points
 from finetuned.errors import counted, harmless
 from finetuned.live import sentence, why_waiting
 
-KEYS = "p pause  r resume  c cancel  f first  l last  j/k choose  q quit"
+KEYS = "p pause  r resume  c cancel  t retry  f first  l last  j/k pick  ? keys  q quit"
+_MEANING = {
+    "p": "pause: no job starts, and those that run write a checkpoint",
+    "r": "resume: jobs start again",
+    "c c": "cancel the chosen job",
+    "t": "try the chosen job again, which failed or was cancelled",
+    "f": "let the chosen job start first",
+    "l": "let the chosen job start last",
+    "j, k": "choose a job; so do the arrows",
+    "?": "these words; any key ends them",
+    "q": "quit; jobs go on",
+}
 _LEVELS = "▁▂▃▄▅▆▇█"
 _PLAIN_LEVELS = "_.-=+*%#"  # where the terminal's letters are fewer
 _GIB = 2**30
 _YEAR = 365 * 86400  # seconds; whatever takes longer has no date
-_MOST_ANSWERS = 5
+_MOST_ANSWERS, _MOST_FAILED = 5, 3
 _LEAST_QUEUE = 3  # lines
 _CELL = 26  # columns of a GPU where several are on a line
+_RETRIED = ("failed", "cancelled")
 _STATES = {"usable": "free", "set_aside": "set aside", "left_alone": "left alone"}
 
 
@@ -47,12 +59,19 @@ def frame(facts: dict[str, Any], size: Size, *, chosen: str = "", note: str = ""
     lines += gpus
     answers = _answers(facts, size)
     room = size.lines - len(lines) - len(foot) if size.lines else 10**6
-    queue = _queue(facts, size, chosen=chosen, room=max(_LEAST_QUEUE, room - len(answers)))
-    body = [*lines, *queue, *answers]
+    failed = _failed(facts, size, chosen=chosen)
+    queue = _queue(facts, size, chosen=chosen, room=max(_LEAST_QUEUE, room - len(answers) - len(failed)))
+    body = [*lines, *queue, *failed, *answers]
     if not size.lines:
         return body
     body = body[: max(0, size.lines - len(foot))]
     return [*body, *[""] * (size.lines - len(foot) - len(body)), *foot][: size.lines]
+
+
+def meaning_of_keys(size: Size) -> list[str]:
+    """Draw the frame that says what the keys do."""
+    lines = [cut(f"{key:6}{meaning}", size) for key, meaning in _MEANING.items()]
+    return [*lines, *[""] * (size.lines - len(lines))][: size.lines]
 
 
 def cut(text: str, size: Size, *, room: int | None = None) -> str:
@@ -218,6 +237,19 @@ def _queue(facts: dict[str, Any], size: Size, *, chosen: str, room: int) -> list
     return lines
 
 
+def _to_retry(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Give the jobs among the last results that may be tried again, the newest of them."""
+    return [job for job in facts["finished"] if job["outcome"] in _RETRIED][:_MOST_FAILED]
+
+
+def _failed(facts: dict[str, Any], size: Size, *, chosen: str) -> list[str]:
+    lines = []
+    for job in _to_retry(facts):
+        text = f"{job['outcome']} {job['id']}: {(job.get('reason') or {}).get('what', '')}".removesuffix(": ")
+        lines.append(_marked(cut(text, size, room=size.columns - 2), job["id"] == chosen))
+    return ["", *lines] if lines else []
+
+
 def _answers(facts: dict[str, Any], size: Size) -> list[str]:
     answers = facts["predictions"]
     if not answers:
@@ -249,4 +281,4 @@ def _filled(text: str, width: int) -> str:
 
 def choices(facts: dict[str, Any]) -> Sequence[str]:
     """Give the jobs that can be chosen, from the top of the frame to its end."""
-    return [job["id"] for job in (*facts["running"], *facts["queue"])]
+    return [job["id"] for job in (*facts["running"], *facts["queue"], *_to_retry(facts))]

@@ -92,6 +92,14 @@ def why_paused(home: Home) -> str | None:
         return None
 
 
+def why_no_centre(home: Home) -> str | None:
+    """Say why the daemon cannot keep the control centre running, or None if it does, or shall not."""
+    try:
+        return home.web_down.read_text(encoding="utf-8", errors="backslashreplace").strip() or None
+    except OSError:
+        return None
+
+
 def why_waiting(home: Home) -> str | None:
     """Say why the queue waits for better times, or None if it does not."""
     try:

@@ -167,6 +167,11 @@ class Home:
         return self.machinery / "web-token"
 
     @property
+    def web_down(self) -> Path:
+        """There while the daemon cannot keep the control centre running, with the reason as its content."""
+        return self.machinery / "web-down"
+
+    @property
     def uploads(self) -> Path:
         """Files that came through the control centre and are not in the inbox yet."""
         return self.machinery / "uploads"

@@ -14,7 +14,7 @@ from typing import Any
 from finetuned.checked import is_checked
 from finetuned.errors import ConfigError, harmless
 from finetuned.found import ledger_if_any
-from finetuned.guard import daemon_pid, why_paused, why_waiting
+from finetuned.guard import daemon_pid, why_no_centre, why_paused, why_waiting
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.lifesigns import locked
@@ -38,6 +38,7 @@ def gather(home: Home) -> dict[str, Any]:
         "paused": why_paused(home),
         "gpus": gpus_at_work(states := gpu_states(home), None),
         "waits": None,
+        "web_down": None,
         "orders": [],
         "inbox": [],
         "running": [],
@@ -45,7 +46,7 @@ def gather(home: Home) -> dict[str, Any]:
         "finished": [],
     }
     if facts["daemon_pid"]:
-        facts["waits"] = why_waiting(home)
+        facts["waits"], facts["web_down"] = why_waiting(home), why_no_centre(home)
     profiles: Collection[str] = ()
     try:
         profiles = _profiles(home)
@@ -158,6 +159,8 @@ def _hindrances(facts: dict[str, Any]) -> list[str]:
         lines.append(f"waiting: {facts['waits']}; it goes on by itself when that is over")
     if facts["paused"]:
         lines.append(f"paused: {facts['paused']}; `finetuned resume` lets jobs start again")
+    if facts["web_down"]:
+        lines.append(f"control centre down: {facts['web_down']}")
     if facts["daemon_pid"]:
         remedy = "Jobs use another GPU or wait; see `dmesg`, and start the daemon anew to use this one again."
         lines += [f"GPU set aside: {gpu['why']} {remedy}" for gpu in facts["gpus"] if gpu["state"] == "set_aside"]

@@ -25,7 +25,7 @@ from finetuned.control import order
 from finetuned.curves import curves_of
 from finetuned.errors import FinetunedError
 from finetuned.found import ledger_if_any
-from finetuned.frame import Size, choices, frame, in_detail
+from finetuned.frame import Size, choices, frame, in_detail, meaning_of_keys
 from finetuned.home import Home
 from finetuned.spool.orders import Verb
 from finetuned.status import gather as gather_status
@@ -37,7 +37,7 @@ _FULL_SCREEN, _BACK = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?10
 _LEAST = Size(10, 1)
 _KEY = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1bO.|\x1b[^\[]|.", re.DOTALL)  # a key may be several bytes
 _ARROWS = {"\x1b[A": "k", "\x1b[B": "j", "\x1bOA": "k", "\x1bOB": "j"}
-_OF_A_JOB = {"c": Verb.CANCEL, "f": Verb.FIRST, "l": Verb.LAST}
+_OF_A_JOB = {"c": Verb.CANCEL, "t": Verb.RETRY, "f": Verb.FIRST, "l": Verb.LAST}
 
 
 def gather(home: Home, chosen: str = "") -> dict[str, Any]:
@@ -86,6 +86,7 @@ class _View:
     def __init__(self, home: Home, *, plain: bool) -> None:
         self._home, self._plain = home, plain
         self._chosen, self._note, self._sure, self._stale = "", "", "", ""
+        self._asked = False  # what the keys mean
 
     def run(self) -> None:
         facts = gather(self._home)
@@ -109,12 +110,16 @@ class _View:
         columns, lines = os.get_terminal_size(sys.stdout.fileno())
         columns, lines = columns or 80, lines or 24  # a serial line does not know its own
         size = Size(max(_LEAST.columns, columns), max(_LEAST.lines, lines), plain=self._plain)
-        drawn = _coloured(frame(facts, size, chosen=self._chosen, note=self._stale or self._note))
+        shown = frame(facts, size, chosen=self._chosen, note=self._stale or self._note)
+        drawn = _coloured(meaning_of_keys(size) if self._asked else shown)
         sys.stdout.write(_writable("\x1b[H" + "\n".join(f"{line}\x1b[K" for line in drawn) + "\x1b[J"))
         sys.stdout.flush()
 
     def _press(self, key: str, jobs: Any) -> None:
         sure, self._sure = self._sure, ""
+        if self._asked or key == "?":
+            self._asked = not self._asked
+            return
         if key in "jk" and jobs:
             place = jobs.index(self._chosen) + (1 if key == "j" else -1)
             self._chosen, self._note = jobs[max(0, min(place, len(jobs) - 1))], ""

@@ -119,6 +119,25 @@ def test_a_file_that_is_refused_says_why_and_can_be_thrown_away(visit, home, tin
     assert not any(home.uploads.iterdir())
 
 
+def test_a_file_that_was_not_confirmed_is_found_again_when_the_page_is_loaded_anew(visit, home, tiny_model):
+    write_config(home, model=str(tiny_model))
+    page = visit("/drop")
+    for name in ("a", "b"):
+        page.evaluate(DROP, [f"{name}.jsonl", write_jsonl(home.root / "staged", chat_rows(60)).read_text()])
+        page.get_by_text(f"{name}.jsonl is usable").wait_for()
+        page.reload()
+    waiting = page.locator("#earlier li")
+    waiting.nth(1).wait_for()
+    waiting.filter(has_text="b.jsonl").get_by_role("button", name="Throw it away").click()
+    page.get_by_text("b.jsonl is not trained").wait_for()
+    waiting.filter(has_text="a.jsonl").get_by_role("button", name="Go on").click()
+    page.get_by_text("a.jsonl is usable").wait_for()
+    page.locator("#earlier").wait_for(state="hidden")
+    page.get_by_role("button", name="Train it").click()
+    page.get_by_text("a.jsonl is in the inbox").wait_for()
+    assert [file.name for file in home.inbox.iterdir()] == ["a.jsonl"]
+
+
 def test_config_is_saved_from_its_page(visit, home):
     page = visit("/config")
     eventually(lambda: page.evaluate("document.querySelector('#text').value !== ''"))

@@ -13,6 +13,7 @@ from conftest import chat_rows, eventually, write_config, write_jsonl
 from finetuned.centre import ControlCentre
 from finetuned.jobs import Outcome
 from finetuned.section_settings import Web
+from finetuned.status import gather, render
 
 
 def free_port() -> int:
@@ -63,7 +64,10 @@ def test_a_port_that_is_taken_is_said_with_its_holder_and_the_daemon_goes_on(hom
         one.says(f"port {port} is in use already by pid {os.getpid()}")
         write_jsonl(home.root / "staged", chat_rows(3)).rename(home.inbox / "x.jsonl")
         assert one.job("x.jsonl").outcome is Outcome.SUCCEEDED
+        down = f"control centre down: it ended: port {port} is in use already by pid {os.getpid()}"
+        assert down in render(gather(home))
     eventually(lambda: healthy(port))
+    eventually(lambda: "control centre down" not in render(gather(home)))
 
 
 def test_where_it_is_not_installed_that_is_said_once(home, monkeypatch, capsys):
@@ -72,4 +76,5 @@ def test_where_it_is_not_installed_that_is_said_once(home, monkeypatch, capsys):
     for _ in range(3):
         centre.tend(Web())
     assert capsys.readouterr().out.count("no_such_package") == 1
+    assert not home.web_down.exists()  # who does without it is not told at every `finetuned status`
     assert not (home.logs / "web.log").exists()

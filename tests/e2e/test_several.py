@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from conftest import chat_rows, eventually, write_config, write_jsonl
 from finetuned.jobs import Outcome, State
+from finetuned.places import gpu_states
 
 GIB = 2**30
 
@@ -99,6 +100,24 @@ def test_a_gpu_that_others_use_and_one_that_is_to_be_left_alone_are_not_taken(ho
     fake_nvml.set("gpus=3", "1.memory_used=0")
     two = running(one, 2)
     assert len({first, *(gpu for job in two for gpu in on(job))}) == 2
+
+
+def test_the_state_of_each_gpu_is_there_before_a_job_comes(home, daemon, standin, fake_nvml):
+    fake_nvml.set("gpus=3")
+    write_config(home, gpus=[0, 1])
+    one = daemon(environment=fake_nvml.environment())
+
+    def states() -> list[tuple[str, str]]:
+        return [(gpu["state"], gpu["why"]) for gpu in gpu_states(home)]
+
+    eventually(lambda: states() == [("usable", "")] * 2 + [("left_alone", "is left alone by `gpus` in config.json")])
+    write_config(home)
+    eventually(lambda: states() == [("usable", "")] * 3)
+    uuid = gpu_states(home)[1]["uuid"]
+    one.stop()
+    daemon(environment={**fake_nvml.environment(), "CUDA_VISIBLE_DEVICES": uuid})
+    left = ("left_alone", "is left alone by CUDA_VISIBLE_DEVICES")
+    eventually(lambda: states() == [left, ("usable", ""), left])
 
 
 def test_jobs_on_a_gpu_that_is_lost_go_on_on_the_others_and_nothing_is_lost(home, daemon, drop, standin, fake_nvml):

@@ -133,6 +133,28 @@ def test_a_queue_is_watched_and_ordered_by_keys(home, daemon, terminal, drop, st
     assert top.has_put_back()
 
 
+def test_a_job_that_was_cancelled_is_tried_again_by_a_key(home, daemon, terminal, drop, standin):
+    standin(seconds=0.1)
+    one = daemon()
+    drop("long.jsonl", 1000, 0)
+    job = one.job("long.jsonl", state=State.RUNNING)
+    top = terminal()
+    top.shows(f"> {job.id}")
+    top.press("t")  # what runs needs no other try
+    top.shows("is running")
+    top.press("cc")
+    assert one.job("long.jsonl").outcome is Outcome.CANCELLED
+    top.shows(f"> cancelled {job.id}")
+    top.press("?")
+    top.shows("try the chosen job again")
+    top.press("t")  # any key ends the explanation, and does no more
+    top.shows(f"> cancelled {job.id}")
+    assert one.job("long.jsonl").state is State.FINISHED
+    top.press("t")
+    top.shows(f"{job.id} is tried again")
+    one.job("long.jsonl", state=State.RUNNING)
+
+
 def test_an_order_that_cannot_be_carried_out_is_told_and_the_view_goes_on(home, daemon, terminal, drop, standin):
     standin(seconds=0.1)
     one = daemon()

@@ -43,6 +43,20 @@ _busy: set[str] = set()  # numbers of files that are being changed
 _checking = asyncio.Semaphore(1)  # a check may take a gigabyte
 
 
+def drops(request: Request) -> Response:
+    """List the files that were sent and are not confirmed, the newest first."""
+    found = []
+    for folder in home_of(request).uploads.glob("*"):
+        with suppress(Refused, OSError):  # one that is still coming in, or on its way into the inbox
+            file, held_out = _files(folder)
+            facts = file.stat()
+            held_out_name = held_out.name if held_out else None
+            found.append((facts.st_mtime, folder.name, file.name, facts.st_size, held_out_name))
+    names = ("created_at", "id", "file", "bytes", "held_out")
+    data = [dict(zip(names, one, strict=True)) for one in sorted(found, key=lambda one: one[:2], reverse=True)]
+    return Json({"object": "list", "data": data})
+
+
 async def upload(request: Request) -> Response:
     """Take the request's body as the file `name`; 201 with the number under which it waits."""
     name = _name(request)
@@ -198,9 +212,11 @@ def _name(request: Request) -> str:
 
 def _waiting(request: Request) -> tuple[Path, Path | None]:
     """Give the file that waits under a number, and its held-out file. Raises Refused."""
-    number = request.path_params["number"]
-    folder = home_of(request).uploads / number
-    files = sorted(folder.iterdir()) if _ID.fullmatch(number) and folder.is_dir() else []
+    return _files(home_of(request).uploads / request.path_params["number"])
+
+
+def _files(folder: Path) -> tuple[Path, Path | None]:
+    files = sorted(folder.iterdir()) if _ID.fullmatch(folder.name) and folder.is_dir() else []
     data = [file for file in files if is_data(file.name)]
     if len(data) != 1:
         raise Refused(404, "no such file waits", code="not_found", remedy="Upload it again.")
@@ -258,6 +274,7 @@ def forget_old(home: Home) -> None:
 
 
 ROUTES = [
+    Route("/api/drops", drops, methods=["GET"]),
     Route("/api/drops", upload, methods=["POST"]),
     Route("/api/drops/{number}", forget, methods=["DELETE"]),
     Route("/api/drops/{number}/eval", upload_held_out, methods=["POST"]),

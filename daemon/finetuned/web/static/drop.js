@@ -1,6 +1,6 @@
 // The page Drop: send a file, read what the check says of it, then let it be trained.
 
-import { $, ask, counted, duration, element, say, told } from "./common.js";
+import { $, ask, bytes, counted, duration, element, moment, say, told } from "./common.js";
 import { figures, findings, sample } from "./report.js";
 
 let waiting = null; // the file that was sent: {id, file, bytes}
@@ -49,13 +49,38 @@ async function take(file, held_out) {
   say("");
   const answer = await send("/api/drops", file);
   if (!answer) return;
-  if (waiting) fetch(`/api/drops/${waiting.id}`, { method: "DELETE" });
-  waiting = answer;
-  $("#name").textContent = answer.file;
-  $("#held-out").value = "";
-  $("#choices").hidden = false;
+  if (waiting) await fetch(`/api/drops/${waiting.id}`, { method: "DELETE" });
+  goOn(answer);
   if (held_out) await hold(held_out);
   else check();
+}
+
+function goOn(drop) {
+  waiting = drop;
+  $("#name").textContent = drop.file;
+  $("#held-out").value = "";
+  $("#choices").hidden = false;
+  earlier();
+}
+
+// What was sent before the page was loaded, and neither confirmed nor thrown away.
+async function earlier() {
+  const answer = await ask("/api/drops");
+  if (!answer) return;
+  const others = answer.data.filter((drop) => drop.id !== waiting?.id);
+  $("#earlier").hidden = !others.length;
+  $("#earlier ul").replaceChildren(...others.map((drop) => element("li", {},
+    `${drop.file} (${bytes(drop.bytes)})${drop.held_out ? ` with ${drop.held_out}` : ""}, sent ${moment(drop.created_at)} `,
+    element("span", { class: "buttons" },
+      element("button", { type: "button", onclick: () => { goOn(drop); check(); } }, "Go on"),
+      element("button", { type: "button", onclick: () => forget(drop) }, "Throw it away")))));
+}
+
+async function forget(drop) {
+  const answer = await ask(`/api/drops/${drop.id}`, { method: "DELETE" });
+  if (answer) say(answer.said);
+  if (drop === waiting) clear();
+  else earlier();
 }
 
 async function hold(file) {
@@ -128,6 +153,7 @@ function clear() {
   turn += 1;
   $("#choices").hidden = $("#report-section").hidden = true;
   $("#file").value = "";
+  earlier();
 }
 
 $("#file").addEventListener("change", () => take($("#file").files[0]));
@@ -146,11 +172,7 @@ $("#confirm").addEventListener("click", async () => {
   clear();
   say(`${answer.said}; `, false, element("a", { href: "/" }, "the page Now"), " shows it.");
 });
-$("#forget").addEventListener("click", async () => {
-  const answer = await ask(`/api/drops/${waiting.id}`, { method: "DELETE" });
-  if (answer) say(answer.said);
-  clear();
-});
+$("#forget").addEventListener("click", () => forget(waiting));
 for (const kind of ["dragenter", "dragover"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault();
@@ -165,3 +187,4 @@ document.addEventListener("drop", (event) => {
   $("#target").classList.remove("over");
   takeAll([...event.dataTransfer.files]);
 });
+earlier();

@@ -158,15 +158,23 @@ function doing(gpu, now) {
   return [{ usable: "free", set_aside: "set aside" }[gpu.state] ?? gpu.why];
 }
 
+function figuresOf(gpu) {
+  const parts = [
+    gpu.utilization != null && `${gpu.utilization}% busy`,
+    gpu.memory_used != null && `${bytes(gpu.memory_used)} of ${bytes(gpu.memory_total ?? 0)}`,
+    gpu.temperature != null && `${gpu.temperature} °C`,
+    gpu.power != null && `${Math.round(gpu.power)} W`,
+  ].filter(Boolean);
+  if (!gpu.jobs.length || !parts.length) return []; // nobody looks at a GPU that has nothing to do
+  const held = gpu.throttle_reasons?.length ? element("span", { class: "warning" }, `held back by ${gpu.throttle_reasons.join(", ")}`) : null;
+  return [element("span", { class: "quiet" }, ` ${parts.join(", ")}`), element("meter", { min: 0, max: gpu.memory_total ?? 1, value: gpu.memory_used ?? 0, "aria-label": "memory" }), held];
+}
+
 function gpus(now) {
   $("#gpus").hidden = !now.gpus.length;
   $("#gpu-charts").hidden = !now.running.length;
   renew($("#gpu-list"), [now.gpus, now.running.map((job) => job.id), Boolean(now.daemon_pid)], () => now.gpus.map((gpu) => element("p", { "data-gpu": gpu.uuid },
-    `GPU ${gpu.index} ${gpu.name}: `, ...doing(gpu, now),
-    !gpu.jobs.length || gpu.created_at == null ? null : element("span", { class: "quiet" },
-      ` ${gpu.utilization ?? "?"}% busy, ${bytes(gpu.memory_used ?? 0)} of ${bytes(gpu.memory_total ?? 0)}, ${gpu.temperature ?? "?"} °C, ${Math.round(gpu.power ?? 0)} W`),
-    !gpu.jobs.length || gpu.created_at == null ? null : element("meter", { min: 0, max: gpu.memory_total ?? 1, value: gpu.memory_used ?? 0, "aria-label": "memory" }),
-    gpu.jobs.length && gpu.throttle_reasons?.length ? element("span", { class: "warning" }, `held back by ${gpu.throttle_reasons.join(", ")}`) : null)));
+    `GPU ${gpu.index} ${gpu.name}: `, ...doing(gpu, now), ...figuresOf(gpu))));
 }
 
 async function renewGpus() {
