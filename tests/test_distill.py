@@ -94,8 +94,8 @@ def test_the_recipe_needs_a_teacher():
     [
         ({"alpha": 0}, "all weights of the teacher are 0"),
         ({"alpha": [0, 0, 1]}, "is 0 twice in a row"),
-        ({"alpha": 1.5}, "must be at most 1, not 1.5"),
-        ({"temperature": 0}, "must be more than 0, not 0"),
+        ({"alpha": 1.5}, "must be at most 1 or a list, not 1.5"),
+        ({"temperature": 0}, "must be more than 0 or a list, not 0"),
         ({"hidden_layers": [[0, 1]]}, "must be at least 1, not 0"),
     ],
 )
