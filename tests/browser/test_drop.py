@@ -75,8 +75,9 @@ def test_a_waiting_job_is_dragged_to_another_place_while_another_one_trains(visi
 
     eventually(lambda: order() == "bcd")
     seen = page.locator("#queue li").nth(0).element_handle()
-    step = page.evaluate("document.querySelector('#steps').value")
-    eventually(lambda: page.evaluate("document.querySelector('#steps').value") > step)
+    bar = "document.querySelector('#running progress')?.value ?? -1"
+    step = eventually(lambda: (at := page.evaluate(bar)) >= 0 and at + 1)  # a step further than it is
+    eventually(lambda: page.evaluate(bar) >= step)
     assert seen.evaluate("item => item.isConnected")  # what does not change is not made anew under the pointer
     upper, lower = {"x": 20, "y": 3}, {"x": 20, "y": 30}
     page.locator("#queue li").nth(2).drag_to(page.locator("#queue li").nth(1), target_position=upper)
