@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -228,6 +229,25 @@ def test_a_job_whose_id_the_daemon_had_no_time_to_note_is_found_too(home, daemon
 
 
 @pytest.mark.parametrize("shared_engine", ["slurm"], indirect=True)
+def test_a_daemon_that_dies_as_its_job_is_submitted_has_submitted_it_once(home, daemon, engine, config, drop):
+    config(seconds=0.2)
+    deadly = home.root / "bin/sbatch"
+    deadly.parent.mkdir()
+    deadly.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@"\nkill -KILL $PPID\n')
+    deadly.chmod(0o755)
+    one = daemon(environment={"PATH": f"{deadly.parent}:{os.environ['PATH']}"})
+    drop("x.jsonl")
+    assert one.process.wait(60) == -signal.SIGKILL
+    assert one.jobs()[0].trainer_id == ""
+    [trainer] = engine.at_work()
+    two = daemon()
+    eventually(lambda: two.jobs()[0].trainer_id == trainer, why="its id")
+    job = two.job("x.jsonl")
+    assert (job.outcome, job.attempt, job.interruptions) == (Outcome.SUCCEEDED, 1, 0)
+    assert undisturbed(home)
+
+
+@pytest.mark.parametrize("shared_engine", ["slurm"], indirect=True)
 def test_one_that_cannot_be_found_as_the_engine_is_away_keeps_no_other_job_waiting(home, daemon, engine, config, drop):
     config(profiles={"there": {"launcher": engine.name}}, seconds=0.2)
     one = daemon()
@@ -272,8 +292,7 @@ def test_a_job_that_slurm_puts_back_goes_on_in_the_same_attempt(home, daemon, en
     trainer = job.trainer_id
     engine.cluster.run("scontrol", "requeue", trainer)
     eventually(lambda: exit_code(home.job(job.id), 1) == 130, why="its checkpoint")
-    eventually(lambda: engine.cluster.state(trainer) == "PENDING", why="a job that waits again")
-    engine.cluster.run("scontrol", "update", f"JobId={trainer}", "StartTime=now")  # not in two minutes
+    engine.cluster.run_again(trainer)
     job = one.job("x.jsonl")
     assert (job.outcome, job.attempt, job.trainer_id) == (Outcome.SUCCEEDED, 1, trainer)
     assert resumed(home)
