@@ -63,11 +63,11 @@ def schedule(
     starts: dict[str, tuple[str, ...]] = {}
     waits: dict[str, str] = {}
     under_way = list(work)
+    first = {one.same_as: one.job for one in work}  # of each training, the job that does it or will
     blocked = False  # whether a local job waits for GPUs
     for wish in queue:
-        twin = next((one.job for one in under_way if wish.same_as and one.same_as == wish.same_as), "")
-        if twin:
-            waits[wish.job] = f"{twin} trains the same file with the same settings"
+        if wish.same_as and first.setdefault(wish.same_as, wish.job) != wish.job:
+            waits[wish.job] = f"{first[wish.same_as]} is the same file with the same settings"
             continue
         if wish.launcher != LOCAL:
             elsewhere = sum(one.launcher != LOCAL for one in under_way)
