@@ -24,6 +24,8 @@ class RayEngine:
     def settings(self, *, wrong: bool = False, **ways: object) -> dict[str, Any]:
         """Give what config.json says of it, and how a stand-in behaves there; `wrong`: without the token."""
         variables = {f"STANDIN_{name.upper()}": str(value) for name, value in ways.items()}
+        # As many threads as here, or sums are added up in another order.
+        variables |= {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
         ray = {"address": self._cluster.address, "runtime_env": {"env_vars": variables}}
         return {"ray": ray if wrong else {**ray, "token_file": str(self._cluster.token_file)}}
 
