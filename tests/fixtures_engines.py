@@ -20,10 +20,13 @@ class RayEngine:
 
     def __init__(self, cluster: RayCluster) -> None:
         self._cluster = cluster
+        self._away = False
 
     def settings(self, *, wrong: bool = False, **ways: object) -> dict[str, Any]:
         """Give what config.json says of it, and how a stand-in behaves there; `wrong`: without the token."""
         variables = {f"STANDIN_{name.upper()}": str(value) for name, value in ways.items()}
+        # As many threads as here, or sums are added up in another order.
+        variables |= {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
         ray = {"address": self._cluster.address, "runtime_env": {"env_vars": variables}}
         return {"ray": ray if wrong else {**ray, "token_file": str(self._cluster.token_file)}}
 
@@ -40,10 +43,12 @@ class RayEngine:
 
     def go_away(self) -> None:
         """Answer nobody any more, nor go on with a job."""
+        self._away = True
         self._cluster.kill()
 
     def come_back(self) -> None:
         self._cluster.start()
+        self._away = False
 
     def lose_node(self) -> None:
         """Lose what watches over jobs on the node."""
@@ -56,7 +61,9 @@ class RayEngine:
         """Do nothing: it always is."""
 
     def empty(self) -> None:
-        """End all jobs."""
+        """End all jobs, also after a test that failed while the engine was away."""
+        if self._away:
+            self.come_back()
         for trainer in self.at_work():
             self.take(trainer)
         eventually(lambda: not self.at_work(), why="no job in Ray")
@@ -75,6 +82,7 @@ class SlurmEngine:
 
     def __init__(self, cluster: SlurmCluster) -> None:
         self.cluster = cluster
+        self._away = False
 
     def settings(self, *, wrong: bool = False, partition: str = "scrap", **ways: object) -> dict[str, Any]:
         """Give what config.json says of it, and how a stand-in of the trainer behaves there.
@@ -99,10 +107,12 @@ class SlurmEngine:
 
     def go_away(self) -> None:
         """Answer nobody any more. Its jobs go on."""
+        self._away = True
         self.cluster.stop_controller()
 
     def come_back(self) -> None:
         self.cluster.start_controller()
+        self._away = False
 
     def lose_node(self) -> None:
         """Lose what watches over the node."""
@@ -116,5 +126,7 @@ class SlurmEngine:
         self.cluster.ready()
 
     def empty(self) -> None:
-        """End all jobs."""
+        """End all jobs, also after a test that failed while the engine was away."""
+        if self._away:
+            self.come_back()
         self.cluster.empty()

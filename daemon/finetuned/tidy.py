@@ -76,6 +76,8 @@ def keep_ends(log: Path, largest: int = LARGEST_LOG, *, head: int = _HEAD, tail:
                 source += len(block)
                 target += os.pwrite(file.fileno(), block, target)
             os.ftruncate(file.fileno(), target)
+    except FileNotFoundError:  # a trainer that waits in a cluster's queue has said nothing yet
+        return False
     except OSError as error:
         _log.warning("a log cannot be cut", path=str(log), error=str(error))
         return False
