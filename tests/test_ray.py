@@ -227,7 +227,7 @@ def test_an_order_in_doubt_that_is_refused_fails_with_the_reason_and_one_that_is
 
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(400, FinetunedError), (401, FinetunedError), (404, FinetunedError), (429, OSError), (500, OSError)],
+    [(400, FinetunedError), (401, ConnectionError), (404, ConnectionError), (429, OSError), (500, OSError)],
 )
 def test_what_never_can_be_is_told_apart_from_what_cannot_be_now(answers, folder, status, kind):
     answers.submit = status, "Traceback\nValueError: because\n.\n"
@@ -329,8 +329,8 @@ ERRORS = {
     "lost": ({"error_type": "JOB_SUPERVISOR_ACTOR_DIED", "message": DIED}, -9, "before finishing this task.", ""),
     "no turn": ({"error_type": "JOB_SUPERVISOR_ACTOR_START_TIMEOUT", "message": "in 900 s"}, -9, "in 900 s", ""),
     "no environment": ({"error_type": "RUNTIME_ENV_SETUP_FAILURE", "message": "no pip"}, 75, "", "no pip"),
-    "no folder": ({"driver_exit_code": 72}, 78, "", "does not see"),
-    "no python": ({"driver_exit_code": 127}, 78, "", "ray.python"),
+    "no folder": ({"driver_exit_code": 72}, 75, "", "does not see"),
+    "no python": ({"driver_exit_code": 127}, 75, "", "ray.python"),
     "a worker": ({"driver_exit_code": 74}, -9, "one of its workers", ""),
 }
 

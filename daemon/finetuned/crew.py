@@ -36,6 +36,7 @@ from finetuned.tidy import keep_ends, release
 
 _GPU_LINE_SECONDS = 60.0
 _DECIDE_EVERY = 1.0  # seconds, while jobs run and nothing happens to them
+_REFUSED_SECONDS = 60.0  # until a job is tried again that its engine did not take, and may later
 _LOOKED_AT = 50  # waiting jobs that are looked at for a place, from the first
 
 _log = structlog.get_logger()
@@ -55,9 +56,9 @@ class Crew:
         self._engines = Engines(home)
         self._foresight = Foresight(home, wake=wake)
         self._warm = WarmParent()
-        # The jobs whose trainers could not be started, and why, until the ledger says so too.
-        self._never_began: list[tuple[Job, str]] = []
-        self._unfound: dict[str, Job] = {}  # with an engine that does not answer
+        # The jobs whose trainers could not be started, why, and seconds to wait, until the ledger says so too.
+        self._never_began: list[tuple[Job, str, float]] = []
+        self._unfound: dict[str, str] = {}  # with an engine that does not answer
         self._next_decision = 0.0
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
 
@@ -78,10 +79,13 @@ class Crew:
             self.fleet.rest(config)
             return
         jobs = {job.id: job for job in queue}
-        queue = [job for job in queue if not (self._refused(config, job) or self._unanswered(job))]
-        if self.fleet.all_failed:
+        queue = [job for job in queue if not (self._refused(config, job) or self._unanswered(config, job))]
+        at_work = {device for one in self.attempts for device in _places(one.job)}
+        self.fleet.look(config, at_work)
+        self._heed_gpus(config)
+        if self.fleet.none_left(config):
             queue = [job for job in queue if _launcher(job) != LOCAL]
-        devices = self.fleet.devices(config, {device for one in self.attempts for device in _places(one.job)})
+        devices = self.fleet.devices(config, at_work)
         work = [self._work(config, attempt.job) for attempt in self.attempts]
         decided = schedule(
             (self._wish(config, job, devices) for job in queue),
@@ -92,7 +96,7 @@ class Crew:
         for job_id, places in decided.starts.items():
             if self._hold.resting:
                 return
-            if self._unanswered(jobs[job_id]):  # since the one before it
+            if self._unanswered(config, jobs[job_id]):  # since the one before it
                 continue
             job = settle_duplicate(self._ledger, self._home, config, jobs[job_id])
             if job.state is State.QUEUED:
@@ -110,12 +114,15 @@ class Crew:
         for attempt in self.here if hurry else ():
             attempt.hurry()
         for attempt in list(self.attempts):
-            self._tend(config, attempt)
+            try:
+                self._tend(config, attempt)
+            except (sqlite3.OperationalError, OSError) as error:  # of one job's folder: others go on
+                self._hold.begin(error, doing=f"tending {attempt.job.id}")
 
     def sample(self, config: Config) -> None:
         """Read the GPUs while jobs run: into the ledger, and a line a minute."""
         now = time.monotonic()
-        if not self.attempts or not self._gpus.gpus or now < self._next_sample:
+        if not self.attempts or now < self._next_sample:
             return
         self._next_sample = now + config.gpu_sample_seconds
         deep = now >= self._next_deep_sample
@@ -127,10 +134,10 @@ class Crew:
             for one in self._gpus.gpus
         }
         samples = self._gpus.sample(on, deep=deep)
+        self._heed_gpus(config)
         for attempt, pid in here:
             its = [sample for sample in samples if pid in on[sample.uuid]]
             self._ledger.record_gpu(attempt.job.id, [(one.created_at, one.uuid, asdict(one)) for one in its])
-        self._heed_gpus(config)
         if now >= self._next_gpu_line and samples:
             self._next_gpu_line = now + _GPU_LINE_SECONDS
             _log.info("GPU", jobs=", ".join(attempt.job.id for attempt, _ in here), reading=gpu.summary(samples))
@@ -173,7 +180,7 @@ class Crew:
                 attempt = Attempt.find(self._ledger, self._home, job, self._engines.launcher(name, config))
             except OSError as error:
                 self._engines.failed(name, error)
-                self._unfound[job.id] = job
+                self._unfound[job.id] = name
                 return True
         if attempt is not None:
             self.attempts.append(attempt)
@@ -181,10 +188,11 @@ class Crew:
 
     def unfound(self) -> list[Job]:
         """Give the jobs whose engines could not say whether they have them, and may be asked again."""
-        due = [job for job in self._unfound.values() if not self._engines.why_not(_launcher(job))]
-        for job in due:
-            del self._unfound[job.id]
-        return due
+        due = [job_id for job_id, name in self._unfound.items() if not self._engines.why_not(name)]
+        for job_id in due:
+            del self._unfound[job_id]
+        jobs = [self._ledger.job(job_id) for job_id in due if not self.find(job_id)]
+        return [job for job in jobs if job.state is State.RUNNING]
 
     def stop_orphan(self, job: Job, *, seconds: float) -> None:
         """End a trainer that nobody adopts."""
@@ -193,9 +201,14 @@ class Crew:
     def queue_again(self) -> None:
         """Put jobs back whose trainers never began, so that nothing was interrupted. Once there is room for that."""
         while self._never_began:
-            job, why = self._never_began[0]
-            over = ended(job, Ending.TRANSIENT, at=time.time(), how=why)
-            self._ledger.record(job.id, [over], offset=job.events_offset, state=State.QUEUED)
+            job, why, wait = self._never_began[0]
+            if self._ledger.job(job.id).state in {
+                State.QUEUED,
+                State.RUNNING,
+            }:  # else a user has cancelled it meanwhile
+                over = ended(job, Ending.TRANSIENT, at=time.time(), how=why)
+                changes = {"not_before": time.time() + wait, "progress": {**job.progress, "waits": why}} if wait else {}
+                self._ledger.record(job.id, [over], offset=job.events_offset, state=State.QUEUED, **changes)
             self._never_began.pop(0)
 
     # -- what is said of it
@@ -238,11 +251,14 @@ class Crew:
         except FinetunedError as error:
             self._closer.fail(job, error.as_dict())
         except (sqlite3.OperationalError, OSError) as error:
-            if name != LOCAL and isinstance(error, OSError) and not no_room(error):
-                self._engines.failed(name, error)
-            else:
+            wait = 0.0
+            if name == LOCAL or no_room(error) or isinstance(error, sqlite3.Error):
                 self._hold.begin(error, doing=f"starting {job.id}")
-            self._never_began.append((job, f"it could not be started: {error}"))
+            elif isinstance(error, (ConnectionError, TimeoutError)):
+                self._engines.failed(name, error)
+            else:  # it is about this job alone
+                wait = _REFUSED_SECONDS
+            self._never_began.append((job, f"it could not be started: {error}", wait))
             self.queue_again()
         else:
             self._engines.answered(name)
@@ -253,18 +269,16 @@ class Crew:
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
 
     def _first_in_turn(self) -> list[Job]:
-        """Give the first jobs of the queue: so many that one for this machine is among them, if there is any."""
-        limit = _LOOKED_AT
-        while True:
-            queue = self._ledger.may_start(time.time(), limit=limit)
-            if len(queue) < limit or any(_launcher(job) == LOCAL for job in queue):
-                return queue
-            limit *= 4
+        """Give the first jobs of the queue, and the first for this machine if none of those is."""
+        queue = self._ledger.may_start(time.time(), limit=_LOOKED_AT)
+        if len(queue) == _LOOKED_AT and all(_launcher(job) != LOCAL for job in queue):
+            queue += self._ledger.may_start(time.time(), limit=_LOOKED_AT, launcher=LOCAL)
+        return queue
 
     def _refused(self, config: Config, job: Job) -> bool:
         """Fail a job that wants more GPUs than there are."""
-        wanted, there = job.settings.get("gpus_per_job", 1), self.fleet.count(config)
-        if wanted == "auto" or not there or wanted <= there or _launcher(job) != LOCAL:
+        wanted, there = job.settings.get("gpus_per_job", 1), self.fleet.most(config)
+        if wanted == "auto" or wanted <= there or _launcher(job) != LOCAL:
             return False
         remedy = "Lower gpus_per_job, or leave fewer GPUs alone with `gpus`."
         what = f"gpus_per_job is {wanted}, and this machine has {there} for jobs"
@@ -272,9 +286,12 @@ class Crew:
         self._closer.fail(job, error.as_dict())
         return True
 
-    def _unanswered(self, job: Job) -> bool:
+    def _unanswered(self, config: Config, job: Job) -> bool:
         """Whether a job is for an engine that does not answer; it lets others pass."""
-        why = self._engines.why_not(_launcher(job))
+        if (name := _launcher(job)) == LOCAL:
+            return False
+        self._engines.launcher(name, config)  # with other settings it may answer
+        why = self._engines.why_not(name)
         if why:
             self._note_wait(job, why)
         return bool(why)
@@ -291,7 +308,9 @@ class Crew:
         if wanted == "auto" or shares:
             known = self._foresight.knows(job, gpu=devices[0].id, memory=memory)
             needed = self._foresight.of(job.id) or 0
-            gpus = None if not known else gpus or gpus_for(needed, memory, most=len(devices))
+            gpus = gpus or (gpus_for(needed, memory, most=len(devices)) if known else None)
+        if gpus and self.fleet.count(config) >= gpus > len(devices):
+            gpus = len(devices)  # others have failed since; it goes on on what is left
         return Wish(job.id, gpus=gpus, memory=self._foresight.of(job.id), shares=shares, same_as=same_as)
 
     def _work(self, config: Config, job: Job) -> Work:

@@ -53,10 +53,14 @@ class Fleet:
         if not self._named():
             return [Device(str(chosen), f"GPU {chosen}")]
         usable = [gpu for gpu in self._left(self._named(), config) if gpu.uuid not in self._aside]
-        self._look([gpu for gpu in usable if gpu.uuid not in at_work])
         self._busy = {gpu.uuid: self._why_busy(gpu, config, at_work) for gpu in usable}
         self._tell(config)
         return [Device(gpu.uuid, str(gpu), gpu.memory_total, self._busy[gpu.uuid]) for gpu in usable]
+
+    def look(self, config: Config, at_work: Collection[str]) -> None:
+        """Read what is in use of GPUs that none of ours is on, and so notice those that are gone."""
+        left = self._left(self._named(), config)
+        self._read([gpu for gpu in left if gpu.uuid not in self._aside and gpu.uuid not in at_work])
 
     def rest(self, config: Config) -> None:
         """Note that nobody waits for a GPU, so that none is asked whether others use it."""
@@ -72,15 +76,23 @@ class Fleet:
         """The GPUs that are left, whoever uses them."""
         return [gpu.uuid for gpu in self._found if gpu.uuid not in self._aside]
 
-    @property
-    def all_failed(self) -> bool:
-        """Whether there were GPUs for jobs and none is left, so that jobs have to wait."""
+    def most(self, config: Config) -> int:
+        """How many processes one job can have here: GPUs where they are told apart, else entries of
+        CUDA_VISIBLE_DEVICES, else processors.
+        """
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if chosen == "":
+        return self.count(config) or (len(chosen.split(",")) if chosen else os.cpu_count() or 1)
+
+    def none_left(self, config: Config) -> bool:
+        """Whether there are GPUs and none of them is for jobs, so that jobs have to wait.
+
+        Where CUDA_VISIBLE_DEVICES holds numbers nobody can tell whether it means one that failed, so it may.
+        """
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not self._found:
             return False
-        found = [gpu.uuid for gpu in self._found]
-        named = [name for name in (chosen or "").split(",") if name in found]
-        return bool(found) and all(uuid in self._aside for uuid in named or found)
+        if not self._named():
+            return bool(self._aside)
+        return all(gpu.uuid in self._aside for gpu in self._left(self._named(), config))
 
     def heed(self, config: Config) -> list[str]:
         """Set aside what failed since the last call; their UUIDs."""
@@ -117,8 +129,7 @@ class Fleet:
                 _log.error("no such GPU", gpus=", ".join(map(str, unknown)), there=there, then="mend `gpus`")
         return [gpu for gpu in gpus if gpu.uuid in config.gpus or gpu.index in config.gpus]
 
-    def _look(self, gpus: Sequence[Gpu]) -> None:
-        """Read what is in use of GPUs that none of ours is on. NVML is asked of nothing where there are none."""
+    def _read(self, gpus: Sequence[Gpu]) -> None:
         new = any(gpu.uuid not in self._used for gpu in gpus)
         if new or (gpus and time.monotonic() >= self._looked_at + _LOOK_EVERY):
             self._looked_at = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Callable, Collection
 
 import structlog
@@ -16,6 +17,8 @@ from finetuned.jobs import Job
 from finetuned.scheduler import FILL
 from finetuned.spool.claim import held_out_path, input_path
 
+_PATIENCE = 600.0  # seconds for an answer
+
 _log = structlog.get_logger()
 
 
@@ -27,14 +30,19 @@ class Foresight:
         self._home, self._wake = home, wake
         self._answers: dict[str, int | None] = {}
         self._thread: threading.Thread | None = None
+        self._until = 0.0
 
     def knows(self, job: Job, *, gpu: str | None, memory: int | None) -> bool:
         """Whether a job's need is known. If not it is asked, for a GPU of so much memory, after those asked before."""
         if job.id in self._answers:
             return True
+        if self._thread is not None and self._thread.is_alive() and time.monotonic() > self._until:
+            self._answers[self._thread.name] = None  # it hangs
+            self._thread = None
         if self._thread is None or not self._thread.is_alive():
+            self._until = time.monotonic() + _PATIENCE
             # A daemon's thread that nobody waits for: the process that it asks ends by itself.
-            self._thread = threading.Thread(target=self._ask, args=(job, gpu, memory), name="foresight", daemon=True)
+            self._thread = threading.Thread(target=self._ask, args=(job, gpu, memory), name=job.id, daemon=True)
             self._thread.start()
         return False
 
@@ -44,7 +52,7 @@ class Foresight:
 
     def forget(self, *, but: Collection[str]) -> None:
         """Forget all jobs but these."""
-        self._answers = {job_id: answer for job_id, answer in self._answers.items() if job_id in but}
+        self._answers = {job_id: answer for job_id, answer in self._answers.copy().items() if job_id in but}
 
     def _ask(self, job: Job, gpu: str | None, memory: int | None) -> None:
         answer = None

@@ -351,10 +351,12 @@ class Ledger:
         marks = ", ".join("?" * len(states))
         return self._database.execute(f"SELECT 1 FROM jobs WHERE state IN ({marks})", states).fetchone() is not None
 
-    def may_start(self, now: float, *, limit: int) -> list[Job]:
-        """Give the first so many jobs of the queue among those that may start now."""
+    def may_start(self, now: float, *, limit: int, launcher: str | None = None) -> list[Job]:
+        """Give the first so many jobs of the queue among those that may start now, or of those for one launcher."""
+        only = "AND coalesce(json_extract(settings, '$.launcher'), 'local') = ?" if launcher else ""
         rows = self._database.execute(
-            f"SELECT * FROM jobs WHERE state = ? AND not_before <= ? {_IN_TURN} LIMIT ?", (State.QUEUED, now, limit)
+            f"SELECT * FROM jobs WHERE state = ? AND not_before <= ? {only} {_IN_TURN} LIMIT ?",
+            (State.QUEUED, now, *([launcher] if launcher else []), limit),
         )
         return [_job(row) for row in rows]
 

@@ -14,7 +14,8 @@ from finetuned import __version__
 from finetuned.durable import write_file
 from finetuned.home import JobFolder
 
-TAKES_LOCK = "FINETUNED_TAKES_LOCK"  # set for a trainer whose launcher could not hand it the job's lock
+# Set to the attempt for a trainer whose launcher could not hand it the job's lock.
+TAKES_LOCK = "FINETUNED_TAKES_LOCK"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def signed(folder: JobFolder) -> Signature | None:
 def locked(folder: JobFolder) -> bool:
     """Whether a trainer of this job is alive: it holds the lock, whatever became of the daemon."""
     try:
-        descriptor = os.open(folder.lock, os.O_RDONLY | os.O_CLOEXEC)
+        # For writing, as NFS locks nothing for us alone that is open for reading.
+        descriptor = os.open(folder.lock, os.O_RDWR | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return False
     try:

@@ -149,7 +149,7 @@ class Service:
             return True
         if self._paused():
             _log.error("the queue is paused", then="`finetuned resume`, and start again")
-        elif self._crew.fleet.all_failed:
+        elif self._crew.fleet.none_left(self._config):
             _log.error("no GPU is left", then="mend one, and start again")
         else:
             return False

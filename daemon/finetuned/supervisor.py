@@ -226,6 +226,8 @@ class Attempt:
         """
         trainer = launcher.find(home.job(job.id), trainer_id=job.trainer_id, attempt=job.attempt)
         if trainer is None:
+            with suppress(OSError):  # should it begin all the same, on a cluster that we do not ask any more
+                home.job(job.id).stop(job.attempt).touch()
             return None
         _log.info("trainer found again", job=job.id, attempt=job.attempt, id=trainer.id)
         return cls(ledger, home, ledger.update(job.id, trainer_id=trainer.id), trainer)

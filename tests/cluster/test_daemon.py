@@ -328,10 +328,15 @@ def test_pause_frees_the_engine_and_resume_goes_on_from_that_step(home, daemon, 
     assert undisturbed(home)
 
 
-def test_what_the_engine_refuses_fails_in_its_words_with_a_remedy(home, daemon, engine, config, drop):
+def test_what_the_engine_refuses_is_told_in_its_words_with_a_remedy(home, daemon, engine, config, drop):
     config(wrong=True)
     one = daemon()
     drop("x.jsonl")
+    if engine.name == "ray":  # a token that is wrong is no fault of the jobs that wait
+        eventually(lambda: engine.refusal[0] in one.job("x.jsonl", state=State.QUEUED).progress.get("waits_for", ""))
+        config()
+        assert one.job("x.jsonl").outcome is Outcome.SUCCEEDED
+        return
     job = one.job("x.jsonl")
     assert job.outcome is Outcome.FAILED
     reason = json.loads((home.failed / job.id / "reason.json").read_bytes())["reason"]

@@ -31,6 +31,7 @@ class LocalTrainer:
     """A running trainer."""
 
     process: subprocess.Popen[bytes]
+    _waited: bool = False
     id = taken = waits = ""
 
     @property
@@ -51,7 +52,7 @@ class LocalTrainer:
         """End it and its children at once."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-            _wait_a_moment(self)
+            self._waited = self._waited or _wait_a_moment(self)
 
 
 @dataclass
@@ -60,6 +61,7 @@ class ForkedTrainer:
 
     pid: int
     _status: int | None = None
+    _waited: bool = False
     id = taken = waits = ""
 
     def poll(self) -> int | None:
@@ -78,14 +80,15 @@ class ForkedTrainer:
         """End it and its children at once."""
         if self.poll() is None:
             os.killpg(self.pid, signal.SIGKILL)
-            _wait_a_moment(self)
+            self._waited = self._waited or _wait_a_moment(self)
 
 
-def _wait_a_moment(trainer: Trainer) -> None:
-    """Wait for a killed trainer's end, but not for ever: one that hangs in the driver of a GPU that is gone stays."""
+def _wait_a_moment(trainer: Trainer) -> bool:
+    """Wait for a killed trainer's end, but once: one that hangs in the driver of a GPU that is gone stays."""
     deadline = time.monotonic() + _PATIENCE
     while trainer.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
+    return True
 
 
 def start(folder: JobFolder, *, log: Path, environment: Mapping[str, str]) -> LocalTrainer:

@@ -173,7 +173,12 @@ class RayLauncher:
     def _order(self, folder: JobFolder, log: Path, environment: Mapping[str, str], needs: Needs) -> dict[str, Any]:
         settings = self._settings
         ours = {name: value for name, value in environment.items() if name not in _HERE_ONLY}
-        variables = {**_RAYS_PATIENCE, **settings.runtime_env.get("env_vars", {}), **ours, TAKES_LOCK: "1"}
+        variables = {
+            **_RAYS_PATIENCE,
+            **settings.runtime_env.get("env_vars", {}),
+            **ours,
+            TAKES_LOCK: str(needs.attempt),
+        }
         python = settings.python or sys.executable
         other = os.environ.get("FINETUNED_TRAINER")
         program = shlex.split(other) if other else [python, "-P", "-m", "finetuned.trainer"]

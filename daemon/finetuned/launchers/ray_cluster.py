@@ -46,11 +46,14 @@ class Cluster:
         Raises RefusedError, UnsureError, or OSError if it was surely not taken.
         """
         status, text = self._ask("POST", "/api/jobs/", order, seconds=seconds)
-        if status in {401, 403}:
-            raise RefusedError(
-                f"Ray does not let us in ({status}): {_last_line(text)}",
-                where=self._settings.address,
-                remedy="Name the file with the cluster's token as ray.token_file.",
+        if status in {401, 403}:  # a token that was changed, most likely: no reason to fail all that waits
+            raise ConnectionError(
+                f"Ray does not let us in ({status}): {_last_line(text)}; name the file with the cluster's token as "
+                "ray.token_file"
+            )
+        if status == 404:
+            raise ConnectionError(
+                f"{self._settings.address} does not know Ray's API: {_last_line(text)}; mend ray.address"
             )
         if 400 <= status < 500 and status not in _PASSING:
             raise RefusedError(
@@ -98,8 +101,8 @@ class Cluster:
         try:
             try:
                 connection.connect()
-            except OSError as error:
-                raise OSError(f"Ray at {self._settings.address} cannot be reached: {error}") from error
+            except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
+                raise ConnectionError(f"Ray at {self._settings.address} cannot be reached: {error}") from error
             try:
                 body = None if order is None else json.dumps(order).encode()
                 connection.request(method, parts.path + path, body, headers)

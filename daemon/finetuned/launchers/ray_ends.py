@@ -57,10 +57,10 @@ def _end_of_program(code: int) -> End:
     if code == NOT_SHARED:
         what = "the node of Ray that was to run the job does not see the job's folder"
         remedy = "The base directory must be on storage that all nodes have at the same path."
-        return End(ExitCode.BAD_SETTINGS, error=_no_start(what, remedy))
+        return End(ExitCode.TEMPORARY, error=_no_start(what, remedy))
     if code in _NOT_FOUND:
         what = f"the node of Ray that was to run the job cannot run its Python (exit code {code})"
-        return End(ExitCode.BAD_SETTINGS, error=_no_start(what, "Name one that all nodes have as ray.python."))
+        return End(ExitCode.TEMPORARY, error=_no_start(what, "Name one that all nodes have as ray.python."))
     if code == WORKER_LOST:
         return End(-signal.SIGKILL, taken="Ray Train lost one of its workers")
     return End(-signal.SIGKILL if code == _KILLED_IN_SHELL else code)

@@ -22,6 +22,7 @@ from finetuned.lifesigns import TAKES_LOCK, exit_code, locked
 
 _log = structlog.get_logger()
 
+_GHOST = 600.0  # seconds for which a trainer that Slurm has ended may hold the job's lock
 _HERE_ONLY = frozenset({"CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "MALLOC_CONF"})  # means nothing on another machine
 
 
@@ -42,6 +43,7 @@ class SlurmTrainer:
         self._asked_to_stop = False
         self._status: int | None = None
         self._said = ""
+        self._give_up_at = 0.0
         queue.watch(trainer_id)
 
     def poll(self) -> int | None:
@@ -71,6 +73,10 @@ class SlurmTrainer:
                 return  # it is at work all the same
             said = last_word(self._folder, self._attempt)
             status, taken = (-signal.SIGTERM, "Slurm does not know it any more") if said is None else (said, "")
+        elif entry.ended and locked(self._folder) and time.monotonic() < self._ended_by():
+            with suppress(OSError):  # Slurm has lost it, and it is at work all the same
+                self._folder.stop(self._attempt).touch()
+            return
         elif entry.ended:
             status, taken = outcome(entry, last_word(self._folder, self._attempt))
         else:
@@ -81,6 +87,11 @@ class SlurmTrainer:
         self.waits = ""
         self._status = status
         self._queue.forget(self.id)
+
+    def _ended_by(self) -> float:
+        """Give when a trainer that Slurm has ended is no longer waited for, though it holds its lock."""
+        self._give_up_at = self._give_up_at or time.monotonic() + _GHOST
+        return self._give_up_at
 
     def _tell(self, entry: Entry) -> None:
         self.waits = "" if entry.state == "RUNNING" else str(entry)
@@ -155,7 +166,9 @@ class SlurmLauncher:
         other = os.environ.get("FINETUNED_TRAINER")
         python = self._settings.python or sys.executable
         program = shlex.split(other) if other else [python, "-P", "-m", "finetuned.trainer"]
-        given = {TAKES_LOCK: "1"} | {name: value for name, value in environment.items() if name not in _HERE_ONLY}
+        given = {TAKES_LOCK: str(needs.attempt)} | {
+            name: value for name, value in environment.items() if name not in _HERE_ONLY
+        }
         words = ["env", *(f"{name}={value}" for name, value in given.items()), *program, str(folder.path)]
         values = {
             "command": shlex.join(words),

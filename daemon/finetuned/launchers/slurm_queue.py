@@ -46,7 +46,9 @@ _FOR_NOW = (
     "Zero Bytes were transmitted",
     "Unexpected message received",
     "Slurm is unavailable",
-    "job submit limit",  # of a user's or an account's jobs at once
+    "artition not available",  # drained
+    "partition configuration not available now",
+    "Invalid authentication credential",
 )
 
 
@@ -205,6 +207,8 @@ class Queue:
         except TimeoutError as error:
             raise ConnectionError(f"Slurm does not answer: {error}") from None
         except _RefusedError as error:
+            if "job submit limit" in str(error):  # of jobs at once, or what this one asks for is too much
+                raise BlockingIOError(f"Slurm takes this job not now: {error}") from None
             if any(words in str(error) for words in _FOR_NOW):
                 raise ConnectionError(f"Slurm takes no job now: {error}") from None
             raise FinetunedError(
@@ -213,6 +217,8 @@ class Queue:
                 remedy="Mend its options or its template (`sinfo` lists the partitions), then retry the job.",
                 code="refused_by_slurm",
             ) from None
+        if not said.split():
+            raise ConnectionError("sbatch gave no number")
         return said.split()[-1].split(";")[0]
 
     def accounted(self, jobs: Collection[str], seconds: float = _QUICK) -> dict[str, Entry]:

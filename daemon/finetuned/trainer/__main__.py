@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -47,6 +48,11 @@ def end(folder: JobFolder) -> NoReturn:
     code, leads = 1, ranks.rank() == 0
     try:
         code = main(folder)
+    except Exception:
+        if not leads:
+            traceback.print_exc()
+            os._exit(code)  # the others wait for its sockets to close, which a library's own end may hold up
+        raise
     finally:
         late = threading.Timer(_LAST_WAIT, os._exit, [code])
         late.daemon = True
@@ -65,10 +71,14 @@ def main(folder: JobFolder) -> int:
     if not ranks.signs():
         return int(_run(folder, JobSpec.decode(folder.spec.read_bytes())))
     try:
-        if TAKES_LOCK in os.environ and not take_lock(folder):
-            return ExitCode.TEMPORARY  # an earlier one that its engine took for dead, and it is not
-        sign(folder)
+        attempt = os.environ.get(TAKES_LOCK)
+        if attempt is None:
+            sign(folder)
         spec = JobSpec.decode(folder.spec.read_bytes())
+        if attempt is not None and attempt != str(spec.attempt):
+            return ExitCode.STOPPED  # its engine began it when nobody wanted it any more
+        if attempt is not None and not take_lock(folder):
+            return _still_at_work(folder)
         sign(folder, spec.attempt)
     except OSError as error:
         if error.errno not in NO_ROOM:
@@ -82,6 +92,14 @@ def main(folder: JobFolder) -> int:
     if code == -signal.SIGKILL:  # a rank was, for memory most likely: who waits for us is to see that
         os.kill(os.getpid(), signal.SIGKILL)
     return code if code >= 0 else 1
+
+
+def _still_at_work(folder: JobFolder) -> ExitCode:
+    what = "an earlier trainer of this job holds its lock: its engine took it for dead, and it is not, or its node is"
+    remedy = "It is tried again; end it on its node if it stays."
+    with suppress(OSError):
+        Reporter(folder.events).error(FinetunedError(what, remedy=remedy, code="still_at_work"))
+    return ExitCode.TEMPORARY
 
 
 def _run(folder: JobFolder, spec: JobSpec) -> int:
@@ -288,7 +306,7 @@ def _told(say: Reporter, end: _End) -> Iterator[None]:
         end.code = ExitCode.BAD_DATA
     except FinetunedError as error:
         say.error(error)
-        temporary = isinstance(error, ModelError) and error.code == "hub_unreachable"
+        temporary = isinstance(error, ModelError) and error.code in {"hub_unreachable", "gpu_gone"}
         end.code = ExitCode.TEMPORARY if temporary else ExitCode.BAD_SETTINGS
     except MemoryError as error:
         say.error(OutOfMemoryError(f"memory ran out: {error}", remedy="Take a smaller file or model, or add memory."))

@@ -8,6 +8,7 @@ memory and begins its part again would leave the others hanging.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from finetuned.errors import ConfigError
+from finetuned.errors import ConfigError, ModelError
 from finetuned.trainer import memory, steps
 from finetuned.trainer.ends import RankLostError, StopAskedError
 from finetuned.trainer.store import lengths_of
@@ -41,7 +42,7 @@ class Group:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if _cuda() else "cpu"))
     store: Any = None  # torch's, which rank 0 keeps
     _room: torch.Tensor | None = None  # for gradients on their way
 
@@ -199,9 +200,11 @@ def join() -> Group:
     Its variables are taken out: accelerate would wrap the model where it finds them.
     """
     rank, size, place = (int(os.environ.pop(name, usual)) for name, usual in _ENVIRONMENT.items())
+    for name in _OF_MPI:
+        os.environ.pop(name, None)
     if size == 1:
         return Group()
-    cuda = torch.cuda.is_available()
+    cuda = _cuda()
     if cuda:
         if place >= torch.cuda.device_count():
             raise ConfigError(
@@ -223,6 +226,21 @@ def join() -> Group:
 
 
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+_OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # which accelerate heeds, too
+_GONE = re.compile(r"gloo|connection|timed? ?out|socket|store|peer|NCCL", re.IGNORECASE)
+
+
+def _cuda() -> bool:
+    """Whether there is a GPU. Raises ModelError where this process was given one and CUDA does not find it."""
+    if torch.cuda.is_available():
+        return True
+    if torch.version.cuda and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        raise ModelError(
+            f"CUDA finds no GPU, and {os.environ['CUDA_VISIBLE_DEVICES']} is for this training",
+            remedy="See `finetuned doctor` and `nvidia-smi`; it is tried again.",
+            code="gpu_gone",
+        )
+    return False
 
 
 def _buckets(tensors: Iterable[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
@@ -245,6 +263,7 @@ def _others_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if memory.out_of_memory(error) is not None:
+        lost = isinstance(error, dist.DistError) or _GONE.search(str(error))
+        if memory.out_of_memory(error) is not None or isinstance(error, torch.AcceleratorError) or not lost:
             raise
         raise RankLostError(str(error).strip().split("\n")[0]) from None

@@ -441,6 +441,8 @@ class Training:
         # Dropout follows from seed, step and rank, so that a step done again or after a resume is the same step.
         torch.manual_seed(self.task.settings.seed * 1_000_003 + self.done + self.group.rank * _APART)
         self.recipe.begin(self.done)
+        if self.accelerator.scaler is not None:  # which is made by its first use, and a rank may have no rows
+            self.accelerator.scaler.scale(torch.zeros((), device=self.task.device))
         return sum(self._backward(part, count) for part in self._cut(rows)) / count
 
     def _backward(self, rows: list[int], count: int) -> float:

@@ -81,7 +81,7 @@ def run(folder: JobFolder, processes: int, *, asked_to_stop: Callable[[], bool])
                 patience = _LONG_PATIENCE if failed[0] in _AGREED else _PATIENCE
                 deadline = time.monotonic() + patience
                 _signal(running.values(), signal.SIGTERM)
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline + (_LONG_PATIENCE if 0 in running else 0):  # which may write a checkpoint
                 break
             time.sleep(_TICK)
     finally:
@@ -100,6 +100,8 @@ def verdict(endings: list[tuple[int, int]], *, stopped: bool) -> int:
     causes = [status for status in failed if status not in _SECOND_HAND]
     if not causes and stopped and failed:
         return ExitCode.STOPPED
+    if -signal.SIGKILL in causes:  # what others do of that, aborting say, may be seen before it
+        return -signal.SIGKILL
     return next(iter([*causes, *failed]), ExitCode.DONE)
 
 

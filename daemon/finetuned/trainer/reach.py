@@ -64,15 +64,21 @@ def tell_beyond(
                 report.warnings["beyond_reach"] = Fault(int(beyond.sum()), lines, what)
 
 
+# Models with a table of places, which is at its end there; others go on, as far as sense goes.
+_TABLES = frozenset({"biogpt", "codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt"})
+
+
 def _reach(
     who: str, base: Base, settings: TrainingSettings, lengths: Callable[[Examples], NDArray[np.int64]]
 ) -> Reach | None:
     with loading(base):
         config = AutoConfig.from_pretrained(base.source, **hub_options(settings)).get_text_config()
     most = getattr(config, "max_position_embeddings", None)
-    # Rotary embeddings go on, as far as sense goes; a table of places is at its end.
-    rotary = bool(getattr(config, "rope_parameters", None))
-    return Reach(f"{who} {base.name}", most, not rotary, lengths) if most else None
+    rope = getattr(config, "rope_parameters", None) or {}
+    if most and rope.get("rope_type") in {"yarn", "linear"}:  # whose cards leave the old length beside the factor
+        most = max(most, round(rope.get("factor", 1) * (rope.get("original_max_position_embeddings") or most)))
+    fatal = config.model_type in _TABLES
+    return Reach(f"{who} {base.name}", most, fatal, lengths) if most and most > 0 else None
 
 
 def _read_by(teacher: Found, rows: Examples) -> NDArray[np.int64]:

@@ -22,6 +22,7 @@ from finetuned.dataset.report import Report, rows_of
 from finetuned.dataset.rows import Row
 from finetuned.durable import make_folder, sha256_of, write_file
 from finetuned.events import EventType
+from finetuned.fallback import Rung
 from finetuned.findings import WARNINGS
 from finetuned.trainer import memory
 from finetuned.trainer.data import check_sides
@@ -54,11 +55,11 @@ class Questions:
 class Round:
     """What a round keeps on disk."""
 
-    def __init__(self, number: int, folder: Path, settings: TrainingSettings) -> None:
+    def __init__(self, number: int, folder: Path, settings: TrainingSettings, rung: Rung) -> None:
         self.number = number
         # What a retry may have changed: then its answers are others, and are judged and chosen in another way.
         self._settings = key_of(settings.model_dump_json(exclude={"rft": {"least_yield", "rounds"}}))
-        first = f"{settings.model} {settings.revision} {settings.resume_adapter}"
+        first = f"{settings.model} {settings.revision} {settings.resume_adapter} {rung.tuning} {rung.max_length}"
         self.made_by = first if number == 1 else self._settings
         self.answers = folder / f"round-{number}.answers.jsonl"  # as they come
         self.kept = folder / f"round-{number}.jsonl"  # what is learned from
@@ -86,7 +87,7 @@ def train_in_rounds(task: Task, questions: Questions, *, cache: Path) -> tuple[T
     settings, group = task.settings, task.group
     folder = task.checkpoints / "rft"
     make_folder(folder)
-    rounds = [Round(number, folder, settings) for number in range(1, settings.rft.rounds + 1)]
+    rounds = [Round(number, folder, settings, task.rung) for number in range(1, settings.rft.rounds + 1)]
     door = Door(task.tokenizer, settings.model_copy(update={"recipe": "sft"}), cache=cache)
     # A round that is done does not need the one before it any more.
     number = group.told(lambda: max((one.number for one in rounds if one.done), default=1))
