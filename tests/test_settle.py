@@ -15,7 +15,7 @@ import pytest
 
 from finetuned.config import Config
 from finetuned.spool.inbox import Complaint, Found
-from finetuned.spool.settle import Look, Settler
+from finetuned.spool.settle import Look, Settler, is_nfs
 
 LINE = b'{"messages": []}\n'
 T = TypeVar("T")
@@ -700,3 +700,15 @@ def _no_descriptor_left_open() -> Iterator[None]:
     before = len(list(Path("/proc/self/fd").iterdir()))
     yield
     assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+def test_a_folder_on_nfs_is_known_by_the_table_of_mounts(tmp_path):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+        "40 22 0:45 / /shared rw,relatime shared:9 - nfs4 server:/export rw,vers=4.2\n"
+    )
+    assert is_nfs(os.makedev(0, 45), mounts)
+    assert not is_nfs(os.makedev(8, 1), mounts)
+    assert not is_nfs(os.makedev(9, 9), mounts)
+    assert not is_nfs(tmp_path.stat().st_dev)

@@ -224,3 +224,45 @@ def test_a_job_of_two_processes_learns_what_one_of_one_does(home, daemon, tiny_m
     weights = [load_file(home.adapters / str(job.adapter) / "adapter_model.safetensors") for job in jobs]
     assert max(abs(weights[0][name] - weights[1][name]).max() for name in weights[0]) < 1e-5
     assert any((weights[0][name] != 0).any() for name in weights[0])
+
+
+def test_a_gpu_that_is_gone_while_nothing_runs_gets_no_job(daemon, drop, standin, fake_nvml):
+    fake_nvml.set("gpus=2")
+    standin(seconds=0.05)
+    one = daemon(environment=fake_nvml.environment())
+    one.says("GPUs found")
+    fake_nvml.set("gpus=2", "0.lost=1")
+    drop("a.jsonl")
+    job = one.job("a.jsonl")
+    assert (job.outcome, job.attempt) == (Outcome.SUCCEEDED, 1)
+    assert on(job)[0].endswith("1")
+    one.says("GPU set aside")
+
+
+def test_a_job_for_two_gpus_goes_on_on_the_one_that_is_left(home, daemon, drop, standin, fake_nvml):
+    fake_nvml.set("gpus=2")
+    write_config(home, gpu_sample_seconds=1, gpus_per_job=2)
+    standin(seconds=0.4)
+    one = daemon(environment=fake_nvml.environment())
+    drop("a.jsonl")
+    [job] = running(one, 1)
+    assert len(on(job)) == 2
+    fake_nvml.set("gpus=2", "1.lost=1")
+    job = one.job("a.jsonl")
+    assert (job.outcome, job.attempt, job.progress["processes"]) == (Outcome.SUCCEEDED, 2, 1)
+    assert len(on(job)) == 1
+
+
+def test_a_job_whose_folder_is_broken_does_not_hold_up_the_ends_of_others(home, daemon, drop, standin, fake_nvml):
+    fake_nvml.set("gpus=2")
+    standin(seconds=0.2)
+    one = daemon(environment=fake_nvml.environment())
+    drop("a.jsonl", "b.jsonl")
+    jobs = {job.name: job for job in running(one, 2)}
+    events = home.job(jobs[b"a.jsonl"].id).events
+    events.rename(home.root / "aside")
+    events.mkdir()  # which is read as a file
+    assert one.job("b.jsonl").outcome is Outcome.SUCCEEDED
+    events.rmdir()
+    (home.root / "aside").rename(events)
+    assert one.job("a.jsonl").outcome is Outcome.SUCCEEDED

@@ -14,7 +14,9 @@ import os
 import pwd
 import stat
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from finetuned.config import Config
@@ -180,13 +182,28 @@ def _unopened(path: Path, error: OSError) -> Complaint:
 def has_writer(descriptor: int) -> bool | None:
     """Ask the kernel whether anybody has the file open for writing; None if it cannot say.
 
-    A read lease is refused with EAGAIN while a writable descriptor or mapping exists, also after a rename.
+    A read lease is refused with EAGAIN while a writable descriptor or mapping exists, also after a rename. On NFS it is
+    refused wherever the server has not lent out the file, whoever writes.
     """
+    if is_nfs(os.fstat(descriptor).st_dev):
+        return None
     try:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:
         return True if error.errno == errno.EAGAIN else None
     fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
+
+
+@cache
+def is_nfs(device: int, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether the file system with this device number is on another machine, by NFS."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError):
+        for line in mounts.read_text(encoding="utf-8", errors="replace").splitlines():
+            facts, _, kind = line.partition(" - ")
+            if facts.split()[2] == number:
+                return kind.startswith("nfs")
     return False
 
 
