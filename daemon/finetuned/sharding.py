@@ -1,0 +1,35 @@
+"""Which jobs may be trained with the model's layers spread over the GPUs of several processes. No torch, so that it can
+be asked before any GPU is taken.
+"""
+
+from __future__ import annotations
+
+from finetuned.config import TrainingSettings
+from finetuned.errors import ConfigError
+
+NO_ANSWERS = "predictions are left out: the model is spread over several processes, and none of them can answer alone"
+NO_BENCHMARK = "the benchmark is left out: the model is spread over several processes"
+
+_WHERE = "a model spread over several GPUs"
+
+
+def check(settings: TrainingSettings, tuning: str) -> None:
+    """Raise ConfigError unless a job with these settings, on a rung with this tuning, may be sharded."""
+    if tuning == "full":
+        raise ConfigError(
+            'is trained by adapters alone: tuning "full" would train the spread layers themselves',
+            where=_WHERE,
+            remedy='Set "tuning" to "lora", or take a model that one GPU can train whole.',
+        )
+    if tuning not in {"lora", "auto"}:
+        raise ConfigError(
+            f'cannot be quantised: bitsandbytes\' weights cannot be cut up, and tuning is "{tuning}"',
+            where=_WHERE,
+            remedy='Set "tuning" to "lora" (and fallback_4bit to false), or train it on one GPU.',
+        )
+    if settings.recipe != "sft":
+        raise ConfigError(
+            f'learns from given answers alone: recipe "{settings.recipe}" asks the model on its way',
+            where=_WHERE,
+            remedy='Set "recipe" to "sft", or take a model that fits on one GPU.',
+        )
