@@ -48,7 +48,7 @@ def together(tmp_path_factory, world) -> Together:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("sharded")
     jobs = {name: Ordered(world, settings, sharded=True) for name, settings in SAME.items()}
-    jobs["whole"] = Ordered(world, QUIET)
+    jobs["whole"] = Ordered(world, SAME["small batches"])
     jobs["stopped"] = Ordered(world, QUIET, stopped_after=2, sharded=True)
     jobs["stopped in an evaluation"] = Ordered(world, {}, stopped_after=4, sharded=True)
     jobs["begun alone"] = Ordered(world, QUIET, sharded=True)
@@ -68,6 +68,11 @@ def test_two_that_share_the_layers_train_what_one_trains(together, name):
         for story in (stories[0], together.alone(**SAME[name]))
     )
     assert told == pytest.approx(alone, rel=1e-5)
+
+
+def test_it_makes_no_difference_to_any_bit(together):
+    shared, whole = (together.stories(name)[0].weights for name in ("small batches", "whole"))
+    torch.testing.assert_close(shared, whole, rtol=0, atol=0)
 
 
 def test_each_holds_about_half_of_the_layers(together):
