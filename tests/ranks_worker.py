@@ -15,7 +15,9 @@ import accelerate
 import torch
 
 from finetuned.trainer import group as group_module
+from finetuned.trainer import shards
 from finetuned.trainer.group import Group, join
+from finetuned.trainer.model import causal
 from test_exactness import Job, Story, World
 
 JOBS = "jobs.pickle"
@@ -30,11 +32,17 @@ class Ordered:
     out_of_memory: tuple[int, ...] = ()  # backward passes, from 1, in which it runs out of memory
     stopped_after: int | None = None  # steps
     bucket: int = 8 * 2**20  # numbers that are summed at once
+    sharded: bool = False
 
 
 def outcome(folder: Path, name: str, rank: int) -> Path:
     """Where a rank leaves what came of a job: a Story, without the model."""
     return folder / f"{name}.{rank}.pickle"
+
+
+def sizes(folder: Path, name: str, rank: int) -> Path:
+    """Where a rank leaves how many bytes of the model's layers it holds when a job is done."""
+    return folder / f"{name}.{rank}.bytes"
 
 
 def main(folder: Path) -> None:
@@ -48,7 +56,7 @@ def main(folder: Path) -> None:
 
 
 def train(folder: Path, ordered: Ordered, group: Group) -> Story:
-    job = Job(folder, ordered.world, group=group, **ordered.settings)
+    job = Job(folder, ordered.world, group=replace(group, sharded=ordered.sharded), **ordered.settings)
     backward = accelerate.Accelerator.backward
     group_module._BUCKET = ordered.bucket
     if group.rank == 1:
@@ -56,6 +64,9 @@ def train(folder: Path, ordered: Ordered, group: Group) -> Story:
     try:
         if ordered.stopped_after is None:
             story = job.done()
+            layers = shards.layers_of(causal(story.trained.model))
+            held = sum(shards.local_bytes(layer) for layer in layers)
+            sizes(folder.parent, folder.name, group.rank).write_text(str(held))
         else:
             looks, last = itertools.count(), ordered.stopped_after
             assert job.attempt(lambda: group.rank == 1 and next(looks) >= last) is None

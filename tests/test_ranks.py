@@ -68,6 +68,12 @@ def together(tmp_path_factory, world, tiny_model) -> Together:
     jobs["begun alone"] = Ordered(world, QUIET)
     looks = itertools.count()
     assert Job(folder / "begun alone", world, **QUIET).attempt(lambda: next(looks) >= 3) is None
+    train_together(folder, jobs)
+    return Together(folder, world)
+
+
+def train_together(folder: Path, jobs: dict[str, Ordered]) -> None:
+    """Let two processes train jobs, one after the other."""
     (folder / JOBS).write_bytes(pickle.dumps(jobs))
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
@@ -86,7 +92,6 @@ def together(tmp_path_factory, world, tiny_model) -> Together:
     ]
     told = [process.communicate(timeout=250)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(told)[-5000:]
-    return Together(folder, world)
 
 
 def assert_one_weight(stories: list[Story]) -> None:

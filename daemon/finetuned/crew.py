@@ -18,7 +18,7 @@ from finetuned.engines import Engines
 from finetuned.errors import ConfigError, FinetunedError
 from finetuned.events import Ending, Event, EventType, ExitCode
 from finetuned.fleet import Fleet
-from finetuned.foresight import Foresight, gpus_for
+from finetuned.foresight import Foresight
 from finetuned.guard import check_place
 from finetuned.hold import Hold
 from finetuned.home import Home, printable
@@ -228,10 +228,12 @@ class Crew:
             following = replace(job, attempt=job.attempt + 1)
             told_apart = name == LOCAL and self.fleet.count(config)
             processes = len(devices) if told_apart else _wanted(job)
-            write_spec(self._home, following, processes=processes)
+            forecast = self._foresight.of(job.id)
+            sharded = bool(told_apart and processes > 1 and forecast and forecast.spread > 1)
+            write_spec(self._home, following, processes=processes, sharded=sharded)
             progress = {key: value for key, value in job.progress.items() if key != "waits_for"}
             progress |= {"gpu": environment.get("CUDA_VISIBLE_DEVICES", ""), "devices": [one.id for one in devices]}
-            progress["processes"] = processes
+            progress |= {"processes": processes, "sharded": sharded}
             job = self._ledger.record(
                 job.id,
                 [began(following, at=time.time(), on=why)],
@@ -305,16 +307,23 @@ class Crew:
         wanted = job.settings.get("gpus_per_job", 1)
         shares = config.share_gpus and wanted in {1, "auto"}
         gpus: int | None = None if wanted == "auto" else wanted
-        if wanted == "auto" or shares:
+        if shares or wanted != 1:
             known = self._foresight.knows(job, gpu=devices[0].id, memory=memory)
-            needed = self._foresight.of(job.id) or 0
-            gpus = gpus or (gpus_for(needed, memory, most=len(devices)) if known else None)
+            forecast = self._foresight.of(job.id)
+            if wanted == "auto" and known:
+                gpus = min(forecast.spread if forecast else 1, len(devices))
+            elif wanted != 1 and not known:
+                gpus = None
         if gpus and self.fleet.count(config) >= gpus > len(devices):
             gpus = len(devices)  # others have failed since; it goes on on what is left
-        return Wish(job.id, gpus=gpus, memory=self._foresight.of(job.id), shares=shares, same_as=same_as)
+        return Wish(job.id, gpus=gpus, memory=self._needed(job), shares=shares, same_as=same_as)
+
+    def _needed(self, job: Job) -> int | None:
+        forecast = self._foresight.of(job.id)
+        return forecast.peak if forecast else None
 
     def _work(self, config: Config, job: Job) -> Work:
-        places, memory = _places(job), self._foresight.of(job.id)
+        places, memory = _places(job), self._needed(job)
         shares = config.share_gpus and len(places) == 1
         return Work(job.id, places, _launcher(job), memory=memory, shares=shares, same_as=_same_as(job))
 

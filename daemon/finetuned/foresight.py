@@ -6,20 +6,32 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
 from finetuned.asking import Terms, ask
-from finetuned.config import settings_from
+from finetuned.config import TrainingSettings, settings_from
 from finetuned.errors import FinetunedError
 from finetuned.home import Home
 from finetuned.jobs import Job
 from finetuned.scheduler import FILL
+from finetuned.sharding import may_be_sharded
 from finetuned.spool.claim import held_out_path, input_path
 
+_MOST = 64  # GPUs
 _PATIENCE = 600.0  # seconds for an answer
 
 _log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a job will need."""
+
+    peak: int  # bytes on one GPU
+    spread: int = 1  # over how many GPUs its model must be spread for it to fit; 1: it fits on one
 
 
 class Foresight:
@@ -28,7 +40,7 @@ class Foresight:
     def __init__(self, home: Home, *, wake: Callable[[], None]) -> None:
         """Begin with nothing asked; `wake` is called, from a thread, when an answer has come."""
         self._home, self._wake = home, wake
-        self._answers: dict[str, int | None] = {}
+        self._answers: dict[str, Forecast | None] = {}
         self._thread: threading.Thread | None = None
         self._until = 0.0
 
@@ -46,8 +58,8 @@ class Foresight:
             self._thread.start()
         return False
 
-    def of(self, job_id: str) -> int | None:
-        """Give a job's peak in bytes; None where it is not known, or nobody can say."""
+    def of(self, job_id: str) -> Forecast | None:
+        """Give what a job will need; None where it is not known, or nobody can say."""
         return self._answers.get(job_id)
 
     def forget(self, *, but: Collection[str]) -> None:
@@ -63,26 +75,34 @@ class Foresight:
             self._wake()
 
 
-def _predict(home: Home, job: Job, gpu: str | None, memory: int | None) -> int | None:
+def _predict(home: Home, job: Job, gpu: str | None, memory: int | None) -> Forecast | None:
     held_out = held_out_path(home, job)
+    beside = str(held_out) if held_out else None
+
+    def plan(settings: TrainingSettings) -> dict[str, Any]:
+        terms = Terms(settings, home.root, home.models)
+        module = "finetuned.trainer.plan"
+        return ask(module, input_path(home, job), terms, gpu=gpu, memory=memory, beside=beside)
+
     try:
-        terms = Terms(settings_from({**job.settings}, where=job.id), home.root, home.models)
-        facts = ask(
-            "finetuned.trainer.plan",
-            input_path(home, job),
-            terms,
-            gpu=gpu,
-            memory=memory,
-            beside=str(held_out) if held_out else None,
-        )
+        settings = settings_from({**job.settings}, where=job.id)
+        facts = plan(settings)
+        spread = 1
+        if memory and not facts["fits"] and may_be_sharded(settings, settings.tuning):
+            facts = plan(settings.model_copy(update={"tuning": "lora"}))  # 4-bit weights cannot be spread
+            spread = gpus_for(facts["parts_bytes"]["weights"], facts["peak_bytes"], memory)
     except (FinetunedError, OSError) as error:  # the trainer will say it with all that belongs to it
         _log.warning("not predicted", job=job.id, error=str(error), then="it gets a GPU of its own")
         return None
     needed = int(facts["peak_bytes"])
-    _log.info("predicted", job=job.id, gib=round(needed / 2**30, 2), rung=facts["rung_name"])
-    return needed
+    _log.info("predicted", job=job.id, gib=round(needed / 2**30, 2), rung=facts["rung_name"], gpus=spread)
+    return Forecast(needed, spread)
 
 
-def gpus_for(needed: int, memory: int, *, most: int) -> int:
-    """Give how many GPUs of so much memory, each in bytes, hold what is needed, dealt out among them."""
-    return max(1, min(most, math.ceil(needed / (FILL * memory))))
+def gpus_for(frozen: int, peak: int, memory: int) -> int:
+    """Give how many GPUs of so much memory hold a training whose frozen weights are spread over them, all in bytes.
+
+    What is beside them each GPU has whole. Where no number is enough, that at which a part of them is lost in the rest.
+    """
+    room = FILL * memory - (peak - frozen)
+    return math.ceil(frozen / room) if room > frozen / _MOST else _MOST

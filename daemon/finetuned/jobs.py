@@ -129,6 +129,7 @@ class JobSpec:
     base_dir: str = ""
     models: str = ""
     processes: int = 1  # that train it together, each on a GPU of its own where there are any
+    sharded: bool = False  # whether they share the model's layers too, and none holds all of it
 
     def encode(self) -> bytes:
         """Give the file's content."""

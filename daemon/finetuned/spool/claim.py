@@ -142,8 +142,12 @@ def _regular(path: Path) -> os.stat_result:
     return facts
 
 
-def write_spec(home: Home, job: Job, beside: Beside | None = None, *, processes: int = 1) -> None:
-    """Write job.json with the job as it now is (D2, and again before each attempt, which is of so many processes)."""
+def write_spec(
+    home: Home, job: Job, beside: Beside | None = None, *, processes: int = 1, sharded: bool = False
+) -> None:
+    """Write job.json with the job as it now is (D2, and again before each attempt, which is of so many processes that
+    may share the model's layers).
+    """
     folder = home.job(job.id)
     make_folder(folder.path)
     held_out = held_out_path(home, job)
@@ -169,6 +173,7 @@ def write_spec(home: Home, job: Job, beside: Beside | None = None, *, processes:
         base_dir=str(home.root),
         models=str(home.models),
         processes=processes,
+        sharded=sharded,
     )
     write_file(folder.spec, spec.encode())
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from finetuned import sharding
 from finetuned.config import TrainingSettings, settings_from
 from finetuned.dataset.reading import RowFile
 from finetuned.dataset.report import glance
@@ -54,6 +55,7 @@ def end(folder: JobFolder) -> NoReturn:
             os._exit(code)  # the others wait for its sockets to close, which a library's own end may hold up
         raise
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python unhears it as it ends, and the code would be lost
         late = threading.Timer(_LAST_WAIT, os._exit, [code])
         late.daemon = True
         late.start()
@@ -112,10 +114,12 @@ def _run(folder: JobFolder, spec: JobSpec) -> int:
         return ExitCode.TEMPORARY
     with _no_room_told(say) as end, _told(say, end):
         settings = settings_from(spec.settings, where=spec.name)
+        if spec.sharded:
+            sharding.check(settings, spec.rung["tuning"])
         if ranks.started_by_somebody() or spec.processes <= 1:
             _train(folder, spec, settings, say=say)
         else:
-            end.code = ranks.run(folder, spec.processes, asked_to_stop=lambda: _stop_asked)
+            end.code = ranks.run(folder, spec.processes, sharded=spec.sharded, asked_to_stop=lambda: _stop_asked)
     return end.code
 
 
@@ -133,13 +137,16 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer.trackers import reporting
 
     quiet_libraries()
-    group = join()
+    group = join(sharded=spec.sharded)
     _hear_stops()
     say.share_errors(group.first_to_fail)
     with group.leader_first():
         task, rows, report = _prepare(folder, spec, settings.settled(), group, say=say)
     settings, libraries = task.settings, memory.resident_bytes()
     measured_by = file_of(task, spec)
+    if measured_by is not None and group.lockstep:
+        say.warn(sharding.NO_BENCHMARK)
+        measured_by = None
     with reporting(
         say,
         settings.report_to if group.leads else [],
@@ -176,7 +183,7 @@ def _prepare(
     from finetuned.trainer.reach import reaches
 
     asked_to_stop = partial(_is_stop_asked, folder.stop(spec.attempt))
-    tuning, why = choose_tuning(spec.rung["tuning"], gpu=group.device.type == "cuda")
+    tuning, why = choose_tuning(spec.rung["tuning"], gpu=group.device.type == "cuda", sharded=group.lockstep)
     rung = replace(Rung(**spec.rung), tuning=tuning)
     if tuning != spec.rung["tuning"]:
         say.say(EventType.RUNG, f"tuning {tuning}: {why}", rung=rung.as_dict(), reason=why)

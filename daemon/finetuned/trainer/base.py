@@ -65,10 +65,12 @@ def find_base(settings: TrainingSettings, *, models: Path, base_dir: Path) -> Ba
     return Base(name, name)
 
 
-def choose_tuning(setting: str, *, gpu: bool) -> tuple[str, str]:
+def choose_tuning(setting: str, *, gpu: bool, sharded: bool = False) -> tuple[str, str]:
     """Settle `tuning: auto`: the tuning and why."""
     if setting != "auto":
         return setting, f"tuning is {setting}"
+    if sharded:
+        return "lora", "4-bit weights cannot be spread over several GPUs"
     if gpu:
         return "qlora", "a 4-bit base leaves most of the GPU's memory to the batch"
     return "lora", "on a CPU a 4-bit base saves little and is not faster"

@@ -119,4 +119,6 @@ def _key(training: Training) -> str:
         parts.append("activation checkpointing")
     if settings.recipe != "sft":
         parts.append(f"recipe {settings.recipe}")
+    if training.group.lockstep:
+        parts.append(f"spread over {training.group.size}")
     return ", ".join([*parts, memory.device_name()])

@@ -36,7 +36,7 @@ def evaluate(training: Training, *, measure: bool, ask: bool) -> None:
             look(training)
         except (RuntimeError, MemoryError) as error:
             detail = memory.out_of_memory(error)
-            if detail is None:
+            if detail is None or training.group.lockstep:
                 raise
         else:
             continue
@@ -58,7 +58,7 @@ def _measure(training: Training) -> None:
     try:
         beside = training.recipe.measured(training)
     except (RuntimeError, MemoryError) as error:
-        if memory.out_of_memory(error) is None:
+        if memory.out_of_memory(error) is None or training.group.lockstep:
             raise
         training.task.say.warn("out of memory in what is measured beside the held-out loss, which is left out")
     metrics |= beside
@@ -86,13 +86,24 @@ def _summed_loss(training: Training, examples: Sequence[Example]) -> float:
                     training.hear_stop()
                     batch = training.layout.collate([examples[row] for row in part]).to(training.task.device)
                     total += float(training.objective(batch))
+                _keep_company(training)
         except (RuntimeError, MemoryError) as error:
-            if memory.out_of_memory(error) is None or bound.rows == 1:
+            if memory.out_of_memory(error) is None or bound.rows == 1 or training.group.lockstep:
                 raise
         else:
             return total
         memory.give_back()
         bound = replace(bound, rows=bound.rows // 2, tokens=bound.tokens and max(1, bound.tokens // 2))
+
+
+def _keep_company(training: Training) -> None:
+    """Make the passes that this rank is short of, because other ranks need it for theirs."""
+    held_out, group = training.task.held_out, training.group
+    lengths = lengths_of(held_out)
+    for _ in range(group.short_of(list(range(len(lengths))), lengths, training.bound)):
+        training.hear_stop()
+        shortest = held_out[min(range(len(lengths)), key=lengths.__getitem__)]
+        training.objective(training.layout.collate([shortest]).to(training.task.device))
 
 
 def _ask(training: Training) -> None:

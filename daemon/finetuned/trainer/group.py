@@ -44,12 +44,18 @@ class Group:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if _cuda() else "cpu"))
     store: Any = None  # torch's, which rank 0 keeps
+    sharded: bool = False  # whether they share the model's layers
     _room: torch.Tensor | None = None  # for gradients on their way
 
     @property
     def leads(self) -> bool:
         """Whether this rank speaks and writes for all."""
         return self.rank == 0
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether ranks need each other for every pass through the model, and so must all make as many."""
+        return self.sharded and self.size > 1
 
     def any(self, flag: bool) -> bool:  # noqa: FBT001, as Python's own
         """Whether it is so on any rank."""
@@ -94,10 +100,18 @@ class Group:
             return examples
         return [examples[row] for row in self.share(list(range(len(examples))), lengths_of(examples))]
 
-    def together(self, work: Callable[[], float]) -> float:
-        """Let each rank do its part of a work, in which it waits for nobody, and give the sum.
+    def short_of(self, rows: list[int], lengths: list[int], bound: steps.Bound) -> int:
+        """Give how many micro-batches of a step's rows this rank has less than the one with most, where that counts."""
+        if not self.lockstep:
+            return 0
+        counts = [len(steps.cut(share, lengths, bound)) for share in steps.deal(rows, lengths, self.size)]
+        return max(counts) - counts[self.rank]
 
-        Raises MemoryError on all of them if memory ran out on one, StopAskedError if one was asked to stop.
+    def together(self, work: Callable[[], float]) -> float:
+        """Let each rank do its part of a work, in which it waits for nobody but in lockstep, and give the sum.
+
+        Raises MemoryError on all of them if memory ran out on one, StopAskedError if one was asked to stop. In lockstep
+        memory that runs out is an error of that rank alone, which must end: the others wait in the middle of a pass.
         """
         if self.size == 1:
             return work()
@@ -108,7 +122,9 @@ class Group:
             asked = True
         except (RuntimeError, MemoryError) as error:
             why = memory.out_of_memory(error)
-            if why is None:
+            if self.lockstep and why is None and _speaks_of_others(error):
+                raise RankLostError(_first_line(error)) from None
+            if why is None or self.lockstep:
                 raise
         total, failed, stops = self.sum([found, why is not None, asked])
         if stops:
@@ -194,7 +210,7 @@ class Group:
         return result
 
 
-def join() -> Group:
+def join(*, sharded: bool = False) -> Group:
     """Meet the other ranks where the environment says so, as torchrun's does. Raises RankLostError, ConfigError.
 
     Its variables are taken out: accelerate would wrap the model where it finds them.
@@ -222,7 +238,7 @@ def join() -> Group:
             world_size=size,
             timeout=_PATIENCE,
         )
-    return Group(rank, size, torch.device("cuda", place) if cuda else torch.device("cpu"), store)
+    return Group(rank, size, torch.device("cuda", place) if cuda else torch.device("cpu"), store, sharded)
 
 
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -266,4 +282,13 @@ def _others_there() -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or _GONE.search(str(error))
         if memory.out_of_memory(error) is not None or isinstance(error, torch.AcceleratorError) or not lost:
             raise
-        raise RankLostError(str(error).strip().split("\n")[0]) from None
+        raise RankLostError(_first_line(error)) from None
+
+
+def _speaks_of_others(error: BaseException) -> bool:
+    """Whether an error in the middle of a pass is that another rank is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

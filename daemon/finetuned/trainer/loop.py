@@ -20,6 +20,7 @@ from finetuned.config import TrainingSettings
 from finetuned.dataset.rows import Row
 from finetuned.events import EventType
 from finetuned.fallback import Rung, next_rung
+from finetuned.sharding import NO_ANSWERS
 from finetuned.trainer import bounds, fused, health, memory, steps
 from finetuned.trainer.base import Base
 from finetuned.trainer.chain import Earlier
@@ -28,7 +29,7 @@ from finetuned.trainer.evaluation import evaluate
 from finetuned.trainer.group import Group
 from finetuned.trainer.layout import Layout, choose_layout, rows_stand_alone
 from finetuned.trainer.lora import add_adapter
-from finetuned.trainer.model import load_model, set_checkpointing
+from finetuned.trainer.model import causal, load_model, set_checkpointing
 from finetuned.trainer.pace import Pace
 from finetuned.trainer.parts import Parts, joined
 from finetuned.trainer.precision import Precision, choose, in_force
@@ -147,14 +148,29 @@ def begin(task: Task, precision: Precision) -> Training:
 
 def load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
     """Give the model with its adapter on, and how micro-batches go through it. Raises ModelError or ConfigError."""
-    model = load_model(task.base, task.settings, tuning=task.rung.tuning, precision=precision, device=task.device)
+    spread = task.group.lockstep
+    model = load_model(
+        task.base,
+        task.settings,
+        tuning=task.rung.tuning,
+        precision=precision,
+        device=torch.device("cpu") if spread else task.device,
+    )
     # Dropout draws anew for every token, so tokens that rows share could not stand for all of them.
     share = not task.settings.lora_dropout
-    layout = choose_layout(model, precision.compute, name=task.base.name, share=share)
+
+    def choose() -> Layout:
+        return choose_layout(causal(model), precision.compute, name=task.base.name, share=share)
+
+    layout = None if spread else choose()  # a model that one device does not hold cannot be tried before it is spread
     if task.rung.tuning != "full":
         model = add_adapter(model, task.base, task.settings, precision=precision, earlier=task.earlier)
         fused.fuse(model)
-    return model, layout
+    if spread:
+        from finetuned.trainer.shards import shard  # slow to import, and most trainings go without
+
+        shard(causal(model), task.device)
+    return model, layout or choose()
 
 
 @contextmanager
@@ -222,6 +238,8 @@ class Training:
         }
         if self.group.size > 1:
             self.choices["processes"] = {"choice": str(self.group.size), "reason": "as the job was given"}
+        if self.group.lockstep:
+            self.choices["sharded"] = {"choice": "yes", "reason": "as the job was given"}
         self._torn = False  # in the middle of an optimizer step: nothing to save
         self._pace = Pace()
         self._largest: dict[steps.Bound, list[int]] = {}
@@ -253,6 +271,8 @@ class Training:
         """Say what will be done, and what was decided."""
         sentence, figures = start_line(self)
         self.task.say.say(EventType.PLAN, sentence, **figures)
+        if self.group.lockstep and self.task.asked and self.task.settings.predictions.enabled:
+            self.task.say.say(EventType.MESSAGE, NO_ANSWERS)
 
     def prepare(self) -> None:
         """Evaluate once to have a "before", and find out what does not fit before hours have gone into it."""
@@ -276,7 +296,8 @@ class Training:
 
     def hear_stop(self) -> None:
         """Raise StopAskedError if somebody wants the trainer to stop, in work that is done `together`."""
-        if self.task.asked_to_stop():
+        asked = self.task.asked_to_stop()
+        if self.group.any(asked) if self.group.lockstep else asked:
             raise StopAskedError
 
     def together(self, work: Callable[[], float]) -> float:
@@ -383,7 +404,8 @@ class Training:
         return bool(between and self.metrics.get(done) != self.done)
 
     def _evaluate(self, *, measure: bool, ask: bool) -> None:
-        measure, ask = measure and len(self.task.held_out) > 0, ask and len(self.task.asked) > 0
+        ask = ask and len(self.task.asked) > 0 and not self.group.lockstep
+        measure = measure and len(self.task.held_out) > 0
         if measure or ask:
             evaluate(self, measure=measure, ask=ask)
             self._pace.start()
@@ -394,8 +416,11 @@ class Training:
         try:
             self.group.together(lambda: self._trial(bound))
         except (RuntimeError, MemoryError) as error:
-            if memory.out_of_memory(error) is None:
+            detail = memory.out_of_memory(error)
+            if detail is None:
                 raise
+            if self.group.lockstep:
+                raise OutOfMeansError(replace(self.rung, micro_batch_tokens=tokens), detail, self.means()) from None
         else:
             return True
         finally:
@@ -443,7 +468,10 @@ class Training:
         self.recipe.begin(self.done)
         if self.accelerator.scaler is not None:  # which is made by its first use, and a rank may have no rows
             self.accelerator.scaler.scale(torch.zeros((), device=self.task.device))
-        return sum(self._backward(part, count) for part in self._cut(rows)) / count
+        loss = sum(self._backward(part, count) for part in self._cut(rows)) / count
+        for _ in range(self.group.short_of(rows, self.lengths, self.bound)):
+            self._keep_company(rows)
+        return loss
 
     def _backward(self, rows: list[int], count: int) -> float:
         """Add the gradient of one micro-batch to that of its step, which has `count` targets; give the summed loss."""
@@ -451,6 +479,12 @@ class Training:
         loss = self.objective(batch)
         self.accelerator.backward(loss / count)
         return float(loss.detach())
+
+    def _keep_company(self, rows: list[int]) -> None:
+        """Make a pass whose gradient is zero, because other ranks need this one for theirs."""
+        shortest = min(rows, key=lambda row: self.lengths[row])
+        batch = self.layout.collate([self.task.train[shortest]]).to(self.task.device)
+        self.accelerator.backward(self.objective(batch) * 0)
 
     def _forgiving(self, work: Callable[[], float]) -> float:
         """Do the work, and when memory runs out do it again from its start, one rung lower."""
@@ -460,7 +494,7 @@ class Training:
                 return work()
             except (RuntimeError, MemoryError) as error:
                 detail = memory.out_of_memory(error)
-                if detail is None:
+                if detail is None or self.group.lockstep:
                     raise
             # Out of the except block: the traceback there holds the failed step's tensors.
             self.optimizer.zero_grad(set_to_none=True)

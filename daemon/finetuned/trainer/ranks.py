@@ -56,15 +56,17 @@ def end_with_agent() -> None:
         os._exit(ExitCode.TEMPORARY)
 
 
-def run(folder: JobFolder, processes: int, *, asked_to_stop: Callable[[], bool]) -> int:
+def run(folder: JobFolder, processes: int, *, sharded: bool = False, asked_to_stop: Callable[[], bool]) -> int:
     """Train with so many ranks and give how they ended, as subprocess does: the first that failed for its own reason.
 
-    None of them outlives this call.
+    None of them outlives this call. Ranks that share the model's layers cannot agree on an end for want of memory: the
+    others may be stuck on their GPUs.
     """
     environment = _environment(processes)
     running: dict[int, subprocess.Popen[bytes]] = {}
     endings: list[tuple[int, int]] = []  # rank and status, in the order of their ends
     stopped, deadline = False, float("inf")
+    agreed = _AGREED - {ExitCode.OUT_OF_MEMORY} if sharded else _AGREED
     try:
         for number in range(processes):
             running[number] = _start(folder, environment | {"RANK": str(number), "LOCAL_RANK": str(number)})
@@ -78,7 +80,7 @@ def run(folder: JobFolder, processes: int, *, asked_to_stop: Callable[[], bool])
                 stopped = True
                 _signal(running.values(), signal.SIGTERM)
             if deadline == float("inf") and (failed := [status for _, status in endings if status]):
-                patience = _LONG_PATIENCE if failed[0] in _AGREED else _PATIENCE
+                patience = _LONG_PATIENCE if failed[0] in agreed else _PATIENCE
                 deadline = time.monotonic() + patience
                 _signal(running.values(), signal.SIGTERM)
             if time.monotonic() > deadline + (_LONG_PATIENCE if 0 in running else 0):  # which may write a checkpoint

@@ -1,0 +1,44 @@
+"""Which jobs may be trained with the model's layers spread over the GPUs of several processes. No torch, so that it can
+be asked before any GPU is taken.
+"""
+
+from __future__ import annotations
+
+from finetuned.config import TrainingSettings
+from finetuned.errors import ConfigError
+
+NO_ANSWERS = "predictions are left out: the model is spread over several processes, and none of them can answer alone"
+NO_BENCHMARK = "the benchmark is left out: the model is spread over several processes"
+
+_WHERE = "a model spread over several GPUs"
+
+
+def may_be_sharded(settings: TrainingSettings, tuning: str) -> bool:
+    """Whether a job may be trained so; one that would be quantised by choice of the machine may, unquantised."""
+    try:
+        check(settings, tuning)
+    except ConfigError:
+        return False
+    return True
+
+
+def check(settings: TrainingSettings, tuning: str) -> None:
+    """Raise ConfigError unless a job with these settings, on a rung with this tuning, may be sharded."""
+    if tuning == "full":
+        raise ConfigError(
+            'is trained by adapters alone: tuning "full" would train the spread layers themselves',
+            where=_WHERE,
+            remedy='Set "tuning" to "lora", or take a model that one GPU can train whole.',
+        )
+    if tuning not in {"lora", "auto"}:
+        raise ConfigError(
+            f'cannot be quantised: bitsandbytes\' weights cannot be cut up, and tuning is "{tuning}"',
+            where=_WHERE,
+            remedy='Set "tuning" to "lora" (and fallback_4bit to false), or train it on one GPU.',
+        )
+    if settings.recipe != "sft":
+        raise ConfigError(
+            f'learns from given answers alone: recipe "{settings.recipe}" asks the model on its way',
+            where=_WHERE,
+            remedy='Set "recipe" to "sft", or take a model that fits on one GPU.',
+        )
