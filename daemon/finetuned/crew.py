@@ -229,7 +229,9 @@ class Crew:
             told_apart = name == LOCAL and self.fleet.count(config)
             processes = len(devices) if told_apart else _wanted(job)
             forecast = self._foresight.of(job.id)
-            sharded = bool(told_apart and processes > 1 and forecast and forecast.spread > 1)
+            large = forecast is not None and forecast.spread > 1
+            # A rung of 4-bit weights, which cannot be spread, may fit on one GPU, which is why it was taken.
+            sharded = large and processes > 1 and bool(told_apart) and job.rung.get("tuning") in {"lora", "auto"}
             write_spec(self._home, following, processes=processes, sharded=sharded)
             progress = {key: value for key, value in job.progress.items() if key != "waits_for"}
             progress |= {"gpu": environment.get("CUDA_VISIBLE_DEVICES", ""), "devices": [one.id for one in devices]}
