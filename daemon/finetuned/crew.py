@@ -231,7 +231,7 @@ class Crew:
             forecast = self._foresight.of(job.id)
             large = forecast is not None and forecast.spread > 1
             # A rung of 4-bit weights, which cannot be spread, may fit on one GPU, which is why it was taken.
-            sharded = large and processes > 1 and bool(told_apart) and job.rung.get("tuning") in {"lora", "auto"}
+            sharded = large and processes > 1 and bool(told_apart) and _may_be_sharded(job)
             write_spec(self._home, following, processes=processes, sharded=sharded)
             progress = {key: value for key, value in job.progress.items() if key != "waits_for"}
             progress |= {"gpu": environment.get("CUDA_VISIBLE_DEVICES", ""), "devices": [one.id for one in devices]}
@@ -309,7 +309,7 @@ class Crew:
         wanted = job.settings.get("gpus_per_job", 1)
         shares = config.share_gpus and wanted in {1, "auto"}
         gpus: int | None = None if wanted == "auto" else wanted
-        if shares or wanted != 1:
+        if shares or wanted == "auto" or (wanted > 1 and _may_be_sharded(job)):
             known = self._foresight.knows(job, gpu=devices[0].id, memory=memory)
             forecast = self._foresight.of(job.id)
             if wanted == "auto" and known:
@@ -383,6 +383,11 @@ def _wanted(job: Job) -> int:
     """Give how many GPUs, or processes where there are none, a job is to have where nobody can say what it needs."""
     wanted = job.settings.get("gpus_per_job", 1)
     return 1 if wanted == "auto" else int(wanted)
+
+
+def _may_be_sharded(job: Job) -> bool:
+    """Whether it is worth asking if its model has to be spread over several GPUs."""
+    return job.settings.get("recipe", "sft") == "sft" and job.rung.get("tuning") in {"lora", "auto"}
 
 
 def _places(job: Job) -> tuple[str, ...]:

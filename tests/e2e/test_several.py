@@ -62,10 +62,13 @@ def test_as_many_jobs_run_at_once_as_there_are_gpus_each_on_its_own(daemon, drop
 def test_a_job_that_wants_two_gpus_gets_them_and_one_that_wants_five_is_told(home, daemon, drop, standin, fake_nvml):
     fake_nvml.set("gpus=4")
     standin(seconds=0.3)
-    write_config(home, profiles={"two": {"gpus_per_job": 2}, "five": {"gpus_per_job": 5}})
+    profiles = {"two": {"gpus_per_job": 2}, "five": {"gpus_per_job": 5}}
+    write_config(
+        home, tuning="full", profiles=profiles
+    )  # which is spread over no GPUs, so nobody predicts what it needs
     one = daemon(environment=fake_nvml.environment())
     drop("two/a.jsonl", "two/b.jsonl")
-    [a, b] = running(one, 2)
+    [a, b] = running(one, 2, seconds=150)
     assert len({*on(a), *on(b)}) == 4
     drop("two/c.jsonl")
     one.job("c.jsonl", state=State.QUEUED)
@@ -241,7 +244,7 @@ def test_a_gpu_that_is_gone_while_nothing_runs_gets_no_job(daemon, drop, standin
 
 def test_a_job_for_two_gpus_goes_on_on_the_one_that_is_left(home, daemon, drop, standin, fake_nvml):
     fake_nvml.set("gpus=2")
-    write_config(home, gpu_sample_seconds=1, gpus_per_job=2)
+    write_config(home, gpu_sample_seconds=1, gpus_per_job=2, tuning="full")
     standin(seconds=0.4)
     one = daemon(environment=fake_nvml.environment())
     drop("a.jsonl")
