@@ -42,7 +42,7 @@ def drop(home, name: str, rows: list = ROWS) -> None:
 
 def test_two_rounds_are_trained_and_what_was_learned_is_kept(home, daemon, settings):
     """Of the rows that are not held back."""
-    settings(rounds=2)
+    settings(rounds=2, samples=20)
     write_config(home, **{**json.loads(home.config_file.read_bytes()), "eval_fraction": 0.4})
     one = daemon()
     drop(home, "sums.jsonl")
@@ -51,7 +51,7 @@ def test_two_rounds_are_trained_and_what_was_learned_is_kept(home, daemon, setti
     adapter = home.adapters / job.adapter
     story = json.loads((adapter / "finetuned.json").read_bytes())
     rounds, learnable = story["metrics"]["rft"], 12 - story["data"]["held_out"]["rows"]
-    assert [(found["questions"], found["samples"]) for found in rounds] == [(learnable, 6 * learnable)] * 2
+    assert [(found["questions"], found["samples"]) for found in rounds] == [(learnable, 20 * learnable)] * 2
     assert learnable < 12
     assert story["settings"]["system_prompt"] == story["settings"]["rft"]["prompt"]
     learned = (adapter / "learned.jsonl").read_bytes()
