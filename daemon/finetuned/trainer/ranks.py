@@ -83,7 +83,8 @@ def run(folder: JobFolder, processes: int, *, sharded: bool = False, asked_to_st
                 patience = _LONG_PATIENCE if failed[0] in agreed else _PATIENCE
                 deadline = time.monotonic() + patience
                 _signal(running.values(), signal.SIGTERM)
-            if time.monotonic() > deadline + (_LONG_PATIENCE if 0 in running else 0):  # which may write a checkpoint
+            # Rank 0 may write a large checkpoint, unless it waits in the middle of a pass that will never end.
+            if time.monotonic() > deadline + (_LONG_PATIENCE if 0 in running and not sharded else 0):
                 break
             time.sleep(_TICK)
     finally:
