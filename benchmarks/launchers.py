@@ -64,7 +64,7 @@ def main() -> None:
                 one = measure(prepare(Path(folder, "jobs", f"{name}-{number}"), models), start)
                 if number:  # the first round fills the caches
                     found[name].append(one)
-    print("\n| launcher | order to first word | order to first step | beyond local | last word to known end |")
+    print("\n| launcher | order to first word | order to first step | beyond local | first step to known end |")
     print("| --- | --- | --- | --- | --- |")
     for name, times in found.items():
         beyond = statistics.median(t.step - here.step for t, here in zip(times, found["local"], strict=True))
