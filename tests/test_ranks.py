@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,16 +103,21 @@ def assert_one_weight(stories: list[Story]) -> None:
         torch.testing.assert_close(other, first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", SAME)
-def test_two_train_what_one_trains(together, name):
+def assert_trains_as_one(together: Together, name: str, settings: dict[str, Any]) -> None:
+    """Two ranks end with the weights of one process, and told the same held-out losses on the way."""
     stories = together.stories(name)
     assert_one_weight(stories)
-    assert_the_same(stories[0], together.alone(**SAME[name]))
+    assert_the_same(stories[0], together.alone(**settings))
     told, alone = (
         [e.data["valid_loss"] for e in story.attempts[0].of(EventType.METRICS) if "valid_loss" in e.data]
-        for story in (stories[0], together.alone(**SAME[name]))
+        for story in (stories[0], together.alone(**settings))
     )
     assert told == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_train_what_one_trains(together, name):
+    assert_trains_as_one(together, name, SAME[name])
 
 
 def test_rank_0_alone_speaks(together):

@@ -294,7 +294,7 @@ def test_a_lost_trainer_that_still_holds_its_lock_is_asked_to_stop_and_waited_fo
 
 
 def test_a_lost_trainer_whose_lock_is_never_free_is_given_up_in_the_end(answers, folder, hold, monkeypatch):
-    monkeypatch.setattr(ray, "_GHOST", 0.2)
+    monkeypatch.setattr(ray, "GHOST_SECONDS", 0.2)
     hold(folder)
     trainer = RayLauncher(Ray(address=answers.address)).find(folder, trainer_id="x", attempt=1)
     status_of(trainer)

@@ -23,7 +23,7 @@ from ranks_worker import Ordered, sizes
 from test_exactness import MANNERS, QUIET, SMALL, STEPS, Story, World, assert_the_same, build_world, quick
 from test_exactness import Job as Training
 from test_rank_processes import run_of
-from test_ranks import Together, assert_one_weight, train_together
+from test_ranks import Together, assert_one_weight, assert_trains_as_one, train_together
 from test_training import ROWS, assert_same_weights
 
 __all__ = ["quick"]  # pytest finds it by its name
@@ -60,14 +60,7 @@ def together(tmp_path_factory, world) -> Together:
 
 @pytest.mark.parametrize("name", SAME)
 def test_two_that_share_the_layers_train_what_one_trains(together, name):
-    stories = together.stories(name)
-    assert_one_weight(stories)
-    assert_the_same(stories[0], together.alone(**SAME[name]))
-    told, alone = (
-        [e.data["valid_loss"] for e in story.attempts[0].of(EventType.METRICS) if "valid_loss" in e.data]
-        for story in (stories[0], together.alone(**SAME[name]))
-    )
-    assert told == pytest.approx(alone, rel=1e-5)
+    assert_trains_as_one(together, name, SAME[name])
 
 
 def test_it_makes_no_difference_to_any_bit(together):
@@ -178,7 +171,7 @@ def test_a_rank_that_is_stuck_on_its_gpu_is_not_waited_for(tmp_path, monkeypatch
 )
 def test_what_cannot_be_spread_is_refused_with_what_to_do(settings, told):
     with pytest.raises(ConfigError, match=told) as refused:
-        sharding.check(settings_from(settings, where="the test"), settings["tuning"])
+        sharding.check(settings_from(settings, where="the test").recipe, settings["tuning"])
     assert "Set " in refused.value.remedy
 
 

@@ -136,7 +136,7 @@ def environment(gpu: str | None) -> dict[str, str]:
     """Give the extra environment of a process that reads data. Jemalloc, where it is used, gives back what it does not
     need, as there is no training that would need it again; two arenas for the reader and the tokenizer's threads.
     """
-    found, _ = trainer_environment(*([gpu] if gpu else []))
+    found, _ = trainer_environment(gpu)
     return found | {"MALLOC_CONF": "narenas:2,dirty_decay_ms:500,muzzy_decay_ms:0"}
 
 

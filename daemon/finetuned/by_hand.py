@@ -183,7 +183,7 @@ def _attempt(folder: JobFolder, job: Job) -> tuple[Job, int, bool]:
     user.
     """
     gpu = first_gpu()
-    environment, _ = trainer_environment(*([gpu.uuid] if gpu else []))
+    environment, _ = trainer_environment(gpu.uuid if gpu else None)
     tail = EventTail(folder.events, folder.events.stat().st_size if folder.events.exists() else 0)
     try:
         trainer = start(folder, log=folder.path / _LOG, environment=environment)

@@ -30,14 +30,17 @@ from finetuned.ledger import Ledger
 from finetuned.live import sentence_of_all
 from finetuned.pulse import no_room
 from finetuned.scheduler import CPU, LOCAL, Device, Wish, Work, schedule
+from finetuned.sharding import may_be_sharded
 from finetuned.spool.claim import settle_duplicate, write_spec
-from finetuned.supervisor import Attempt, boot_id, stop_orphan
+from finetuned.supervisor import Attempt, boot_id
 from finetuned.tidy import keep_ends, release
 
 _GPU_LINE_SECONDS = 60.0
 _DECIDE_EVERY = 1.0  # seconds, while jobs run and nothing happens to them
 _REFUSED_SECONDS = 60.0  # until a job is tried again that its engine did not take, and may later
 _LOOKED_AT = 50  # waiting jobs that are looked at for a place, from the first
+
+_UNDER_WAY = frozenset({State.QUEUED, State.RUNNING})
 
 _log = structlog.get_logger()
 
@@ -194,18 +197,11 @@ class Crew:
         jobs = [self._ledger.job(job_id) for job_id in due if not self.find(job_id)]
         return [job for job in jobs if job.state is State.RUNNING]
 
-    def stop_orphan(self, job: Job, *, seconds: float) -> None:
-        """End a trainer that nobody adopts."""
-        stop_orphan(self._home, job, seconds=seconds)
-
     def queue_again(self) -> None:
         """Put jobs back whose trainers never began, so that nothing was interrupted. Once there is room for that."""
         while self._never_began:
             job, why, wait = self._never_began[0]
-            if self._ledger.job(job.id).state in {
-                State.QUEUED,
-                State.RUNNING,
-            }:  # else a user has cancelled it meanwhile
+            if self._ledger.job(job.id).state in _UNDER_WAY:  # else a user has cancelled it meanwhile
                 over = ended(job, Ending.TRANSIENT, at=time.time(), how=why)
                 changes = {"not_before": time.time() + wait, "progress": {**job.progress, "waits": why}} if wait else {}
                 self._ledger.record(job.id, [over], offset=job.events_offset, state=State.QUEUED, **changes)
@@ -387,7 +383,7 @@ def _wanted(job: Job) -> int:
 
 def _may_be_sharded(job: Job) -> bool:
     """Whether it is worth asking if its model has to be spread over several GPUs."""
-    return job.settings.get("recipe", "sft") == "sft" and job.rung.get("tuning") in {"lora", "auto"}
+    return may_be_sharded(job.settings.get("recipe", "sft"), str(job.rung.get("tuning")))
 
 
 def _places(job: Job) -> tuple[str, ...]:

@@ -41,13 +41,12 @@ class Engines:
         if self._down.pop(name, None):
             _log.info("engine answers again", launcher=name)
 
-    def failed(self, name: str, error: OSError) -> str:
-        """Note that an engine took none; give what a job for it waits for."""
+    def failed(self, name: str, error: OSError) -> None:
+        """Note that an engine took none."""
         pause = min(2 * self._down.get(name, (0.0, _FIRST_PAUSE / 2, ""))[1], _LAST_PAUSE)
         why = f"{name} takes no jobs: {error}; it is tried again"
         self._down[name] = time.monotonic() + pause, pause, why
         _log.error("engine takes no jobs", launcher=name, error=str(error), again_in_seconds=pause)
-        return why
 
     def _make(self, name: str, config: Config) -> Launcher:
         if name == "ray":

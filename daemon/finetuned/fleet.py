@@ -52,15 +52,14 @@ class Fleet:
             return [Device(CPU, "the processor")]
         if not self._named():
             return [Device(str(chosen), f"GPU {chosen}")]
-        usable = [gpu for gpu in self._left(self._named(), config) if gpu.uuid not in self._aside]
+        usable = self._usable(config)
         self._busy = {gpu.uuid: self._why_busy(gpu, config, at_work) for gpu in usable}
         self._tell(config)
         return [Device(gpu.uuid, str(gpu), gpu.memory_total, self._busy[gpu.uuid]) for gpu in usable]
 
     def look(self, config: Config, at_work: Collection[str]) -> None:
         """Read what is in use of GPUs that none of ours is on, and so notice those that are gone."""
-        left = self._left(self._named(), config)
-        self._read([gpu for gpu in left if gpu.uuid not in self._aside and gpu.uuid not in at_work])
+        self._read([gpu for gpu in self._usable(config) if gpu.uuid not in at_work])
 
     def rest(self, config: Config) -> None:
         """Note that nobody waits for a GPU, so that none is asked whether others use it."""
@@ -92,7 +91,7 @@ class Fleet:
             return False
         if not self._named():
             return bool(self._aside)
-        return all(gpu.uuid in self._aside for gpu in self._left(self._named(), config))
+        return not self._usable(config)
 
     def heed(self, config: Config) -> list[str]:
         """Set aside what failed since the last call; their UUIDs."""
@@ -116,6 +115,10 @@ class Fleet:
         """Leave those that the daemon's own CUDA_VISIBLE_DEVICES names, or all where there is none."""
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
         return [gpu for gpu in self._found if chosen is None or gpu.uuid in chosen.split(",")]
+
+    def _usable(self, config: Config) -> list[Gpu]:
+        """Leave those that are for jobs and have not failed."""
+        return [gpu for gpu in self._left(self._named(), config) if gpu.uuid not in self._aside]
 
     def _left(self, gpus: Sequence[Gpu], config: Config) -> Sequence[Gpu]:
         """Leave those that config.json names, or all; say once what it names and is not there."""

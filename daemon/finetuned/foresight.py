@@ -88,7 +88,7 @@ def _predict(home: Home, job: Job, gpu: str | None, memory: int | None) -> Forec
         settings = settings_from({**job.settings}, where=job.id)
         facts = plan(settings)
         spread = 1
-        if memory and not facts["fits"] and may_be_sharded(settings, settings.tuning):
+        if memory and not facts["fits"] and may_be_sharded(settings.recipe, settings.tuning):
             facts = plan(settings.model_copy(update={"tuning": "lora"}))  # 4-bit weights cannot be spread
             spread = gpus_for(facts["parts_bytes"]["weights"], facts["peak_bytes"], memory)
     except (FinetunedError, OSError) as error:  # the trainer will say it with all that belongs to it

@@ -31,6 +31,7 @@ from finetuned.spool import orders
 from finetuned.spool.crashes import pause_if_too_many
 from finetuned.spool.orders import Verb
 from finetuned.spool.recover import recover, recover_job
+from finetuned.supervisor import stop_orphan
 from finetuned.tidy import tidy
 from finetuned.wake import Hints, Wake
 
@@ -440,7 +441,7 @@ class Service:
         return self._crew.adopt(self._config, job)
 
     def _stop_orphan(self, job: Job) -> None:
-        self._crew.stop_orphan(job, seconds=self._config.stop_seconds)
+        stop_orphan(self._home, job, seconds=self._config.stop_seconds)
 
 
 def open_ledger(home: Home) -> Ledger:

@@ -4,7 +4,6 @@ be asked before any GPU is taken.
 
 from __future__ import annotations
 
-from finetuned.config import TrainingSettings
 from finetuned.errors import ConfigError
 
 NO_ANSWERS = "predictions are left out: the model is spread over several processes, and none of them can answer alone"
@@ -13,17 +12,17 @@ NO_BENCHMARK = "the benchmark is left out: the model is spread over several proc
 _WHERE = "a model spread over several GPUs"
 
 
-def may_be_sharded(settings: TrainingSettings, tuning: str) -> bool:
+def may_be_sharded(recipe: str, tuning: str) -> bool:
     """Whether a job may be trained so; one that would be quantised by choice of the machine may, unquantised."""
     try:
-        check(settings, tuning)
+        check(recipe, tuning)
     except ConfigError:
         return False
     return True
 
 
-def check(settings: TrainingSettings, tuning: str) -> None:
-    """Raise ConfigError unless a job with these settings, on a rung with this tuning, may be sharded."""
+def check(recipe: str, tuning: str) -> None:
+    """Raise ConfigError unless a job of this recipe, on a rung with this tuning, may be sharded."""
     if tuning == "full":
         raise ConfigError(
             'is trained by adapters alone: tuning "full" would train the spread layers themselves',
@@ -36,9 +35,9 @@ def check(settings: TrainingSettings, tuning: str) -> None:
             where=_WHERE,
             remedy='Set "tuning" to "lora" (and fallback_4bit to false), or train it on one GPU.',
         )
-    if settings.recipe != "sft":
+    if recipe != "sft":
         raise ConfigError(
-            f'learns from given answers alone: recipe "{settings.recipe}" asks the model on its way',
+            f'learns from given answers alone: recipe "{recipe}" asks the model on its way',
             where=_WHERE,
             remedy='Set "recipe" to "sft", or take a model that fits on one GPU.',
         )

@@ -38,5 +38,5 @@ def talk(
     command += ["--compare"] if compare else []
     command += ["--model", model] if model else []
     gpu = first_gpu()
-    environment, _ = trainer_environment(*([gpu.uuid] if gpu else []))
+    environment, _ = trainer_environment(gpu.uuid if gpu else None)
     os.execve(sys.executable, command, {**os.environ, **environment})  # noqa: S606, our own program

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from pathlib import Path
 
 from finetuned.home import JobFolder
 from finetuned.launchers import Trainer
+from finetuned.launchers.program import command
 
 _PATIENCE = 1.0  # seconds
 
@@ -116,13 +115,9 @@ def lock_for_trainer(folder: JobFolder) -> Iterator[int]:
 def spawn(folder: JobFolder, *, lock: int, output: int, environment: Mapping[str, str]) -> LocalTrainer:
     """Start the process. It keeps `lock` and writes to `output`, a file: a pipe that nobody drains would stop the
     training.
-
-    $FINETUNED_TRAINER may name another program that obeys the contract of docs/architecture.md.
     """
-    other = os.environ.get("FINETUNED_TRAINER")
-    program = shlex.split(other) if other else [sys.executable, "-P", "-m", "finetuned.trainer"]
     process = subprocess.Popen(
-        [*program, str(folder.path)],
+        command(folder),
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
@@ -133,8 +128,9 @@ def spawn(folder: JobFolder, *, lock: int, output: int, environment: Mapping[str
     return LocalTrainer(process)
 
 
-def trainer_environment(*gpus: str) -> tuple[dict[str, str], str]:
-    """Give the trainer's extra environment and why: GPUs by their UUIDs, or jemalloc on a machine without one."""
+def trainer_environment(*given: str | None) -> tuple[dict[str, str], str]:
+    """Give the trainer's extra environment and why: GPUs by their UUIDs (None: no GPU), or jemalloc on a CPU."""
+    gpus = [gpu for gpu in given if gpu]
     quiet = {
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "true",

@@ -21,18 +21,16 @@ from finetuned.errors import FinetunedError
 from finetuned.events import Event, EventType, ExitCode
 from finetuned.home import JobFolder
 from finetuned.launchers import Needs
+from finetuned.launchers.program import GHOST_SECONDS, command, environment_elsewhere
 from finetuned.launchers.ray_cluster import Cluster, UnsureError
 from finetuned.launchers.ray_ends import NOT_SHARED, End, end_of
-from finetuned.lifesigns import TAKES_LOCK, exit_code, locked
+from finetuned.lifesigns import exit_code, locked
 
 _AT_MOST = 0.5  # seconds for a connection, and as many for an answer, where the daemon waits for them
 _IN_A_THREAD = 10.0  # likewise, where nobody waits
 _PAUSE = 2.0  # seconds between two questions
-_GHOST = 600.0  # seconds for which a trainer that Ray has lost may hold the job's lock
 # Seconds that Ray leaves a trainer from SIGTERM to SIGKILL: enough for a checkpoint when somebody stops it through Ray.
 _RAYS_PATIENCE = {"RAY_JOB_STOP_WAIT_TIME_S": "10"}
-
-_HERE_ONLY = frozenset({"CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "MALLOC_CONF"})  # means nothing on another machine
 
 
 class RayTrainer:
@@ -120,7 +118,7 @@ class RayTrainer:
         """Give the exit status; None while a trainer that Ray has lost may still be at work."""
         if end.taken and not self._asked_to_stop:
             self.ask_to_stop()
-        if locked(self._folder) and time.monotonic() < self._ended_at + _GHOST:
+        if locked(self._folder) and time.monotonic() < self._ended_at + GHOST_SECONDS:
             return None
         said = exit_code(self._folder, self._attempt)
         if said is not None:
@@ -172,17 +170,12 @@ class RayLauncher:
 
     def _order(self, folder: JobFolder, log: Path, environment: Mapping[str, str], needs: Needs) -> dict[str, Any]:
         settings = self._settings
-        ours = {name: value for name, value in environment.items() if name not in _HERE_ONLY}
         variables = {
             **_RAYS_PATIENCE,
             **settings.runtime_env.get("env_vars", {}),
-            **ours,
-            TAKES_LOCK: str(needs.attempt),
+            **environment_elsewhere(environment, needs.attempt),
         }
-        python = settings.python or sys.executable
-        other = os.environ.get("FINETUNED_TRAINER")
-        program = shlex.split(other) if other else [python, "-P", "-m", "finetuned.trainer"]
-        program.append(str(folder.path))
+        program = command(folder, python=settings.python)
         reserved: dict[str, Any] = {}
         if settings.across_nodes and needs.gpus > 1:
             program = self._in_ray_train(program, folder, log, needs)

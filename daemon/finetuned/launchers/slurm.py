@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,14 +14,12 @@ import structlog
 from finetuned.engine_settings import Slurm
 from finetuned.home import Home, JobFolder
 from finetuned.launchers import Needs
+from finetuned.launchers.program import GHOST_SECONDS, command, environment_elsewhere
 from finetuned.launchers.slurm_queue import Entry, Order, Queue, outcome, require_commands
 from finetuned.launchers.slurm_script import TEMPLATE, fill, read_template
-from finetuned.lifesigns import TAKES_LOCK, exit_code, locked
+from finetuned.lifesigns import exit_code, locked
 
 _log = structlog.get_logger()
-
-_GHOST = 600.0  # seconds for which a trainer that Slurm has ended may hold the job's lock
-_HERE_ONLY = frozenset({"CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "MALLOC_CONF"})  # means nothing on another machine
 
 
 class SlurmTrainer:
@@ -90,7 +86,7 @@ class SlurmTrainer:
 
     def _ended_by(self) -> float:
         """Give when a trainer that Slurm has ended is no longer waited for, though it holds its lock."""
-        self._give_up_at = self._give_up_at or time.monotonic() + _GHOST
+        self._give_up_at = self._give_up_at or time.monotonic() + GHOST_SECONDS
         return self._give_up_at
 
     def _tell(self, entry: Entry) -> None:
@@ -163,13 +159,9 @@ class SlurmLauncher:
         path = TEMPLATE
         if self._settings.template is not None:
             path = self._home.root / Path(self._settings.template).expanduser()
-        other = os.environ.get("FINETUNED_TRAINER")
-        python = self._settings.python or sys.executable
-        program = shlex.split(other) if other else [python, "-P", "-m", "finetuned.trainer"]
-        given = {TAKES_LOCK: str(needs.attempt)} | {
-            name: value for name, value in environment.items() if name not in _HERE_ONLY
-        }
-        words = ["env", *(f"{name}={value}" for name, value in given.items()), *program, str(folder.path)]
+        given = environment_elsewhere(environment, needs.attempt)
+        words = ["env", *(f"{name}={value}" for name, value in given.items())]
+        words += command(folder, python=self._settings.python)
         values = {
             "command": shlex.join(words),
             "folder": str(folder.path),

@@ -115,7 +115,7 @@ def _run(folder: JobFolder, spec: JobSpec) -> int:
     with _no_room_told(say) as end, _told(say, end):
         settings = settings_from(spec.settings, where=spec.name)
         if spec.sharded:
-            sharding.check(settings, spec.rung["tuning"])
+            sharding.check(settings.recipe, spec.rung["tuning"])
         if ranks.started_by_somebody() or spec.processes <= 1:
             _train(folder, spec, settings, say=say)
         else:
