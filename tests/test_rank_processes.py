@@ -120,7 +120,9 @@ def test_bad_data_is_told_before_any_rank_imports_torch_and_ends_all(tmp_path, t
 
 
 def test_answers_that_rank_0_makes_are_learned_by_all(tmp_path, tiny_model):
-    """Recipe rft, on a model that draws bytes at random: any of them that ends in a number is right."""
+    """Recipe rft, on a model that draws bytes at random: any of them that ends in a number is right. Each answer is its
+    own, so some gradients are next to nothing; Adam makes a step of them whose sign is chance, hence its small rate.
+    """
     rows = [
         {"messages": [{"role": "user", "content": f"Question {n}?"}, {"role": "assistant", "content": str(n % 10)}]}
         for n in range(12)
@@ -128,6 +130,7 @@ def test_answers_that_rank_0_makes_are_learned_by_all(tmp_path, tiny_model):
     data = write_jsonl(tmp_path / "data.jsonl", rows)
     rft = {"samples": 6, "keep": 2, "temperature": 1.0, "max_new_tokens": 40, "least_yield": 0.0}
     settings = {"tuning": "lora", "recipe": "rft", "rft": rft, "judge": {"kind": "number", "tolerance": 1e6}}
+    settings["learning_rate"] = 1e-4
     run, alone = (
         run_of(tmp_path / f"{number}", data, tiny_model, processes=number, **settings).done() for number in (2, 1)
     )

@@ -61,7 +61,7 @@ def test_a_dropped_file_becomes_an_adapter(home, daemon, drop, tiny_model):
     [archived] = home.archive.glob(f"*/{job.id}/numbers.jsonl")
     assert len(archived.read_text().splitlines()) == 24
     assert not list(home.inbox.iterdir())
-    assert not list(home.jobs.iterdir())
+    eventually(lambda: not list(home.jobs.iterdir()), why="nothing is left behind")
     assert "step 6 of 6" in home.job_log(job.id).read_text()
     one.says("event=finished")
     assert one.stop() == 0
