@@ -20,7 +20,8 @@ from finetuned.config import settings_from
 from finetuned.dataset.formats import check_row
 from finetuned.events import Event, EventType, parse_event
 from finetuned.jobs import FileIdentity, Job, Outcome, State
-from finetuned.ledger import MIGRATIONS, Ledger
+from finetuned.ledger import Ledger
+from finetuned.ledger_tables import MIGRATIONS
 from finetuned.section_settings import Predictions
 from finetuned.trainer import generate as room
 from finetuned.trainer import loop
