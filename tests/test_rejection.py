@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import CHATML, answers_kept, row_of
 from finetuned.config import TrainingSettings, settings_from
-from finetuned.errors import DataError
+from finetuned.errors import ConfigError, DataError
 from finetuned.judges import judge
 from finetuned.recipe_settings import Rft
 from finetuned.trainer.rejection import Yield, ask_and_keep, chosen
@@ -175,3 +175,9 @@ def test_too_low_a_yield_is_told_with_advice(unread, advice):
 def test_nothing_right_is_too_little_however_low_the_bar():
     with pytest.raises(DataError, match="0 of 3"):
         Yield(questions=3, solved=0, samples=3, unread=0, right=0, kept=0).judge(Rft(least_yield=0), name="x.jsonl")
+
+
+def test_the_same_answer_is_not_asked_for_several_times():
+    with pytest.raises(ConfigError, match=r"rft: temperature 0 gives 4 times the same answer; raise it, or set "):
+        settings_from({"recipe": "rft", "rft": {"temperature": 0}}, where="the test")
+    settings_from({"recipe": "rft", "rft": {"temperature": 0, "samples": 1}}, where="the test")

@@ -42,7 +42,7 @@ class Rft(Strict):
         default_factory=list, description="Shown before each question when answers are made; never trained on."
     )
     samples: PositiveInt = Field(4, description="Answers made to each question.")
-    temperature: float = Field(0.8, ge=0, description="How freely they are drawn; 0 with samples 1 alone makes sense.")
+    temperature: float = Field(0.8, ge=0, description="How freely they are drawn; 0: the likeliest (samples 1).")
     max_new_tokens: PositiveInt = Field(256, description="Longest answer, in tokens.")
     keep: PositiveInt = Field(2, description="Right answers that are kept of each question, at most.")
     pick: Literal["shortest", "varied"] = Field(
@@ -54,6 +54,12 @@ class Rft(Strict):
     rounds: PositiveInt = Field(
         1, description="Times that answers are made; from the second on by what the one before trained."
     )
+
+    @model_validator(mode="after")
+    def _draws_different_answers(self) -> Self:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(f"temperature 0 gives {self.samples} times the same answer; raise it, or set samples to 1")
+        return self
 
 
 class Hybrid(Strict):
