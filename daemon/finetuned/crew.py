@@ -28,6 +28,7 @@ from finetuned.launchers.local import start, trainer_environment
 from finetuned.launchers.warm import WarmParent
 from finetuned.ledger import Ledger
 from finetuned.live import sentence_of_all
+from finetuned.preview import Preview
 from finetuned.pulse import no_room
 from finetuned.scheduler import CPU, LOCAL, Device, Wish, Work, schedule
 from finetuned.sharding import may_be_sharded
@@ -58,6 +59,7 @@ class Crew:
         self.attempts: list[Attempt] = []
         self._engines = Engines(home)
         self._foresight = Foresight(home, wake=wake)
+        self._preview = Preview(home, wake=wake)
         self._warm = WarmParent()
         # The jobs whose trainers could not be started, why, and seconds to wait, until the ledger says so too.
         self._never_began: list[tuple[Job, str, float]] = []
@@ -108,9 +110,12 @@ class Crew:
                 self._closer.finish_untrained(job)
                 self._wake()
         self._foresight.forget(but={*jobs, *(attempt.job.id for attempt in self.attempts)})
-        for job in queue:
-            if job.id not in decided.starts:
-                self._note_wait(job, decided.waits.get(job.id, ""))
+        self._preview.forget(but=jobs)
+        waiting = [job for job in queue if job.id not in decided.starts]
+        for job in waiting:
+            self._note_wait(job, decided.waits.get(job.id, ""))
+        for job, why in self._preview.look([job for job in waiting if not job.attempt]):
+            self._closer.fail(job, why)
 
     def tend(self, config: Config, *, hurry: bool) -> None:
         """Record what the trainers say; where one has ended, do what follows. `hurry` kills those on this machine."""

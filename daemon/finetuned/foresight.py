@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import threading
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
 
 from finetuned.asking import Terms, ask
+from finetuned.beside import Beside
 from finetuned.config import TrainingSettings, settings_from
 from finetuned.errors import FinetunedError
 from finetuned.home import Home
@@ -21,7 +21,6 @@ from finetuned.sharding import may_be_sharded
 from finetuned.spool.claim import held_out_path, input_path
 
 _MOST = 64  # GPUs
-_PATIENCE = 600.0  # seconds for an answer
 
 _log = structlog.get_logger()
 
@@ -39,40 +38,20 @@ class Foresight:
 
     def __init__(self, home: Home, *, wake: Callable[[], None]) -> None:
         """Begin with nothing asked; `wake` is called, from a thread, when an answer has come."""
-        self._home, self._wake = home, wake
-        self._answers: dict[str, Forecast | None] = {}
-        self._thread: threading.Thread | None = None
-        self._until = 0.0
+        self._home = home
+        self._forecasts: Beside[Forecast] = Beside(wake=wake)
 
     def knows(self, job: Job, *, gpu: str | None, memory: int | None) -> bool:
         """Whether a job's need is known. If not it is asked, for a GPU of so much memory, after those asked before."""
-        if job.id in self._answers:
-            return True
-        if self._thread is not None and self._thread.is_alive() and time.monotonic() > self._until:
-            self._answers[self._thread.name] = None  # it hangs
-            self._thread = None
-        if self._thread is None or not self._thread.is_alive():
-            self._until = time.monotonic() + _PATIENCE
-            # A daemon's thread that nobody waits for: the process that it asks ends by itself.
-            self._thread = threading.Thread(target=self._ask, args=(job, gpu, memory), name=job.id, daemon=True)
-            self._thread.start()
-        return False
+        return self._forecasts.knows(job.id, partial(_predict, self._home, job, gpu, memory))
 
     def of(self, job_id: str) -> Forecast | None:
         """Give what a job will need; None where it is not known, or nobody can say."""
-        return self._answers.get(job_id)
+        return self._forecasts.of(job_id)
 
     def forget(self, *, but: Collection[str]) -> None:
         """Forget all jobs but these."""
-        self._answers = {job_id: answer for job_id, answer in self._answers.copy().items() if job_id in but}
-
-    def _ask(self, job: Job, gpu: str | None, memory: int | None) -> None:
-        answer = None
-        try:
-            answer = _predict(self._home, job, gpu, memory)
-        finally:
-            self._answers[job.id] = answer
-            self._wake()
+        self._forecasts.forget(but=but)
 
 
 def _predict(home: Home, job: Job, gpu: str | None, memory: int | None) -> Forecast | None:

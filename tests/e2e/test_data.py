@@ -7,7 +7,7 @@ import json
 import pytest
 
 from conftest import chat_rows, write_config, write_jsonl
-from finetuned.jobs import Outcome
+from finetuned.jobs import Outcome, State
 
 PAIRS = [(f"Say the number {n}", f"The number is {n}.") for n in range(8)]
 FORMATS = {
@@ -85,3 +85,26 @@ def test_the_same_rows_are_tokenised_once_whatever_else_changes(home, daemon, se
     assert one.job("again.jsonl").outcome is Outcome.SUCCEEDED
     assert [path.name for path in (home.models.parent / "tokens").iterdir()] == [kept.name]
     assert (kept / "tokens.int32").stat() == before
+
+
+def test_a_broken_file_is_told_while_another_trains(home, daemon, settings):
+    settings(max_steps=1_000_000)
+    one = daemon()
+    drop(home, "long.jsonl", chat_rows(8))
+    one.job("long.jsonl", state=State.RUNNING)
+    drop(home, "good.jsonl", chat_rows(4))
+    drop(home, "bad.jsonl", [{"messages": []}])
+    write_jsonl(home.inbox / "half.eval.jsonl", [{"messages": []}])
+    drop(home, "half.jsonl", chat_rows(4, start=50))
+    bad, half = one.job("bad.jsonl"), one.job("half.jsonl")
+    assert (bad.outcome, bad.reason["code"], bad.reason["where"]) == (
+        Outcome.FAILED,
+        "missing_messages_list",
+        "bad.jsonl:1",
+    )
+    assert (half.outcome, half.reason["where"]) == (Outcome.FAILED, "half.eval.jsonl:1")
+    assert {job.name: job.state for job in one.jobs() if job.outcome is None} == {
+        b"long.jsonl": State.RUNNING,
+        b"good.jsonl": State.QUEUED,
+    }
+    assert (home.failed / bad.id / "bad.jsonl").exists()

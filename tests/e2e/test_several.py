@@ -193,10 +193,10 @@ def test_jobs_share_a_gpu_where_they_are_predicted_to_fit_together(  # noqa: PLR
 ):
     fake_nvml.set("gpus=1", f"0.memory_total={4 * GIB}")
     write_config(home, model=str(tiny_model), share_gpus=True)
-    standin(seconds=3)
+    standin(seconds=60)  # the first is at work until the second has been predicted, however busy the machine
     one = daemon(environment=fake_nvml.environment())
     drop("a.jsonl", "b.jsonl")
-    two = running(one, 2, seconds=120)
+    two = running(one, 2, seconds=240)
     assert on(two[0]) == on(two[1])
 
 
@@ -209,7 +209,7 @@ def test_a_job_gets_as_many_gpus_as_its_model_is_predicted_to_need(  # noqa: PLR
     standin(seconds=0.3)
     one = daemon(environment=fake_nvml.environment())
     drop("a.jsonl")
-    [job] = running(one, 1, seconds=120)
+    [job] = running(one, 1, seconds=240)
     assert len(on(job)) > 1
     assert json.loads(home.job(job.id).spec.read_bytes())["processes"] == len(on(job))
 

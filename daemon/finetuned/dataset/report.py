@@ -154,7 +154,7 @@ def rows_of(file: RowFile, report: Report, *, system_prompt: str | None) -> Iter
         )
 
 
-def glance(file: RowFile, *, max_bad_rows: float) -> None:
+def glance(file: RowFile, *, max_bad_rows: float, held_out: bool = False) -> None:
     """Raise DataError where a file will not do, if that can be told in a moment: a small one, or one with no good row.
 
     It spares a user with a bad file the seconds in which libraries are loaded; others are read in earnest anyway.
@@ -163,7 +163,7 @@ def glance(file: RowFile, *, max_bad_rows: float) -> None:
     for seen, _ in enumerate(rows_of(file, report, system_prompt=None), 1):
         if seen == _GLANCED_AT:
             return
-    judge(report, name=file.name, max_bad_rows=max_bad_rows)
+    judge(report, name=file.name, max_bad_rows=max_bad_rows, held_out=held_out)
 
 
 def judge(
