@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -45,7 +46,7 @@ class Group:
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if _cuda() else "cpu"))
     store: Any = None  # torch's, which rank 0 keeps
     sharded: bool = False  # whether they share the model's layers
-    _room: torch.Tensor | None = None  # for gradients on their way
+    _room: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # for gradients on their way
 
     @property
     def leads(self) -> bool:
@@ -140,38 +141,54 @@ class Group:
         return next(f"{said} (rank {rank})" for rank, said in enumerate(words) if said is not None)
 
     def make_room(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Take the memory that summing gradients needs, so that it does not run out then."""
-        if self.size > 1:
-            numbers = min(_BUCKET, sum(one.numel() for one in parameters))
-            self._room = torch.empty(numbers, dtype=torch.float32, device=self.device)
+        """Take the memory that summing gradients needs, so that it does not run out then. Raises as `together`."""
+        numbers = min(_BUCKET, sum(one.numel() for one in parameters))
 
-    @torch.no_grad()
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Add up all ranks' gradients, to the same bits on each. One that no rank has stays away."""
+        def take() -> float:
+            self._room = torch.zeros(numbers, dtype=torch.float32, device=self.device)
+            return 0.0
+
+        if self.size > 1:
+            self.together(take)
+            with _others_there():
+                for part in (self._room, self._room[:1]):  # NCCL takes its own when it first sums so much
+                    dist.all_reduce(part)
+
+    def complete(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Give this rank zeros for each gradient that only others have, to be summed. One that no rank has stays away.
+
+        Raises as `together`: there may be no memory for them.
+        """
         if self.size == 1:
             return
         parameters = list(parameters)
-        anywhere = self._reduced([one.grad is not None for one in parameters], dist.ReduceOp.MAX)
-        gradients: list[torch.Tensor] = []
-        for parameter, somewhere in zip(parameters, anywhere, strict=True):
-            if somewhere:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                gradients.append(parameter.grad)
+        unready = any(one.grad is None or not one.grad.is_contiguous() for one in parameters)
+        *somewhere, somebody = self._reduced(
+            [*(one.grad is not None for one in parameters), unready], dist.ReduceOp.MAX
+        )
+        wanted = [one for one, there in zip(parameters, somewhere, strict=True) if there]
+        if somebody:
+            self.together(lambda: _completed(wanted))
+
+    @torch.no_grad()
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add up all ranks' gradients, to the same bits on each, once they are complete."""
+        if self.size == 1:
+            return
+        gradients = [one.grad for one in parameters if one.grad is not None]
         with _others_there():
             for bucket in _buckets(gradients, _BUCKET):
                 self._sum(bucket)
 
     def _sum(self, bucket: list[torch.Tensor]) -> None:
-        if len(bucket) == 1 and bucket[0].is_contiguous():
+        if len(bucket) == 1:
             dist.all_reduce(bucket[0])
             return
-        numbers = sum(one.numel() for one in bucket)
-        room = torch.empty(0) if self._room is None else self._room
-        room = room if len(room) >= numbers else torch.empty(numbers, device=self.device)
-        places = torch.split(room[:numbers], [one.numel() for one in bucket])
+        room = self._room[: sum(one.numel() for one in bucket)]
+        places = torch.split(room, [one.numel() for one in bucket])
         for place, one in zip(places, bucket, strict=True):
             place.view(one.shape).copy_(one)
-        dist.all_reduce(room[:numbers])
+        dist.all_reduce(room)
         for place, one in zip(places, bucket, strict=True):
             one.copy_(place.view(one.shape))
 
@@ -271,6 +288,14 @@ def _buckets(tensors: Iterable[torch.Tensor], most: int) -> Iterator[list[torch.
         numbers += tensor.numel()
     if bucket:
         yield bucket
+
+
+@torch.no_grad()
+def _completed(parameters: Iterable[torch.nn.Parameter]) -> float:
+    for one in parameters:
+        zeros = partial(torch.zeros_like, one, memory_format=torch.contiguous_format)
+        one.grad = zeros() if one.grad is None else one.grad.contiguous()
+    return 0.0
 
 
 @contextmanager
