@@ -1,19 +1,22 @@
 """The processes of one training: one alone, or several ranks that take a share of every step each.
 
-Words that they exchange go through the CPU, by gloo, where one that is gone is noticed at once; gradients go from
-device to device. Nobody wraps the model: DDP sums in the middle of the backward pass, where a rank that has run out of
-memory and begins its part again would leave the others hanging.
+Words that they exchange go through the CPU, by gloo, where one that is gone is noticed at once, so that they are waited
+for without an end. Gradients go from device to device. NCCL notices nobody's end, so for these they wait minutes, and a
+word comes before them, so that all begin at one time. Nobody wraps the model: DDP sums in the middle of the backward
+pass, where a rank that has run out of memory and begins its part again would leave the others hanging.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +30,9 @@ from finetuned.trainer.store import lengths_of
 from finetuned.trainer.tokens import Example
 
 _MEETING = timedelta(minutes=30)  # for all to be there
-_PATIENCE = timedelta(days=1)  # one may read data or answer questions while the others wait
+_WORDS = timedelta(days=3650)  # no end: one may answer questions for days while the others wait
+_SUMS = timedelta(minutes=10)  # of a gradient, or of a layer in a pass that all make together
+_SILENT, _ASKED_AGAIN = 60, 10  # seconds until a connection's other end is asked whether it is there, nine times
 _BUCKET = 8 * 2**20  # numbers that are summed at once
 _FIRST = "first to fail"
 
@@ -45,6 +50,7 @@ class Group:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if _cuda() else "cpu"))
     store: Any = None  # torch's, which rank 0 keeps
+    words: Any = None  # torch's process group for them
     sharded: bool = False  # whether they share the model's layers
     _room: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # for gradients on their way
 
@@ -79,7 +85,7 @@ class Group:
         value = [found()] if self.leads else [None]
         if self.size > 1:
             with _others_there():
-                dist.broadcast_object_list(value, src=0, device=torch.device("cpu"))
+                dist.broadcast_object_list(value, src=0, group=self.words)
         return value[0]  # type: ignore[return-value]
 
     @contextmanager
@@ -117,6 +123,8 @@ class Group:
         if self.size == 1:
             return work()
         found, why, asked = 0.0, None, False
+        if self.lockstep:
+            self.wait()
         try:
             found = work()
         except StopAskedError:
@@ -137,7 +145,7 @@ class Group:
     def _first_of(self, word: str | None) -> str:
         words: list[str | None] = [None] * self.size
         with _others_there():
-            dist.all_gather_object(words, word)
+            dist.all_gather_object(words, word, group=self.words)
         return next(f"{said} (rank {rank})" for rank, said in enumerate(words) if said is not None)
 
     def make_room(self, parameters: Iterable[torch.Tensor]) -> None:
@@ -196,6 +204,7 @@ class Group:
     def spread(self, tensors: Iterable[torch.Tensor]) -> None:
         """Give all ranks what rank 0 has, in place."""
         if self.size > 1:
+            self.wait()
             with _others_there():
                 for tensor in tensors:
                     whole = tensor.detach().contiguous()
@@ -215,14 +224,14 @@ class Group:
         """Be alone again: nothing is asked of the others any more."""
         if self.size > 1:
             dist.destroy_process_group()
-            self.rank, self.size, self.store = 0, 1, None
+            self.rank, self.size, self.store, self.words = 0, 1, None, None
 
     def _reduced(self, numbers: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
         if self.size == 1:
             return list(numbers)
         found = torch.tensor(numbers, dtype=torch.float64)
         with _others_there():
-            dist.all_reduce(found, op=how)
+            dist.all_reduce(found, op=how, group=self.words)
         result: list[float] = found.tolist()
         return result
 
@@ -253,9 +262,11 @@ def join(*, sharded: bool = False) -> Group:
             store=store,
             rank=rank,
             world_size=size,
-            timeout=_PATIENCE,
+            timeout=_SUMS,
         )
-    return Group(rank, size, torch.device("cuda", place) if cuda else torch.device("cpu"), store, sharded)
+        words = dist.new_group(backend="gloo", timeout=_WORDS)
+    _keep_alive()
+    return Group(rank, size, torch.device("cuda", place) if cuda else torch.device("cpu"), store, words, sharded)
 
 
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -274,6 +285,17 @@ def _cuda() -> bool:
             code="gpu_gone",
         )
     return False
+
+
+def _keep_alive() -> None:
+    """Have the kernel end connections to a machine that is gone without a word, as one without power is: gloo waits."""
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile, or no connection
+            if entry.is_socket():
+                with socket.socket(fileno=os.dup(int(entry.name))) as one:
+                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENT)
+                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _ASKED_AGAIN)
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def _buckets(tensors: Iterable[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:

@@ -170,6 +170,7 @@ def load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
         from finetuned.trainer.shards import shard  # slow to import, and most trainings go without
 
         shard(causal(model), task.device)
+        task.group.wait()  # one may read the model more slowly than others wait for it in a pass
     return model, layout or choose()
 
 
