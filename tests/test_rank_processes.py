@@ -12,7 +12,7 @@ import pytest
 
 from conftest import chat_rows, eventually, write_jsonl
 from finetuned.events import EventType, ExitCode
-from finetuned.lifesigns import exit_code, locked, signed
+from finetuned.lifesigns import TAKES_LOCK, exit_code, locked, signed, take_lock
 from finetuned.trainer import ranks
 from finetuned.trainer.ranks import verdict
 from test_training import LONG, LONG_STEPS, ROWS, Run, assert_same_weights, when
@@ -163,7 +163,7 @@ def test_an_attempt_ends_as_the_rank_that_failed_for_its_own_reason(endings, sto
 
 def started(*command: str | Path, environment: Mapping[str, str] | None = None) -> list[subprocess.Popen[str]]:
     """Start two ranks with no process of ours above them, as srun would."""
-    given = {**os.environ, **(environment or {}), **ranks._environment(2)}
+    given = {**ranks._environment(2), **(environment or {})}
     del given[ranks._AGENT]
     return [
         subprocess.Popen(
@@ -179,7 +179,48 @@ def started(*command: str | Path, environment: Mapping[str, str] | None = None) 
 
 def said(processes: list[subprocess.Popen[str]]) -> list[str]:
     """What ranks said until they ended."""
-    return [process.communicate(timeout=100)[0] for process in processes]
+    try:
+        return [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+UNABLE = """
+import os, sys
+
+if os.environ.get("RANK") == "1":
+    sys.modules["finetuned.trainer.trackers"] = None  # what it imports before it meets the others
+"""
+TRAINER = ("-P", "-m", "finetuned.trainer")
+EARLY = {  # what ranks end with, and what is told
+    "bad data": ([ExitCode.BAD_DATA, ExitCode.TEMPORARY], ["missing_messages_list"]),
+    "locked": ([ExitCode.TEMPORARY] * 2, ["still_at_work"]),
+    "too late": ([ExitCode.STOPPED] * 2, []),
+    "settings": ([ExitCode.BAD_SETTINGS] * 2, ["bad_settings"]),
+    "rank 1 alone": ([ExitCode.TEMPORARY, 1], []),
+}
+
+
+@pytest.mark.parametrize("what", EARLY)
+def test_who_ends_before_the_ranks_have_met_does_not_keep_the_others_waiting(what, tmp_path, data, tiny_model):
+    (tmp_path / "sitecustomize.py").write_text(UNABLE if what == "rank 1 alone" else "")
+    if what == "bad data":
+        data = write_jsonl(tmp_path / "data.jsonl", [{"messages": []}])
+    run = run_of(tmp_path / "job", data, tiny_model, **({"tuning": "qlora"} if what == "settings" else {}))
+    run.spec = replace(run.spec, attempt=1, sharded=what == "settings")
+    run.folder.spec.write_bytes(run.spec.encode())
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    environment[TAKES_LOCK] = "0" if what == "too late" else "1"
+    if what == "locked":
+        assert take_lock(run.folder)
+    processes = started(*TRAINER, run.folder.path, environment=environment)
+    told = said(processes)
+    assert ([process.returncode for process in processes], codes(run)) == EARLY[what], told
+
+
+def codes(run: Run) -> list[str]:
+    return [error.data["code"] for error in run.events(EventType.ERROR)]
 
 
 GONE = """

@@ -34,7 +34,7 @@ _WORDS = timedelta(days=3650)  # no end: one may answer questions for days while
 _SUMS = timedelta(minutes=10)  # of a gradient, or of a layer in a pass that all make together
 _SILENT, _ASKED_AGAIN = 60, 10  # seconds until a connection's other end is asked whether it is there, nine times
 _BUCKET = 8 * 2**20  # numbers that are summed at once
-_FIRST = "first to fail"
+_FIRST, _COMES = "first to fail", "rank {} comes"
 
 T = TypeVar("T")
 
@@ -237,17 +237,10 @@ class Group:
 
 
 def join(*, sharded: bool = False) -> Group:
-    """Meet the other ranks where the environment says so, as torchrun's does. Raises RankLostError, ConfigError.
-
-    Its variables are taken out: accelerate would wrap the model where it finds them.
-    """
-    rank, size, place = (int(os.environ.pop(name, usual)) for name, usual in _ENVIRONMENT.items())
-    for name in _OF_MPI:
-        os.environ.pop(name, None)
-    if size == 1:
-        return Group()
+    """Take the place among ranks that the environment gives, as torchrun's does. Raises RankLostError, ConfigError."""
+    rank, size, place = _place()
     cuda = _cuda()
-    if cuda:
+    if cuda and size > 1:
         if place >= torch.cuda.device_count():
             raise ConfigError(
                 f"rank {rank} has no GPU of its own: this training sees {torch.cuda.device_count()}",
@@ -255,8 +248,10 @@ def join(*, sharded: bool = False) -> Group:
                 remedy="Give it as many GPUs as processes.",
             )
         torch.cuda.set_device(place)
+    store = meet()
+    if size == 1:
+        return Group()
     with _others_there():
-        store, *_ = next(rendezvous("env://", rank, size, timeout=_MEETING))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=store,
@@ -267,6 +262,30 @@ def join(*, sharded: bool = False) -> Group:
         words = dist.new_group(backend="gloo", timeout=_WORDS)
     _keep_alive()
     return Group(rank, size, torch.device("cuda", place) if cuda else torch.device("cpu"), store, words, sharded)
+
+
+def meet(*, well: bool = True) -> Any:
+    """Meet the other ranks, if there are any, and tell them whether this one goes on; give the store that all share.
+
+    Raises RankLostError where another does not come, or not go on. What the environment said is taken out: accelerate
+    would wrap the model where it finds that.
+    """
+    rank, size, _ = _place()
+    for name in (*_ENVIRONMENT, *_OF_MPI):
+        os.environ.pop(name, None)
+    if size == 1:
+        return None
+    with _others_there():
+        store, *_ = next(rendezvous("env://", rank, size, timeout=_MEETING))
+        store.set(_COMES.format(rank), "well" if well else "only to say so")
+        if well and any(store.get(_COMES.format(other)) != b"well" for other in range(size)):
+            raise RankLostError("it has ended before all had met")
+    return store
+
+
+def _place() -> tuple[int, ...]:
+    """Give this process's rank, the number of ranks, and its rank on this machine."""
+    return tuple(int(os.environ.get(name, usual)) for name, usual in _ENVIRONMENT.items())
 
 
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
