@@ -30,6 +30,7 @@ class Ordered:
     world: World
     settings: dict[str, Any]
     out_of_memory: tuple[int, ...] = ()  # backward passes, from 1, in which it runs out of memory
+    no_zeros: tuple[int, ...] = ()  # times, from 1, that it has no memory for the gradients that it lacks
     stopped_after: int | None = None  # steps
     bucket: int = 8 * 2**20  # numbers that are summed at once
     sharded: bool = False
@@ -57,10 +58,11 @@ def main(folder: Path) -> None:
 
 def train(folder: Path, ordered: Ordered, group: Group) -> Story:
     job = Job(folder, ordered.world, group=replace(group, sharded=ordered.sharded), **ordered.settings)
-    backward = accelerate.Accelerator.backward
+    backward, completed = accelerate.Accelerator.backward, group_module._completed
     group_module._BUCKET = ordered.bucket
     if group.rank == 1:
         accelerate.Accelerator.backward = failing(backward, ordered.out_of_memory)
+        group_module._completed = failing(completed, ordered.no_zeros)
     try:
         if ordered.stopped_after is None:
             story = job.done()
@@ -72,7 +74,7 @@ def train(folder: Path, ordered: Ordered, group: Group) -> Story:
             assert job.attempt(lambda: group.rank == 1 and next(looks) >= last) is None
             story = Story(job.attempts, None, {})
     finally:
-        accelerate.Accelerator.backward = backward
+        accelerate.Accelerator.backward, group_module._completed = backward, completed
     attempts = [replace(attempt, ended=attempt.ended and type(attempt.ended).__name__) for attempt in story.attempts]
     return Story(attempts, None, story.weights)
 
@@ -81,10 +83,11 @@ def failing(backward: Callable, numbers: tuple[int, ...]) -> Callable:
     """Let calls of these numbers run out of memory when their gradients are there."""
     calls = itertools.count(1)
 
-    def call(*arguments, **named) -> None:
-        backward(*arguments, **named)
+    def call(*arguments, **named) -> object:
+        found = backward(*arguments, **named)
         if next(calls) in numbers:
             raise MemoryError
+        return found
 
     return call
 

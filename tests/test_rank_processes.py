@@ -2,7 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pytest
 
 from conftest import chat_rows, eventually, write_jsonl
 from finetuned.events import EventType, ExitCode
-from finetuned.lifesigns import exit_code, locked, signed
+from finetuned.lifesigns import TAKES_LOCK, exit_code, locked, signed, take_lock
+from finetuned.trainer import ranks
 from finetuned.trainer.ranks import verdict
 from test_training import LONG, LONG_STEPS, ROWS, Run, assert_same_weights, when
 
@@ -156,3 +159,128 @@ def test_answers_that_rank_0_makes_are_learned_by_all(tmp_path, tiny_model):
 )
 def test_an_attempt_ends_as_the_rank_that_failed_for_its_own_reason(endings, stopped, wanted):
     assert verdict(endings, stopped=stopped) == wanted
+
+
+def started(*command: str | Path, environment: Mapping[str, str] | None = None) -> list[subprocess.Popen[str]]:
+    """Start two ranks with no process of ours above them, as srun would."""
+    given = {**ranks._environment(2), **(environment or {})}
+    del given[ranks._AGENT]
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=given | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def said(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What ranks said until they ended."""
+    try:
+        return [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+UNABLE = """
+import os, sys
+
+if os.environ.get("RANK") == "1":
+    sys.modules["finetuned.trainer.trackers"] = None  # what it imports before it meets the others
+"""
+TRAINER = ("-P", "-m", "finetuned.trainer")
+EARLY = {  # what ranks end with, and what is told
+    "bad data": ([ExitCode.BAD_DATA, ExitCode.TEMPORARY], ["missing_messages_list"]),
+    "locked": ([ExitCode.TEMPORARY] * 2, ["still_at_work"]),
+    "too late": ([ExitCode.STOPPED] * 2, []),
+    "settings": ([ExitCode.BAD_SETTINGS] * 2, ["bad_settings"]),
+    "rank 1 alone": ([ExitCode.TEMPORARY, 1], []),
+}
+
+
+@pytest.mark.parametrize("what", EARLY)
+def test_who_ends_before_the_ranks_have_met_does_not_keep_the_others_waiting(what, tmp_path, data, tiny_model):
+    (tmp_path / "sitecustomize.py").write_text(UNABLE if what == "rank 1 alone" else "")
+    if what == "bad data":
+        data = write_jsonl(tmp_path / "data.jsonl", [{"messages": []}])
+    run = run_of(tmp_path / "job", data, tiny_model, **({"tuning": "qlora"} if what == "settings" else {}))
+    run.spec = replace(run.spec, attempt=1, sharded=what == "settings")
+    run.folder.spec.write_bytes(run.spec.encode())
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    environment[TAKES_LOCK] = "0" if what == "too late" else "1"
+    if what == "locked":
+        assert take_lock(run.folder)
+    processes = started(*TRAINER, run.folder.path, environment=environment)
+    told = said(processes)
+    assert ([process.returncode for process in processes], codes(run)) == EARLY[what], told
+
+
+def codes(run: Run) -> list[str]:
+    return [error.data["code"] for error in run.events(EventType.ERROR)]
+
+
+GONE = """
+import os, signal, socket
+from finetuned.trainer.ends import RankLostError
+from finetuned.trainer.group import join
+
+def is_connection(entry):
+    try:
+        return os.readlink(entry.path).startswith("socket:")
+    except OSError:
+        return False
+
+group = join()
+if group.leads:  # it is killed while it makes answers, say
+    sockets = [socket.socket(fileno=int(entry.name)) for entry in os.scandir("/proc/self/fd") if is_connection(entry)]
+    print(*(one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for one in sockets), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+try:
+    group.wait()
+except RankLostError:
+    print("lost")
+"""
+
+AWAY = """
+import time
+from datetime import timedelta
+import torch
+from finetuned.trainer import group as module
+from finetuned.trainer.ends import RankLostError
+
+module._SUMS = timedelta(seconds=3)
+group = module.join()
+weight = torch.nn.Parameter(torch.ones(5))
+weight.grad = torch.ones(5)
+group.make_room([weight])
+if not group.leads:
+    time.sleep(6)
+group.wait()  # for as long as it takes
+print("waited")
+group.complete([weight])
+if group.leads:
+    try:
+        group.sum_gradients([weight])
+    except RankLostError:
+        print("lost")
+else:
+    time.sleep(20)
+"""
+
+
+def test_who_is_killed_is_noticed_by_those_who_wait_for_it():
+    processes = started("-c", GONE)
+    kept_alive, lost = said(processes)
+    assert lost.split() == ["lost"]
+    assert processes[0].returncode == KILLED
+    assert set(kept_alive.split()) == {"1"}, "of a machine without power the kernel hears only where it asks"
+
+
+def test_a_word_is_waited_for_without_an_end_and_a_sum_is_not():
+    """What NCCL sums on GPUs would be waited for after the other process is gone, too."""
+    told = said(started("-c", AWAY))
+    assert [words.split() for words in told] == [["waited", "lost"], ["waited"]]

@@ -64,6 +64,7 @@ def together(tmp_path_factory, world, tiny_model) -> Together:
     jobs["full"] = replace(jobs["full"], bucket=600)  # tensors of 16 to 4,000 numbers: some together, some alone
     jobs["memory"] = Ordered(world, {}, out_of_memory=(3,))
     jobs["memory, twice in a row"] = Ordered(world, {}, out_of_memory=(3, 4))
+    jobs["no memory for zeros"] = replace(jobs["fewer rows than ranks"], no_zeros=(2,))
     jobs["stopped"] = Ordered(world, QUIET, stopped_after=2)
     jobs["stopped in an evaluation"] = Ordered(world, {}, stopped_after=4)
     jobs["begun alone"] = Ordered(world, QUIET)
@@ -136,6 +137,15 @@ def test_where_memory_runs_out_on_one_all_climb_down_together(together):
     assert fell.data["rung"]["batch_size"] == 4
     assert "rank 1" in fell.data["reason"]
     assert len(stories[0].attempts) == 1, "the process can help itself"
+
+
+def test_where_one_has_no_memory_for_gradients_that_it_lacks_all_climb_down_together(together):
+    stories = together.stories("no memory for zeros")
+    assert_one_weight(stories)
+    assert_the_same(stories[0], together.alone(**SAME["fewer rows than ranks"]))
+    (fell,) = stories[0].attempts[0].of(EventType.RUNG)
+    assert "rank 1" in fell.data["reason"]
+    assert len(stories[0].attempts) == 1
 
 
 def test_where_no_process_can_help_itself_all_end_with_what_is_done(together):

@@ -65,20 +65,37 @@ def end(folder: JobFolder) -> NoReturn:
 
 
 def main(folder: JobFolder) -> int:
-    """Run one attempt, and say who does and how it ended for a daemon that comes after ours and is not our parent."""
+    """Run one attempt, or one rank of it, and give the exit code."""
     if ranks.has_agent():
         ranks.end_with_agent()
     else:
         _hear_stops()
-    if not ranks.signs():
-        return int(_run(folder, JobSpec.decode(folder.spec.read_bytes())))
     try:
-        attempt = os.environ.get(TAKES_LOCK)
-        if attempt is None:
+        return _attempt(folder)
+    finally:
+        if ranks.awaited():
+            _tell_the_others()
+
+
+def _tell_the_others() -> None:
+    """Meet the other ranks to let them know that this one has ended: they would wait for half an hour."""
+    with suppress(Exception):
+        from finetuned.trainer.group import meet
+
+        meet(well=False)
+
+
+def _attempt(folder: JobFolder) -> int:
+    """Say who runs the attempt and how it ended, for a daemon that comes after ours and is not our parent."""
+    attempt = os.environ.get(TAKES_LOCK)
+    try:
+        if ranks.signs() and attempt is None:
             sign(folder)
         spec = JobSpec.decode(folder.spec.read_bytes())
-        if attempt is not None and attempt != str(spec.attempt):
+        if attempt is not None and attempt != str(spec.attempt) and not ranks.has_agent():
             return ExitCode.STOPPED  # its engine began it when nobody wanted it any more
+        if not ranks.signs():
+            return int(_run(folder, spec))
         if attempt is not None and not take_lock(folder):
             return _still_at_work(folder)
         sign(folder, spec.attempt)
@@ -137,6 +154,7 @@ def _train(folder: JobFolder, spec: JobSpec, settings: TrainingSettings, *, say:
     from finetuned.trainer.trackers import reporting
 
     quiet_libraries()
+    say.share_errors(lambda: True)  # what goes wrong now is of this process alone, its GPU say
     group = join(sharded=spec.sharded)
     _hear_stops()
     say.share_errors(group.first_to_fail)

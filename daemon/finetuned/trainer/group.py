@@ -1,18 +1,22 @@
 """The processes of one training: one alone, or several ranks that take a share of every step each.
 
-Words that they exchange go through the CPU, by gloo, where one that is gone is noticed at once; gradients go from
-device to device. Nobody wraps the model: DDP sums in the middle of the backward pass, where a rank that has run out of
-memory and begins its part again would leave the others hanging.
+Words that they exchange go through the CPU, by gloo, where one that is gone is noticed at once, so that they are waited
+for without an end. Gradients go from device to device. NCCL notices nobody's end, so for these they wait minutes, and a
+word comes before them, so that all begin at one time. Nobody wraps the model: DDP sums in the middle of the backward
+pass, where a rank that has run out of memory and begins its part again would leave the others hanging.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,9 +30,11 @@ from finetuned.trainer.store import lengths_of
 from finetuned.trainer.tokens import Example
 
 _MEETING = timedelta(minutes=30)  # for all to be there
-_PATIENCE = timedelta(days=1)  # one may read data or answer questions while the others wait
+_WORDS = timedelta(days=3650)  # no end: one may answer questions for days while the others wait
+_SUMS = timedelta(minutes=10)  # of a gradient, or of a layer in a pass that all make together
+_SILENT, _ASKED_AGAIN = 60, 10  # seconds until a connection's other end is asked whether it is there, nine times
 _BUCKET = 8 * 2**20  # numbers that are summed at once
-_FIRST = "first to fail"
+_FIRST, _COMES = "first to fail", "rank {} comes"
 
 T = TypeVar("T")
 
@@ -44,8 +50,9 @@ class Group:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if _cuda() else "cpu"))
     store: Any = None  # torch's, which rank 0 keeps
+    words: Any = None  # torch's process group for them
     sharded: bool = False  # whether they share the model's layers
-    _room: torch.Tensor | None = None  # for gradients on their way
+    _room: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # for gradients on their way
 
     @property
     def leads(self) -> bool:
@@ -78,7 +85,7 @@ class Group:
         value = [found()] if self.leads else [None]
         if self.size > 1:
             with _others_there():
-                dist.broadcast_object_list(value, src=0, device=torch.device("cpu"))
+                dist.broadcast_object_list(value, src=0, group=self.words)
         return value[0]  # type: ignore[return-value]
 
     @contextmanager
@@ -116,6 +123,8 @@ class Group:
         if self.size == 1:
             return work()
         found, why, asked = 0.0, None, False
+        if self.lockstep:
+            self.wait()
         try:
             found = work()
         except StopAskedError:
@@ -136,42 +145,58 @@ class Group:
     def _first_of(self, word: str | None) -> str:
         words: list[str | None] = [None] * self.size
         with _others_there():
-            dist.all_gather_object(words, word)
+            dist.all_gather_object(words, word, group=self.words)
         return next(f"{said} (rank {rank})" for rank, said in enumerate(words) if said is not None)
 
     def make_room(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Take the memory that summing gradients needs, so that it does not run out then."""
-        if self.size > 1:
-            numbers = min(_BUCKET, sum(one.numel() for one in parameters))
-            self._room = torch.empty(numbers, dtype=torch.float32, device=self.device)
+        """Take the memory that summing gradients needs, so that it does not run out then. Raises as `together`."""
+        numbers = min(_BUCKET, sum(one.numel() for one in parameters))
 
-    @torch.no_grad()
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Add up all ranks' gradients, to the same bits on each. One that no rank has stays away."""
+        def take() -> float:
+            self._room = torch.zeros(numbers, dtype=torch.float32, device=self.device)
+            return 0.0
+
+        if self.size > 1:
+            self.together(take)
+            with _others_there():
+                for part in (self._room, self._room[:1]):  # NCCL takes its own when it first sums so much
+                    dist.all_reduce(part)
+
+    def complete(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Give this rank zeros for each gradient that only others have, to be summed. One that no rank has stays away.
+
+        Raises as `together`: there may be no memory for them.
+        """
         if self.size == 1:
             return
         parameters = list(parameters)
-        anywhere = self._reduced([one.grad is not None for one in parameters], dist.ReduceOp.MAX)
-        gradients: list[torch.Tensor] = []
-        for parameter, somewhere in zip(parameters, anywhere, strict=True):
-            if somewhere:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                gradients.append(parameter.grad)
+        unready = any(one.grad is None or not one.grad.is_contiguous() for one in parameters)
+        *somewhere, somebody = self._reduced(
+            [*(one.grad is not None for one in parameters), unready], dist.ReduceOp.MAX
+        )
+        wanted = [one for one, there in zip(parameters, somewhere, strict=True) if there]
+        if somebody:
+            self.together(lambda: _completed(wanted))
+
+    @torch.no_grad()
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add up all ranks' gradients, to the same bits on each, once they are complete."""
+        if self.size == 1:
+            return
+        gradients = [one.grad for one in parameters if one.grad is not None]
         with _others_there():
             for bucket in _buckets(gradients, _BUCKET):
                 self._sum(bucket)
 
     def _sum(self, bucket: list[torch.Tensor]) -> None:
-        if len(bucket) == 1 and bucket[0].is_contiguous():
+        if len(bucket) == 1:
             dist.all_reduce(bucket[0])
             return
-        numbers = sum(one.numel() for one in bucket)
-        room = torch.empty(0) if self._room is None else self._room
-        room = room if len(room) >= numbers else torch.empty(numbers, device=self.device)
-        places = torch.split(room[:numbers], [one.numel() for one in bucket])
+        room = self._room[: sum(one.numel() for one in bucket)]
+        places = torch.split(room, [one.numel() for one in bucket])
         for place, one in zip(places, bucket, strict=True):
             place.view(one.shape).copy_(one)
-        dist.all_reduce(room[:numbers])
+        dist.all_reduce(room)
         for place, one in zip(places, bucket, strict=True):
             one.copy_(place.view(one.shape))
 
@@ -179,6 +204,7 @@ class Group:
     def spread(self, tensors: Iterable[torch.Tensor]) -> None:
         """Give all ranks what rank 0 has, in place."""
         if self.size > 1:
+            self.wait()
             with _others_there():
                 for tensor in tensors:
                     whole = tensor.detach().contiguous()
@@ -198,30 +224,23 @@ class Group:
         """Be alone again: nothing is asked of the others any more."""
         if self.size > 1:
             dist.destroy_process_group()
-            self.rank, self.size, self.store = 0, 1, None
+            self.rank, self.size, self.store, self.words = 0, 1, None, None
 
     def _reduced(self, numbers: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
         if self.size == 1:
             return list(numbers)
         found = torch.tensor(numbers, dtype=torch.float64)
         with _others_there():
-            dist.all_reduce(found, op=how)
+            dist.all_reduce(found, op=how, group=self.words)
         result: list[float] = found.tolist()
         return result
 
 
 def join(*, sharded: bool = False) -> Group:
-    """Meet the other ranks where the environment says so, as torchrun's does. Raises RankLostError, ConfigError.
-
-    Its variables are taken out: accelerate would wrap the model where it finds them.
-    """
-    rank, size, place = (int(os.environ.pop(name, usual)) for name, usual in _ENVIRONMENT.items())
-    for name in _OF_MPI:
-        os.environ.pop(name, None)
-    if size == 1:
-        return Group()
+    """Take the place among ranks that the environment gives, as torchrun's does. Raises RankLostError, ConfigError."""
+    rank, size, place = _place()
     cuda = _cuda()
-    if cuda:
+    if cuda and size > 1:
         if place >= torch.cuda.device_count():
             raise ConfigError(
                 f"rank {rank} has no GPU of its own: this training sees {torch.cuda.device_count()}",
@@ -229,16 +248,44 @@ def join(*, sharded: bool = False) -> Group:
                 remedy="Give it as many GPUs as processes.",
             )
         torch.cuda.set_device(place)
+    store = meet()
+    if size == 1:
+        return Group()
     with _others_there():
-        store, *_ = next(rendezvous("env://", rank, size, timeout=_MEETING))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=store,
             rank=rank,
             world_size=size,
-            timeout=_PATIENCE,
+            timeout=_SUMS,
         )
-    return Group(rank, size, torch.device("cuda", place) if cuda else torch.device("cpu"), store, sharded)
+        words = dist.new_group(backend="gloo", timeout=_WORDS)
+    _keep_alive()
+    return Group(rank, size, torch.device("cuda", place) if cuda else torch.device("cpu"), store, words, sharded)
+
+
+def meet(*, well: bool = True) -> Any:
+    """Meet the other ranks, if there are any, and tell them whether this one goes on; give the store that all share.
+
+    Raises RankLostError where another does not come, or not go on. What the environment said is taken out: accelerate
+    would wrap the model where it finds that.
+    """
+    rank, size, _ = _place()
+    for name in (*_ENVIRONMENT, *_OF_MPI):
+        os.environ.pop(name, None)
+    if size == 1:
+        return None
+    with _others_there():
+        store, *_ = next(rendezvous("env://", rank, size, timeout=_MEETING))
+        store.set(_COMES.format(rank), "well" if well else "only to say so")
+        if well and any(store.get(_COMES.format(other)) != b"well" for other in range(size)):
+            raise RankLostError("it has ended before all had met")
+    return store
+
+
+def _place() -> tuple[int, ...]:
+    """Give this process's rank, the number of ranks, and its rank on this machine."""
+    return tuple(int(os.environ.get(name, usual)) for name, usual in _ENVIRONMENT.items())
 
 
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -259,6 +306,17 @@ def _cuda() -> bool:
     return False
 
 
+def _keep_alive() -> None:
+    """Have the kernel end connections to a machine that is gone without a word, as one without power is: gloo waits."""
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile, or no connection
+            if entry.is_socket():
+                with socket.socket(fileno=os.dup(int(entry.name))) as one:
+                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENT)
+                    one.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _ASKED_AGAIN)
+                    one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
 def _buckets(tensors: Iterable[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
     """Give tensors in groups of at most so many numbers; a larger one alone."""
     bucket: list[torch.Tensor] = []
@@ -271,6 +329,14 @@ def _buckets(tensors: Iterable[torch.Tensor], most: int) -> Iterator[list[torch.
         numbers += tensor.numel()
     if bucket:
         yield bucket
+
+
+@torch.no_grad()
+def _completed(parameters: Iterable[torch.nn.Parameter]) -> float:
+    for one in parameters:
+        zeros = partial(torch.zeros_like, one, memory_format=torch.contiguous_format)
+        one.grad = zeros() if one.grad is None else one.grad.contiguous()
+    return 0.0
 
 
 @contextmanager

@@ -170,6 +170,7 @@ def load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
         from finetuned.trainer.shards import shard  # slow to import, and most trainings go without
 
         shard(causal(model), task.device)
+        task.group.wait()  # one may read the model more slowly than others wait for it in a pass
     return model, layout or choose()
 
 
@@ -314,7 +315,7 @@ class Training:
         """Do one optimizer step."""
         settings, total = self.task.settings, self.plan.total_steps
         rows = self.plan.step(self.done)
-        loss = self._forgiving(lambda: self.group.together(lambda: self._gradient(rows)))
+        loss = self._forgiving(lambda: self._gathered(rows))
         self.group.sum_gradients(self.trained.values())
 
         rate = self._rate(self.done)
@@ -457,6 +458,12 @@ class Training:
     def _cut(self, rows: list[int]) -> list[list[int]]:
         """Give this rank's micro-batches of a step's rows."""
         return steps.cut(self.group.share(rows, self.lengths), self.lengths, self.bound)
+
+    def _gathered(self, rows: list[int]) -> float:
+        """Let all ranks gather their parts of a step's gradient, ready to be summed; give the step's mean loss."""
+        loss = self.group.together(lambda: self._gradient(rows))
+        self.group.complete(self.trained.values())
+        return loss
 
     def _gradient(self, rows: list[int]) -> float:
         """Gather this rank's part of a step's gradient over its micro-batches; give its part of the mean loss over the

@@ -48,6 +48,11 @@ def has_agent() -> bool:
     return _AGENT in os.environ
 
 
+def awaited() -> bool:
+    """Whether this process has yet to meet other ranks (`group.meet`), which nobody would end if it did not come."""
+    return started_by_somebody() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not has_agent()
+
+
 def end_with_agent() -> None:
     """Let this rank end when the process that started it is gone, and leave the interrupt key to that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -22,7 +22,7 @@ class Reporter:
     def __init__(self, path: Path, *, rank: int = 0) -> None:
         """Open the file. A line torn by a crash before is ended, so that the next one stands alone."""
         self._rank = rank
-        self._first_to_fail: Callable[[], bool] = lambda: True
+        self._first_to_fail: Callable[[], bool] = lambda: rank == 0  # until they meet, ranks meet with the same errors
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
         size = os.fstat(self._descriptor).st_size
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
