@@ -407,7 +407,7 @@ def test_a_job_whose_id_was_lost_on_its_way_is_not_submitted_twice(launcher, job
 
 def test_what_slurm_refuses_for_the_moment_is_no_error_of_the_job(launcher, job, sbatch_says):
     sbatch_says("cat >/dev/null; echo 'Job violates accounting/QOS policy (job submit limit, ...)' >&2; exit 1")
-    with pytest.raises(ConnectionError, match="job submit limit"):
+    with pytest.raises(BlockingIOError, match="job submit limit"):
         submit(launcher(), job())
 
 
