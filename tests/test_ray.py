@@ -262,8 +262,8 @@ def test_a_cluster_that_does_not_answer_is_waited_for_and_logged_once(folder):
     assert [line["event"] for line in logs] == ["Ray does not answer", "Ray answers again"]
 
 
-def ask_often(trainer) -> None:
-    for _ in range(20):
+def ask_often(trainer, *, seconds: float = 0.2) -> None:
+    for _ in range(int(seconds / 0.01)):
         assert trainer.poll() is None
         time.sleep(0.01)
 
@@ -377,6 +377,61 @@ def test_an_end_after_a_kill_is_the_kill(answers, folder):
     eventually(lambda: trainer.poll() is None and answers.stopped)
     answers.say("STOPPED")
     assert (status_of(trainer), trainer.taken) == (-signal.SIGKILL, "")
+
+
+@pytest.mark.parametrize("said", [None, 70])
+def test_one_that_is_killed_on_a_cluster_that_is_gone_ends_in_the_end_and_the_log_says_where_it_may_be(
+    folder, monkeypatch, said
+):
+    monkeypatch.setattr(ray, "GIVEN_UP_SECONDS", 0.3)
+    with answering() as answers:
+        trainer = start(answers.address, folder)
+        answers.say("RUNNING")
+        ask_often(trainer)
+    if said:
+        leave_exit_code(folder, 1, said)
+    ask_often(trainer, seconds=0.6)
+    trainer.kill()
+    with capture_logs() as logs:
+        assert status_of(trainer) == (said or -signal.SIGKILL)
+    if said is None:
+        assert f"ray job status --address {answers.address} {trainer.id}" in trainer.taken
+        assert [line["look"] in trainer.taken for line in logs if line["event"] == "given up"] == [True]
+
+
+@pytest.mark.parametrize("sign", ["lock", "events", "answers"])
+def test_one_that_is_killed_is_not_given_up_while_anybody_gives_a_sign_of_life(folder, hold, monkeypatch, sign):
+    monkeypatch.setattr(ray, "GIVEN_UP_SECONDS", 0.3)
+    with answering() as answers:
+        trainer = start(answers.address, folder)
+        answers.say("RUNNING")
+        ask_often(trainer)
+        if sign == "answers":
+            trainer.kill()
+            ask_often(trainer, seconds=0.6)
+    holder = hold(folder) if sign == "lock" else None
+    trainer.kill()
+    for _ in range(6):
+        if sign == "events":
+            with folder.events.open("a") as file:
+                file.write("a step\n")
+            ask_often(trainer, seconds=0.1)
+        if sign == "lock":
+            ask_often(trainer, seconds=0.1)
+    if holder:
+        holder.kill()
+        holder.wait()
+    assert status_of(trainer) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("says", "exits"), [("FAILED", 1), ("FAILED", -9), ("FAILED", 143), ("SUCCEEDED", 0), ("STOPPED", None)]
+)
+@pytest.mark.parametrize("said", [-11, 0, 130])
+def test_what_the_trainer_left_stands_above_the_exit_code_that_ray_saw(answers, folder, says, exits, said):
+    leave_exit_code(folder, 1, said)
+    answers.say(says, driver_exit_code=exits)
+    assert status_of(start(answers.address, folder)) == said
 
 
 @pytest.mark.parametrize(

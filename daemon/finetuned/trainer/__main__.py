@@ -76,9 +76,9 @@ def main(folder: JobFolder) -> int:
         attempt = os.environ.get(TAKES_LOCK)
         if attempt is None:
             sign(folder)
+        if attempt is not None and not _is_wanted(folder, attempt):
+            return ExitCode.STOPPED
         spec = JobSpec.decode(folder.spec.read_bytes())
-        if attempt is not None and attempt != str(spec.attempt):
-            return ExitCode.STOPPED  # its engine began it when nobody wanted it any more
         if attempt is not None and not take_lock(folder):
             return _still_at_work(folder)
         sign(folder, spec.attempt)
@@ -94,6 +94,15 @@ def main(folder: JobFolder) -> int:
     if code == -signal.SIGKILL:  # a rank was, for memory most likely: who waits for us is to see that
         os.kill(os.getpid(), signal.SIGKILL)
     return code if code >= 0 else 1
+
+
+def _is_wanted(folder: JobFolder, attempt: str) -> bool:
+    """Whether an engine has begun us in time: the job is still there, at this attempt, and nobody has stopped it."""
+    try:
+        now = JobSpec.decode(folder.spec.read_bytes()).attempt
+    except FileNotFoundError:
+        return False
+    return attempt == str(now) and not folder.stop(now).exists()
 
 
 def _still_at_work(folder: JobFolder) -> ExitCode:
