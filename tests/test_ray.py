@@ -4,14 +4,10 @@ as it is told, in Ray's place. The real Ray is in `tests/cluster`.
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from pydantic import ValidationError
@@ -26,6 +22,7 @@ from finetuned.launchers import Needs, ray, ray_train
 from finetuned.launchers.ray import RayLauncher
 from finetuned.launchers.ray_ends import NOT_SHARED, end_of
 from finetuned.lifesigns import leave_exit_code, locked
+from fixtures_pretended import UNKNOWN, answering
 from fixtures_ray import free_ports
 
 HOLDER = """
@@ -35,63 +32,6 @@ fcntl.flock(lock, fcntl.LOCK_EX)
 print(flush=True)
 time.sleep(600)
 """
-UNKNOWN = 404, "Job x does not exist"
-
-
-class Answers:
-    """A server that gives to each method and path the answer that it holds, late if told so, and keeps the orders."""
-
-    def __init__(self, port: int = 0) -> None:
-        self.submit = 200, "{}"
-        self.info = UNKNOWN
-        self.late = 0.0
-        self.orders: list[dict] = []
-        self.stopped = 0
-        self.headers: dict[str, str] = {}
-        answers = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                answers.headers = dict(self.headers)
-                self.reply(*answers.info)
-
-            def do_POST(self) -> None:
-                content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                if self.path.endswith("/stop"):
-                    answers.stopped += 1
-                    self.reply(200, "{}")
-                else:
-                    answers.orders.append(json.loads(content))
-                    time.sleep(answers.late)
-                    self.reply(*answers.submit)
-
-            def reply(self, status: int, text: str) -> None:
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *_) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def say(self, state: str, **more) -> None:
-        self.info = 200, json.dumps({"status": state, **more})
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-@contextmanager
-def answering(port: int = 0):
-    answers = Answers(port)
-    try:
-        yield answers
-    finally:
-        answers.close()
 
 
 @pytest.fixture
