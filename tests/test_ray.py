@@ -4,14 +4,10 @@ as it is told, in Ray's place. The real Ray is in `tests/cluster`.
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from pydantic import ValidationError
@@ -26,6 +22,7 @@ from finetuned.launchers import Needs, ray, ray_train
 from finetuned.launchers.ray import RayLauncher
 from finetuned.launchers.ray_ends import NOT_SHARED, end_of
 from finetuned.lifesigns import leave_exit_code, locked
+from fixtures_pretended import UNKNOWN, answering
 from fixtures_ray import free_ports
 
 HOLDER = """
@@ -35,63 +32,6 @@ fcntl.flock(lock, fcntl.LOCK_EX)
 print(flush=True)
 time.sleep(600)
 """
-UNKNOWN = 404, "Job x does not exist"
-
-
-class Answers:
-    """A server that gives to each method and path the answer that it holds, late if told so, and keeps the orders."""
-
-    def __init__(self, port: int = 0) -> None:
-        self.submit = 200, "{}"
-        self.info = UNKNOWN
-        self.late = 0.0
-        self.orders: list[dict] = []
-        self.stopped = 0
-        self.headers: dict[str, str] = {}
-        answers = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                answers.headers = dict(self.headers)
-                self.reply(*answers.info)
-
-            def do_POST(self) -> None:
-                content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                if self.path.endswith("/stop"):
-                    answers.stopped += 1
-                    self.reply(200, "{}")
-                else:
-                    answers.orders.append(json.loads(content))
-                    time.sleep(answers.late)
-                    self.reply(*answers.submit)
-
-            def reply(self, status: int, text: str) -> None:
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *_) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def say(self, state: str, **more) -> None:
-        self.info = 200, json.dumps({"status": state, **more})
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-@contextmanager
-def answering(port: int = 0):
-    answers = Answers(port)
-    try:
-        yield answers
-    finally:
-        answers.close()
 
 
 @pytest.fixture
@@ -262,8 +202,8 @@ def test_a_cluster_that_does_not_answer_is_waited_for_and_logged_once(folder):
     assert [line["event"] for line in logs] == ["Ray does not answer", "Ray answers again"]
 
 
-def ask_often(trainer) -> None:
-    for _ in range(20):
+def ask_often(trainer, *, seconds: float = 0.2) -> None:
+    for _ in range(int(seconds / 0.01)):
         assert trainer.poll() is None
         time.sleep(0.01)
 
@@ -377,6 +317,61 @@ def test_an_end_after_a_kill_is_the_kill(answers, folder):
     eventually(lambda: trainer.poll() is None and answers.stopped)
     answers.say("STOPPED")
     assert (status_of(trainer), trainer.taken) == (-signal.SIGKILL, "")
+
+
+@pytest.mark.parametrize("said", [None, 70])
+def test_one_that_is_killed_on_a_cluster_that_is_gone_ends_in_the_end_and_the_log_says_where_it_may_be(
+    folder, monkeypatch, said
+):
+    monkeypatch.setattr(ray, "GIVEN_UP_SECONDS", 0.3)
+    with answering() as answers:
+        trainer = start(answers.address, folder)
+        answers.say("RUNNING")
+        ask_often(trainer)
+    if said:
+        leave_exit_code(folder, 1, said)
+    ask_often(trainer, seconds=0.6)
+    trainer.kill()
+    with capture_logs() as logs:
+        assert status_of(trainer) == (said or -signal.SIGKILL)
+    if said is None:
+        assert f"ray job status --address {answers.address} {trainer.id}" in trainer.taken
+        assert [line["look"] in trainer.taken for line in logs if line["event"] == "given up"] == [True]
+
+
+@pytest.mark.parametrize("sign", ["lock", "events", "answers"])
+def test_one_that_is_killed_is_not_given_up_while_anybody_gives_a_sign_of_life(folder, hold, monkeypatch, sign):
+    monkeypatch.setattr(ray, "GIVEN_UP_SECONDS", 0.3)
+    with answering() as answers:
+        trainer = start(answers.address, folder)
+        answers.say("RUNNING")
+        ask_often(trainer)
+        if sign == "answers":
+            trainer.kill()
+            ask_often(trainer, seconds=0.6)
+    holder = hold(folder) if sign == "lock" else None
+    trainer.kill()
+    for _ in range(6):
+        if sign == "events":
+            with folder.events.open("a") as file:
+                file.write("a step\n")
+            ask_often(trainer, seconds=0.1)
+        if sign == "lock":
+            ask_often(trainer, seconds=0.1)
+    if holder:
+        holder.kill()
+        holder.wait()
+    assert status_of(trainer) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("says", "exits"), [("FAILED", 1), ("FAILED", -9), ("FAILED", 143), ("SUCCEEDED", 0), ("STOPPED", None)]
+)
+@pytest.mark.parametrize("said", [-11, 0, 130])
+def test_what_the_trainer_left_stands_above_the_exit_code_that_ray_saw(answers, folder, says, exits, said):
+    leave_exit_code(folder, 1, said)
+    answers.say(says, driver_exit_code=exits)
+    assert status_of(start(answers.address, folder)) == said
 
 
 @pytest.mark.parametrize(

@@ -483,6 +483,15 @@ def test_an_adapter_that_can_again_not_be_published_does_not_push_out_the_first(
     assert json.loads(kept[0].read_text())["attempt"] == 2
 
 
+def test_a_trainer_that_a_cluster_begins_only_after_its_job_was_put_away_finds_the_word_to_stop_in_the_job_of_a_retry(
+    spool, home
+):
+    job = spool.running()
+    spool.fail(job, REASON)
+    orders.retry(spool.ledger, home, spool.config, spool.ledger.job(job.id))
+    assert home.job(job.id).stop(job.attempt).exists()
+
+
 @pytest.mark.parametrize(("code", "kept"), [("bug", True), ("bad_data", False)])
 def test_a_bug_keeps_the_last_lines_of_its_log(spool, home, code, kept):
     job = spool.running()

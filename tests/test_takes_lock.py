@@ -41,3 +41,12 @@ def test_one_that_its_engine_begins_too_late_leaves_the_job_alone(folder):
     assert trained(folder, attempt=2) == ExitCode.STOPPED
     assert not folder.events.exists()
     assert not folder.lock.exists()
+
+
+def test_one_whose_job_was_put_away_meanwhile_or_was_asked_to_stop_before_it_began_leaves_it_alone(folder):
+    folder.stop(3).touch()
+    assert trained(folder, attempt=3) == ExitCode.STOPPED
+    folder.stop(3).unlink()
+    folder.spec.unlink()
+    assert trained(folder, attempt=3) == ExitCode.STOPPED
+    assert not [*folder.path.iterdir()]

@@ -63,7 +63,6 @@ class Crew:
         self._warm = WarmParent()
         # The jobs whose trainers could not be started, why, and seconds to wait, until the ledger says so too.
         self._never_began: list[tuple[Job, str, float]] = []
-        self._unfound: dict[str, str] = {}  # with an engine that does not answer
         self._next_decision = 0.0
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
 
@@ -184,23 +183,10 @@ class Crew:
         if (name := _launcher(job)) == LOCAL:
             attempt = Attempt.adopt(self._ledger, self._home, job, stop_seconds=config.stop_seconds)
         else:
-            try:
-                attempt = Attempt.find(self._ledger, self._home, job, self._engines.launcher(name, config))
-            except OSError as error:
-                self._engines.failed(name, error)
-                self._unfound[job.id] = name
-                return True
+            attempt = Attempt.find(self._ledger, self._home, job, self._engines.launcher(name, config))
         if attempt is not None:
             self.attempts.append(attempt)
         return attempt is not None
-
-    def unfound(self) -> list[Job]:
-        """Give the jobs whose engines could not say whether they have them, and may be asked again."""
-        due = [job_id for job_id, name in self._unfound.items() if not self._engines.why_not(name)]
-        for job_id in due:
-            del self._unfound[job_id]
-        jobs = [self._ledger.job(job_id) for job_id in due if not self.find(job_id)]
-        return [job for job in jobs if job.state is State.RUNNING]
 
     def queue_again(self) -> None:
         """Put jobs back whose trainers never began, so that nothing was interrupted. Once there is room for that."""

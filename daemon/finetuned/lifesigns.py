@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,26 @@ def take_lock(folder: JobFolder) -> bool:
         os.close(descriptor)
         return False
     return True
+
+
+class Silence:
+    """For how long a trainer has shown no sign of life, as far as somebody looked."""
+
+    def __init__(self, folder: JobFolder) -> None:
+        """Begin to look."""
+        self._folder = folder
+        self._said: tuple[int, int] | None = None
+        self._since = time.monotonic()
+
+    def seconds(self) -> float:
+        """Look again: a lock that is held is a sign, and so is each new event."""
+        said = None
+        with suppress(OSError):
+            facts = self._folder.events.stat()
+            said = facts.st_size, facts.st_mtime_ns
+        if said != self._said or locked(self._folder):
+            self._said, self._since = said, time.monotonic()
+        return time.monotonic() - self._since
 
 
 def has_open(pid: int, path: Path) -> bool:

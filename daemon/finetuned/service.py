@@ -196,7 +196,6 @@ class Service:
         steps = (
             self._reload_config,
             self._finish_held,
-            self._find_again,
             self._obey,
             self._look_into_inbox,
             self._take_ready,
@@ -248,11 +247,6 @@ class Service:
             except OSError as error:
                 self._hold.begin(error, doing=f"going on with {job.id}")
                 return
-
-    def _find_again(self) -> None:
-        """Recover the jobs whose engines did not answer when the daemon began."""
-        for job in self._crew.unfound():
-            recover_job(self._ledger, self._home, job, stop_orphan=self._stop_orphan, adopt=self._adopt)
 
     def _obey(self) -> None:
         """Carry out what users want. An order stays until it is carried out or cannot be."""

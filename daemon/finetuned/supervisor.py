@@ -222,7 +222,7 @@ class Attempt:
     @classmethod
     def find(cls, ledger: Ledger, home: Home, job: Job, launcher: Launcher) -> Attempt | None:
         """Go on with the trainer of a job in state running that is on another machine, or was. None if its engine knows
-        none, raises OSError if that cannot be told now.
+        none.
         """
         trainer = launcher.find(home.job(job.id), trainer_id=job.trainer_id, attempt=job.attempt)
         if trainer is None:
@@ -255,7 +255,7 @@ class Attempt:
         offset = self._tail.offset
         events = self._tail.read()
         waits = self.trainer.waits
-        if events or waits != self.job.progress.get("waits_for", ""):
+        if events or waits != self.job.progress.get("waits_for", "") or self.trainer.id != self.job.trainer_id:
             rungs = [event.data["rung"] for event in events if event.type in SETTLE_RUNG]
             changes: dict[str, Any] = {"trainer_pid": self.trainer.pid, "trainer_id": self.trainer.id}
             changes["progress"] = {**progress_after(self.job.progress, events), "waits_for": waits}

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from conftest import chat_rows, eventually, write_jsonl
 from finetuned.config import Config
 from finetuned.engine_settings import Ray
-from finetuned.errors import FinetunedError
 from finetuned.events import ExitCode
 from finetuned.home import JobFolder
 from finetuned.jobs import FileIdentity, JobSpec
@@ -214,21 +213,21 @@ def test_a_node_without_the_folder_or_the_python_is_told_as_the_reason(launcher,
     monkeypatch.delenv("FINETUNED_TRAINER")
     settings = Ray(address=cluster.address, token_file=cluster.token_file, python="/nowhere/python")
     trainer = start(RayLauncher(settings), folder, attempt=2)
-    assert end_of(trainer) == ExitCode.BAD_SETTINGS
+    assert end_of(trainer) == ExitCode.TEMPORARY
     assert "ray.python" in folder.events.read_text()
     log = folder.path / "other.log"
     trainer = launcher.start(elsewhere, log=log, environment={}, needs=Needs(job="j", attempt=1, gpus=0))
-    assert end_of(trainer) == ExitCode.BAD_SETTINGS
+    assert end_of(trainer) == ExitCode.TEMPORARY
 
 
-def test_a_wrong_token_or_a_wrong_order_is_refused_with_the_remedy(cluster, job, tmp_path):
+def test_without_a_good_token_or_address_nothing_is_submitted_and_the_remedy_is_said(cluster, job, tmp_path):
     wrong = tmp_path / "token"
     wrong.write_text("b" * 64)
-    with pytest.raises(FinetunedError, match=r"403.*ray.token_file"):
+    with pytest.raises(ConnectionError, match=r"403.*ray.token_file"):
         start(RayLauncher(Ray(address=cluster.address, token_file=wrong)), job())
-    with pytest.raises(FinetunedError, match=r"401.*ray.token_file"):
+    with pytest.raises(ConnectionError, match=r"401.*ray.token_file"):
         start(RayLauncher(Ray(address=cluster.address)), job())
-    with pytest.raises(FinetunedError, match=r"404.*Mend `ray`"):
+    with pytest.raises(ConnectionError, match=r"404.*mend ray.address"):
         start(RayLauncher(Ray(address=f"{cluster.address}/elsewhere", token_file=cluster.token_file)), job())
 
 

@@ -21,6 +21,7 @@ from finetuned.errors import FinetunedError
 from finetuned.home import Home, JobFolder
 from finetuned.jobs import FileIdentity, JobSpec
 from finetuned.launchers import Needs
+from finetuned.launchers import slurm as slurm_launcher
 from finetuned.launchers.slurm import SlurmLauncher, SlurmTrainer
 from finetuned.launchers.slurm_queue import Queue
 from finetuned.lifesigns import exit_code, locked, signed
@@ -46,8 +47,9 @@ until [ -e "$1/out.1/adapter/finetuned.json" ]; do sleep 0.05; done""",
 
 
 @pytest.fixture
-def launcher(slurm, standin, tmp_path):
-    """Make launchers; each is one of a daemon of its own."""
+def launcher(slurm, standin, tmp_path, monkeypatch):
+    """Make launchers; each is one of a daemon of its own, with the patience of one that has nothing else to do."""
+    monkeypatch.setattr(slurm_launcher, "_AT_MOST", 30.0)
 
     def make(**settings) -> SlurmLauncher:
         return SlurmLauncher(Slurm(**settings), Home(tmp_path), Queue(every=0.2))
@@ -407,7 +409,7 @@ def test_a_job_whose_id_was_lost_on_its_way_is_not_submitted_twice(launcher, job
 
 def test_what_slurm_refuses_for_the_moment_is_no_error_of_the_job(launcher, job, sbatch_says):
     sbatch_says("cat >/dev/null; echo 'Job violates accounting/QOS policy (job submit limit, ...)' >&2; exit 1")
-    with pytest.raises(ConnectionError, match="job submit limit"):
+    with pytest.raises(BlockingIOError, match="job submit limit"):
         submit(launcher(), job())
 
 

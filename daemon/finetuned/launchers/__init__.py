@@ -42,14 +42,18 @@ class Trainer(Protocol):
 class Launcher(Protocol):
     """An engine that runs trainers on other machines, which see the base directory at the same path.
 
-    What cannot be done at the moment (the engine does not answer) raises OSError, what never can be FinetunedError.
+    What cannot be started now (the engine does not answer) raises OSError, what never can be FinetunedError. Neither
+    waits for an answer longer than a second or two.
     """
 
     def start(self, folder: JobFolder, *, log: Path, environment: Mapping[str, str], needs: Needs) -> Trainer:
         """Submit a trainer on a job's folder, its output appended to `log`."""
 
     def find(self, folder: JobFolder, *, trainer_id: str, attempt: int) -> Trainer | None:
-        """Give the trainer that an earlier daemon submitted; None if the engine knows none by this id any more."""
+        """Give the trainer that an earlier daemon submitted; None if the engine knows none by this id any more.
+
+        While the engine does not answer it is taken to know it.
+        """
 
 
 @dataclass(frozen=True)

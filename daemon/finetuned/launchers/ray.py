@@ -18,13 +18,13 @@ from typing import Any
 from finetuned.durable import OTHERS_NOTHING, write_file
 from finetuned.engine_settings import Ray
 from finetuned.errors import FinetunedError
-from finetuned.events import Event, EventType, ExitCode
+from finetuned.events import ExitCode
 from finetuned.home import JobFolder
 from finetuned.launchers import Needs
-from finetuned.launchers.program import GHOST_SECONDS, command, environment_elsewhere
+from finetuned.launchers.program import GHOST_SECONDS, GIVEN_UP_SECONDS, command, environment_elsewhere, given_up, tell
 from finetuned.launchers.ray_cluster import Cluster, UnsureError
 from finetuned.launchers.ray_ends import NOT_SHARED, End, end_of
-from finetuned.lifesigns import exit_code, locked
+from finetuned.lifesigns import Silence, exit_code, locked
 
 _AT_MOST = 0.5  # seconds for a connection, and as many for an answer, where the daemon waits for them
 _IN_A_THREAD = 10.0  # likewise, where nobody waits
@@ -52,6 +52,7 @@ class RayTrainer:
         self._ended_at = 0.0
         self._asked_to_stop = False
         self._killed = False
+        self._silence = Silence(folder)  # since it was killed, or Ray answered last
         self._ask_at = 0.0
         self._asking: threading.Thread | None = None
 
@@ -61,6 +62,8 @@ class RayTrainer:
             self._ask_if_due()
             if self._end is not None:
                 self._status = self._conclude(self._end)
+            elif self._killed and self._silence.seconds() >= GIVEN_UP_SECONDS:
+                self._status = self._give_up()
         return self._status
 
     def ask_to_stop(self) -> None:
@@ -74,6 +77,7 @@ class RayTrainer:
         """Have it ended by Ray. That takes a few seconds; `poll` says when it is done."""
         if not self._killed:
             self._killed = True
+            self._silence = Silence(self._folder)
             self._ask_at = 0.0
 
     def _ask_if_due(self) -> None:
@@ -90,6 +94,7 @@ class RayTrainer:
                 with suppress(OSError):
                     self._cluster.stop(self.id, seconds=_IN_A_THREAD)
             info = self._cluster.info(self.id, seconds=_IN_A_THREAD)
+            self._silence = Silence(self._folder)
             if info is None and self.order is not None:
                 self._submit_again(self.order)
                 return
@@ -127,8 +132,17 @@ class RayTrainer:
             return -signal.SIGKILL
         self.taken = end.taken
         if end.error is not None:
-            _tell(self._folder, end.error)
+            tell(self._folder, end.error)
         return end.status
+
+    def _give_up(self) -> int:
+        """Wait no longer for a cluster that may be gone for ever."""
+        said = exit_code(self._folder, self._attempt)
+        if said is not None:
+            return said
+        look = f"ray job status --address {self._cluster.address} {self.id}"
+        self.taken = given_up(self._folder, "Ray", self.id, look=look)
+        return -signal.SIGKILL
 
 
 class RayLauncher:
@@ -223,10 +237,3 @@ def submission_id(folder: JobFolder, attempt: int) -> str:
     """Name an attempt so that it is the same whoever asks, and no other's on a cluster that several daemons share."""
     place = sha256(os.fsencode(folder.path)).hexdigest()[:12]
     return f"finetuned-{folder.path.name}-{attempt}-{place}"
-
-
-def _tell(folder: JobFolder, error: FinetunedError) -> None:
-    """Say in the trainer's place why there was none."""
-    event = Event(time.time(), EventType.ERROR, error.sentence(), level="error", data=error.as_dict())
-    with suppress(OSError), folder.events.open("ab") as file:
-        file.write(event.line())

@@ -36,6 +36,7 @@ class Cluster:
 
     def __init__(self, settings: Ray) -> None:
         """Ask nothing yet."""
+        self.address = settings.address
         self._settings = settings
         self._answers = True
         self._noting = threading.Lock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,11 @@ from enum import IntEnum
 import structlog
 
 from finetuned.errors import FinetunedError
+from finetuned.events import ExitCode
 
 _log = structlog.get_logger()
 
-_SLOW = 60.0  # seconds that an answer may take while nobody waits
-_QUICK = 5.0  # seconds while the daemon's loop does
+_SLOW = 60.0  # seconds that an answer may take: the daemon's loop never waits for one
 _RECENT = 10.0  # seconds for which Slurm is taken to be there after an answer
 
 _INTERRUPTED = {
@@ -33,6 +34,9 @@ _INTERRUPTED = {
     "TIMEOUT": "its time limit was reached",
 }
 _ENDED = {"COMPLETED", "FAILED", "OUT_OF_MEMORY", *_INTERRUPTED}
+
+_ACCOUNTED = re.compile(r"(\d+)\|([A-Z_]+)[^|]*\|(\d+):(\d+)\|(.*)")  # State may be "CANCELLED by 1000"
+_OF_SHELLS, _MOST_SIGNALS = 128, 32
 
 # What sbatch says where the same may be taken later; everything else it will refuse again.
 _FOR_NOW = (
@@ -127,11 +131,23 @@ def parse_accounting(text: str) -> dict[str, Entry]:
     """Read what sacct printed, by id."""
     found = {}
     for line in text.splitlines():
-        job, state, status, name = line.split("|", 3)
-        code, number = map(int, status.split(":"))
-        how = -(number or code) if number or 1 < code < 32 else code  # sacct takes 128 away where a shell added it
-        found[job] = Entry(job, state.split()[0], how, "", name, "")  # "CANCELLED by 1000"
+        if read := _ACCOUNTED.fullmatch(line):
+            job, state, code, number, name = read.groups()
+            found[job] = Entry(job, state, _accounted_status(int(code), int(number)), "", name, "")
     return found
+
+
+def _accounted_status(code: int, number: int) -> int:
+    """Give an exit code and a signal as subprocess would, though sacct takes 128 away from codes that have it.
+
+    So 2 is 130, a trainer that was stopped, and 9 is 137, as a shell says that its program was killed. No trainer ends
+    with a code between 1 and 64.
+    """
+    if number:
+        return -number
+    if code == ExitCode.STOPPED - _OF_SHELLS:
+        return ExitCode.STOPPED
+    return -code if 1 < code < _MOST_SIGNALS else code
 
 
 def require_commands() -> None:
@@ -170,9 +186,13 @@ class Queue:
         """Look for this job in the accounting too, once the queue does not list it any more."""
         self._watched.add(job)
 
-    def forget(self, job: str) -> None:
-        """Look for it no more."""
+    def leave(self, job: str) -> None:
+        """Look for it no more; what it was ordered it is told if Slurm answers again."""
         self._watched.discard(job)
+
+    def forget(self, job: str) -> None:
+        """Look for it no more, and tell it nothing more."""
+        self.leave(job)
         self._orders.pop(job, None)
         self._told.discard(job)
 
@@ -182,28 +202,32 @@ class Queue:
             self._orders[job] = order
             self._next = 0.0
 
-    def recent(self) -> Listing:
-        """Give a listing that is some seconds old at most. Raises ConnectionError, at once if Slurm is known to be
-        away.
-        """
+    def is_away(self) -> bool:
+        """Whether Slurm did not answer when it was asked last; then it is asked again."""
         if self._silent:
             self.tend()
-            raise ConnectionError("Slurm does not answer")
-        if self.listing is None or time.monotonic() - self.listing.asked_at > _RECENT:
+        return self._silent
+
+    def recent(self) -> Listing:
+        """Give a listing that is some seconds old at most. Waits; raises ConnectionError."""
+        if self._silent or self.listing is None or time.monotonic() - self.listing.asked_at > _RECENT:
             return self.now()
         return self.listing
 
     def now(self) -> Listing:
-        """Ask and wait for the answer, some seconds. Raises ConnectionError."""
-        self._ask(_QUICK)
+        """Ask and wait for the answer. Raises ConnectionError."""
+        self._ask()
         assert self.listing
         return self.listing
 
     def submit(self, script: str, options: Sequence[str]) -> str:
-        """Submit a script; the job's id. Raises ConnectionError, and FinetunedError if Slurm will never take it."""
+        """Submit a script and wait; the job's id.
+
+        Raises ConnectionError, BlockingIOError if Slurm takes this one not now, FinetunedError if it never will.
+        """
         environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
         try:
-            said = _run("sbatch", "--parsable", *options, seconds=_QUICK, script=script, environment=environment)
+            said = _run("sbatch", "--parsable", *options, script=script, environment=environment)
         except TimeoutError as error:
             raise ConnectionError(f"Slurm does not answer: {error}") from None
         except _RefusedError as error:
@@ -221,24 +245,24 @@ class Queue:
             raise ConnectionError("sbatch gave no number")
         return said.split()[-1].split(";")[0]
 
-    def accounted(self, jobs: Collection[str], seconds: float = _QUICK) -> dict[str, Entry]:
+    def accounted(self, jobs: Collection[str]) -> dict[str, Entry]:
         """Give what the accounting knows of jobs; nothing where there is none."""
         fields = "--format=JobIDRaw,State,ExitCode,JobName"
-        with suppress(OSError, _RefusedError, ValueError):
+        with suppress(OSError, _RefusedError):
             asked = ("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(jobs)}", fields)
-            return parse_accounting(_run(*asked, seconds=seconds))
+            return parse_accounting(_run(*asked))
         return {}
 
     def _look(self) -> None:
         with suppress(OSError):
-            self._ask(_SLOW)
+            self._ask()
             self._carry_out_orders()
 
-    def _ask(self, seconds: float) -> None:
+    def _ask(self) -> None:
         asked_at = time.monotonic()
         fields = "JobID:|,State:|,exit_code:|,Reason:|,Name:|,Comment:|"
         try:
-            told = _run("squeue", "--me", "--states=all", "--noheader", f"--Format={fields}", seconds=seconds)
+            told = _run("squeue", "--me", "--states=all", "--noheader", f"--Format={fields}")
         except (_RefusedError, OSError) as error:
             if not self._silent:
                 _log.warning("Slurm does not answer", why=str(error), then="it is asked again; its jobs are kept")
@@ -249,7 +273,7 @@ class Queue:
             _log.info("Slurm answers again")
         self._silent = False
         if lost := [job for job in self._watched.copy() if job not in entries]:
-            entries |= {job: entry for job, entry in self.accounted(lost, seconds).items() if entry.ended}
+            entries |= {job: entry for job, entry in self.accounted(lost).items() if entry.ended}
         if self.listing is None or self.listing.asked_at < asked_at:
             self.listing = Listing(asked_at, entries)
 
@@ -265,12 +289,12 @@ class Queue:
             with suppress(_RefusedError):  # it has moved on: the next look sees
                 if order is Order.KILL:
                     with suppress(_RefusedError):  # it has not begun
-                        _run("scancel", "--signal=KILL", "--batch", job, seconds=_SLOW)
-                    _run("scancel", job, seconds=_SLOW)
+                        _run("scancel", "--signal=KILL", "--batch", job)
+                    _run("scancel", job)
                 elif entry.state == "PENDING":
-                    _run("scancel", "--state=PENDING", job, seconds=_SLOW)
+                    _run("scancel", "--state=PENDING", job)
                 elif entry.state == "RUNNING" and job not in self._told:
-                    _run("scancel", "--signal=TERM", "--batch", job, seconds=_SLOW)
+                    _run("scancel", "--signal=TERM", "--batch", job)
                     self._told.add(job)
 
 
@@ -278,7 +302,7 @@ class _RefusedError(Exception):
     """A command ended with an error; the message is what it said."""
 
 
-def _run(*command: str, seconds: float, script: str = "", environment: Mapping[str, str] | None = None) -> str:
+def _run(*command: str, script: str = "", environment: Mapping[str, str] | None = None) -> str:
     """Run a command of Slurm's and give what it prints. Raises _RefusedError, and OSError: TimeoutError, or it is not
     there.
     """
@@ -290,11 +314,11 @@ def _run(*command: str, seconds: float, script: str = "", environment: Mapping[s
             capture_output=True,
             encoding="utf-8",
             errors="surrogateescape",  # paths are bytes
-            timeout=seconds,
+            timeout=_SLOW,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise TimeoutError(f"{command[0]} said nothing in {seconds:.0f} s") from None
+        raise TimeoutError(f"{command[0]} said nothing in {_SLOW:.0f} s") from None
     if done.returncode:
         said = [line.removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in done.stderr.splitlines()]
         raise _RefusedError("; ".join(filter(None, said)) or f"{command[0]} ended with {done.returncode}")

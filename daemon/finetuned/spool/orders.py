@@ -161,6 +161,9 @@ def take_back(home: Home, job: Job) -> None:
     """
     folder, source = home.job(job.id), home.failed / job.id
     write_spec(home, job)  # R2
+    earlier = folder.stop(job.attempt)
+    if job.attempt and not earlier.exists():  # its trainer may be with a cluster that was silent when it was cancelled
+        earlier.touch()
     for kept, place in (
         *((source / name, place) for place, name in reversed(users_files(home, job))),
         (source / folder.checkpoints.name, folder.checkpoints),

@@ -91,9 +91,9 @@ def _attempt(folder: JobFolder) -> int:
     try:
         if ranks.signs() and attempt is None:
             sign(folder)
+        if attempt is not None and not ranks.has_agent() and not _is_wanted(folder, attempt):
+            return ExitCode.STOPPED
         spec = JobSpec.decode(folder.spec.read_bytes())
-        if attempt is not None and attempt != str(spec.attempt) and not ranks.has_agent():
-            return ExitCode.STOPPED  # its engine began it when nobody wanted it any more
         if not ranks.signs():
             return int(_run(folder, spec))
         if attempt is not None and not take_lock(folder):
@@ -111,6 +111,15 @@ def _attempt(folder: JobFolder) -> int:
     if code == -signal.SIGKILL:  # a rank was, for memory most likely: who waits for us is to see that
         os.kill(os.getpid(), signal.SIGKILL)
     return code if code >= 0 else 1
+
+
+def _is_wanted(folder: JobFolder, attempt: str) -> bool:
+    """Whether an engine has begun us in time: the job is still there, at this attempt, and nobody has stopped it."""
+    try:
+        now = JobSpec.decode(folder.spec.read_bytes()).attempt
+    except FileNotFoundError:
+        return False
+    return attempt == str(now) and not folder.stop(now).exists()
 
 
 def _still_at_work(folder: JobFolder) -> ExitCode:
