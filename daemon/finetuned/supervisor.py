@@ -117,7 +117,7 @@ def _taken_too_often(job: Job, taken: str) -> dict[str, str]:
         "code": "taken_too_often",
         "what": f"the cluster ended it {MOST_IN_VAIN} times, and it wrote no new checkpoint between; {taken} at last",
         "where": printable(job.name),
-        "remedy": "Give it more time there, lower checkpoint_minutes, or see the cluster's log; then `finetuned retry`.",
+        "remedy": "Give it more time there, lower checkpoint_minutes, or see the cluster's log; then `retry` it.",
     }
 
 
