@@ -43,6 +43,15 @@ def test_small_jobs_share_a_gpu_only_where_all_of_them_may_and_fit():
     assert schedule([fits], devices=[gpu], work=[replace(old, memory=None)]).starts == {}
 
 
+def test_what_others_hold_of_a_shared_gpu_counts():
+    [gpu] = GPUS[:1]
+    old, fits = Work("old", ("GPU-0",), memory=50, shares=True), Wish("fits", memory=30, shares=True)
+    assert schedule([fits], devices=[replace(gpu, others=10)], work=[old]).starts == {"fits": ("GPU-0",)}
+    decided = schedule([fits], devices=[replace(gpu, others=11)], work=[old])
+    assert decided.starts == {}
+    assert decided.waits["fits"].startswith("others hold 0.0 GiB of GPU 0")
+
+
 def test_an_empty_gpu_is_taken_before_one_is_shared():
     old = Work("old", ("GPU-0",), memory=10, shares=True)
     decided = schedule([Wish("x", memory=10, shares=True)], devices=GPUS[:2], work=[old])

@@ -296,18 +296,31 @@ class Taken:
 
     pid, id, taken, waits = None, "7", "PREEMPTED", ""
 
+    def poll(self) -> int:
+        return 143
 
-def test_a_trainer_that_is_taken_away_goes_on_but_not_for_ever_where_it_never_comes_further(home):
+
+def test_a_trainer_that_is_taken_away_goes_on_but_not_for_ever_where_it_writes_no_checkpoint(home):
+    """Steps without one are done in vain: the next attempt begins before them."""
     ledger = Ledger.open(home.ledger)
     ledger.add(job())
+    events = home.job("x-1").events
+    events.parent.mkdir(parents=True)
+
+    def attempt(*said: Event):
+        append(events, b"".join(one.line() for one in said))
+        one = Attempt(ledger, home, ledger.job("x-1"), Taken())
+        one.tend()
+        return one.conclude(143)
+
+    def steps_without_checkpoint(number: int):
+        return attempt(event(EventType.METRICS, step=50 + number))  # it comes further than before, now and then
+
     for number in range(MOST_IN_VAIN - 1):
-        decision, ending = Attempt(ledger, home, ledger.job("x-1"), Taken()).conclude(143)
+        decision, ending = steps_without_checkpoint(number)
         assert (ending, decision.reason) == (Ending.INTERRUPTED, None), number
-    attempt = Attempt(ledger, home, ledger.job("x-1"), Taken())
-    attempt.job = replace(attempt.job, progress={**attempt.job.progress, "step": 1})
-    assert attempt.conclude(143)[0].reason is None
-    for _ in range(MOST_IN_VAIN):
-        decision, _ = Attempt(ledger, home, ledger.job("x-1"), Taken()).conclude(143)
-    assert decision.reason is not None
-    assert decision.reason["code"] == "taken_too_often"
-    assert "PREEMPTED" in decision.reason["what"]
+    assert attempt(event(EventType.CHECKPOINT, checkpoint_step=100))[0].reason is None
+    told = [steps_without_checkpoint(number)[0].reason for number in range(MOST_IN_VAIN - 1)]
+    assert told[:-1] == [None] * (MOST_IN_VAIN - 2)
+    assert told[-1]["code"] == "taken_too_often"
+    assert "PREEMPTED" in told[-1]["what"]

@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import forked
 from conftest import chat_rows, eventually, write_jsonl
 from finetuned.config import settings_from
 from finetuned.errors import FinetunedError
@@ -31,9 +32,11 @@ from finetuned.events import Ending, Event, EventType, ExitCode, describe_end, j
 from finetuned.home import JobFolder
 from finetuned.jobs import FileIdentity, Job, JobSpec, State
 from finetuned.supervisor import decide
+from forked import ForkedProcess
 
 # One thread: tiny matrices gain nothing from more, and two trainers may run side by side.
 # And glibc gives each large block back at once, so that the address space tells what is needed.
+TRAINER = [sys.executable, "-m", "finetuned.trainer"]
 QUIET = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
 ROWS, BATCH = 24, 8
 WIDE_STEPS = 6
@@ -46,7 +49,7 @@ class Run:
 
     def __init__(self, folder: Path, data: Path, **settings) -> None:
         self.folder = JobFolder(folder)
-        self.command = [sys.executable, "-m", "finetuned.trainer"]
+        self.command = TRAINER
         self.peak = 0  # the most address space that an attempt had, in bytes
         folder.mkdir(parents=True)
         values = {"dtype": "float32", "batch_size": BATCH, "epochs": 2, "learning_rate": 2e-3, **settings}
@@ -67,20 +70,28 @@ class Run:
 
     def start(
         self, *, rung: dict | None = None, memory: int | None = None, environment: dict[str, str] | None = None
-    ) -> subprocess.Popen:
+    ) -> subprocess.Popen | ForkedProcess:
         """Start the next attempt, with no more than `memory` bytes of address space."""
         self.spec = replace(self.spec, attempt=self.spec.attempt + 1, rung=rung or self.spec.rung)
         self.folder.spec.write_bytes(self.spec.encode())
-        with (self.folder.path / "log").open("ab") as log:
-            process = subprocess.Popen(
-                [*self.command, str(self.folder.path)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **QUIET, **(environment or {})},
-            )
+        process = self._fork() if self.command == TRAINER and not environment else None
+        process = process or self._spawn(environment or {})
         if memory:
             bound(process, memory)
         return process
+
+    def _fork(self) -> ForkedProcess | None:
+        one_alone = self.spec.processes == 1
+        return forked.start(self.folder, log=self.folder.path / "log", environment=QUIET) if one_alone else None
+
+    def _spawn(self, environment: dict[str, str]) -> subprocess.Popen:
+        with (self.folder.path / "log").open("ab") as log:
+            return subprocess.Popen(
+                [*self.command, str(self.folder.path)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **QUIET, **environment},
+            )
 
     def attempt(self, **options) -> int:
         """Make the next attempt, and give its exit code."""
@@ -136,13 +147,13 @@ def assert_same_weights(found: Run, wanted: Run, *, tolerance: float = 0.0) -> N
             assert step[figure] == pytest.approx(other[figure], rel=100 * tolerance), figure
 
 
-def address_space(process: subprocess.Popen, field: str) -> int:
+def address_space(process: subprocess.Popen | ForkedProcess, field: str) -> int:
     """Bytes of address space, now (VmSize) or at most so far (VmPeak); 0 for a process that has ended."""
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
 
 
-def bound(process: subprocess.Popen, memory: int) -> None:
+def bound(process: subprocess.Popen | ForkedProcess, memory: int) -> None:
     """Let a process have no more than so many bytes of address space."""
     resource.prlimit(process.pid, resource.RLIMIT_AS, (memory, memory))
 
@@ -351,7 +362,7 @@ def test_in_bf16_it_trains_and_answers_too(runs):
 # ---------------------------------------------------------------- stopped, killed, and gone on
 
 
-def when(run: Run, process: subprocess.Popen, happened: Callable[[], object]) -> None:
+def when(run: Run, process: subprocess.Popen | ForkedProcess, happened: Callable[[], object]) -> None:
     """Wait until something happened to a trainer that still runs."""
 
     def look() -> object:

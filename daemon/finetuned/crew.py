@@ -84,7 +84,7 @@ class Crew:
             return
         jobs = {job.id: job for job in queue}
         queue = [job for job in queue if not (self._refused(config, job) or self._unanswered(config, job))]
-        at_work = {device for one in self.attempts for device in _places(one.job)}
+        at_work = self._at_work()
         self.fleet.look(config, at_work)
         self._heed_gpus(config)
         if self.fleet.none_left(config):
@@ -258,6 +258,14 @@ class Crew:
             _log.info("training starts", job=job.id, attempt=job.attempt, **who, where=why)
             self._next_decision = 0.0
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
+
+    def _at_work(self) -> dict[str, list[int]]:
+        """Give the devices of this machine where trainers are, with their processes there."""
+        found: dict[str, list[int]] = {}
+        for attempt in self.attempts:
+            for device in _places(attempt.job):
+                found.setdefault(device, []).extend(filter(None, [attempt.trainer.pid]))
+        return found
 
     def _first_in_turn(self) -> list[Job]:
         """Give the first jobs of the queue, and the first for this machine if none of those is."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
 import structlog
@@ -33,7 +33,7 @@ class Fleet:
         self._sampler = sampler
         self._found = list(sampler.gpus)
         self._aside: dict[str, str] = {}
-        self._used: dict[str, int] = {}  # bytes, by UUID, when last looked at
+        self._others: dict[str, int] = {}  # bytes that they hold, by UUID, when last looked at
         self._looked_at = -_LOOK_EVERY
         self._busy: dict[str, str] = {}  # why no job is started on it, by UUID, when last asked
         self._said: object = None
@@ -42,7 +42,7 @@ class Fleet:
             home.gpus.unlink(missing_ok=True)
 
     def devices(self, config: Config, at_work: Collection[str]) -> list[Device]:
-        """Give what jobs may be started on now. On those in `at_work` jobs of ours are, so memory in use tells nothing.
+        """Give what jobs may be started on now. Those in `at_work`, where jobs of ours are, are not busy with others.
 
         Where the daemon's own CUDA_VISIBLE_DEVICES names GPUs by other things than UUIDs, which nobody can tell apart
         from here, all that it names is one device. Without a GPU the processor is one.
@@ -55,11 +55,16 @@ class Fleet:
         usable = self._usable(config)
         self._busy = {gpu.uuid: self._why_busy(gpu, config, at_work) for gpu in usable}
         self._tell(config)
-        return [Device(gpu.uuid, str(gpu), gpu.memory_total, self._busy[gpu.uuid]) for gpu in usable]
+        return [
+            Device(gpu.uuid, str(gpu), gpu.memory_total, self._others.get(gpu.uuid, 0), self._busy[gpu.uuid])
+            for gpu in usable
+        ]
 
-    def look(self, config: Config, at_work: Collection[str]) -> None:
-        """Read what is in use of GPUs that none of ours is on, and so notice those that are gone."""
-        self._read([gpu for gpu in self._usable(config) if gpu.uuid not in at_work])
+    def look(self, config: Config, trainers: Mapping[str, Collection[int]]) -> None:
+        """Read what others use of GPUs, and so notice those that are gone. `trainers` gives by GPU the processes of
+        ours there, and those GPUs are asked only where jobs may share them.
+        """
+        self._read([gpu for gpu in self._usable(config) if config.share_gpus or gpu.uuid not in trainers], trainers)
 
     def rest(self, config: Config) -> None:
         """Note that nobody waits for a GPU, so that none is asked whether others use it."""
@@ -132,18 +137,20 @@ class Fleet:
                 _log.error("no such GPU", gpus=", ".join(map(str, unknown)), there=there, then="mend `gpus`")
         return [gpu for gpu in gpus if gpu.uuid in config.gpus or gpu.index in config.gpus]
 
-    def _read(self, gpus: Sequence[Gpu]) -> None:
-        new = any(gpu.uuid not in self._used for gpu in gpus)
+    def _read(self, gpus: Sequence[Gpu], trainers: Mapping[str, Collection[int]]) -> None:
+        empty = [gpu.uuid for gpu in gpus if gpu.uuid not in trainers]
+        new = any(uuid not in self._others for uuid in empty)
         if new or (gpus and time.monotonic() >= self._looked_at + _LOOK_EVERY):
             self._looked_at = time.monotonic()
-            used = self._sampler.memory_used()
-            self._used = {gpu.uuid: used.get(gpu.uuid, 0) for gpu in gpus}
+            found = self._sampler.memory_of_others(trainers)
+            asked = {gpu.uuid for gpu in gpus}
+            self._others = dict.fromkeys(empty, 0) | {uuid: held for uuid, held in found.items() if uuid in asked}
 
     def _why_busy(self, gpu: Gpu, config: Config, at_work: Collection[str]) -> str:
-        used = self._used.get(gpu.uuid, 0)
-        if gpu.uuid in at_work or used <= config.gpu_busy_gib * _GIB:
+        others = self._others.get(gpu.uuid, 0)
+        if gpu.uuid in at_work or others <= config.gpu_busy_gib * _GIB:
             return ""
-        return f"is used by others: {used / _GIB:.1f} GiB are taken, and gpu_busy_gib is {config.gpu_busy_gib:g}"
+        return f"is used by others: {others / _GIB:.1f} GiB are taken, and gpu_busy_gib is {config.gpu_busy_gib:g}"
 
     def _tell(self, config: Config) -> None:
         """Write how it is with each GPU, where that has changed."""

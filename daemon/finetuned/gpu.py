@@ -243,20 +243,26 @@ class Sampler:
             samples.append(Sample(created_at=created_at, **asdict(device.gpu), **answers))
         return samples
 
-    def memory_used(self) -> dict[str, int]:
-        """Read the bytes in use of every GPU that is not lost, by UUID; a GPU that does not tell is left out."""
-        used = {}
+    def memory_of_others(self, trainers: Mapping[str, Collection[int]]) -> dict[str, int]:
+        """Read the bytes in use of every GPU that is not lost, by UUID, less those of our trainers on it.
+
+        A GPU that does not tell is left out, and one where our trainers' part is not to be seen.
+        """
+        others = {}
         for device in self._devices:
             if device.lost:
                 continue
+            ours = trainers.get(device.gpu.uuid, ())
+            queries: _Queries = {**_ALWAYS, **({"ours": partial(_memory_of, ours)} if ours else {})}
             try:
-                answers = self._ask(device.gpu.uuid, device.handle, _ALWAYS)
+                answers = self._ask(device.gpu.uuid, device.handle, queries)
             except nvml.NVMLError as error:
                 self._lose(device, error)
                 continue
-            if answers["memory_used"] is not None:
-                used[device.gpu.uuid] = answers["memory_used"]
-        return used
+            used, known = answers["memory_used"], answers.get("ours", 0)
+            if used is not None and known is not None:
+                others[device.gpu.uuid] = max(0, used - known)
+        return others
 
     def events(self) -> list[DeviceEvent]:
         """Give what befell the GPUs since the last call: each loss once, and every Xid."""

@@ -7,7 +7,7 @@ that nothing starves. Jobs for an engine on other machines wait in that engine's
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 LOCAL = "local"
 CPU = "cpu"  # the one device of a machine without GPUs
@@ -21,6 +21,7 @@ class Device:
     id: str  # the GPU's UUID
     name: str  # as people call it
     memory: int | None = None  # bytes
+    others: int = 0  # bytes that other people's processes hold there, as far as that is known
     busy: str = ""  # why no job is started on it now, though none of ours is at work there
 
 
@@ -96,17 +97,20 @@ def _choose(wish: Wish, devices: Sequence[Device], work: Sequence[Work]) -> tupl
     empty = [device.id for device in devices if not on[device.id] and not device.busy]
     if len(empty) >= wish.gpus:
         return tuple(empty[: wish.gpus]), ""
+    why = ""
     if wish.gpus == 1 and wish.shares and wish.memory is not None:
         for device in devices:
             if on[device.id] and not device.busy and _fits(wish.memory, device, on[device.id]):
                 return (device.id,), ""
-    return None, _why(wish.gpus, devices, on)
+            if on[device.id] and _fits(wish.memory, replace(device, others=0), on[device.id]):
+                why = f"others hold {device.others / 2**30:.1f} GiB of {device.name}, which it could share"
+    return None, why or _why(wish.gpus, devices, on)
 
 
-def _fits(memory: int, device: Device, others: Sequence[Work]) -> bool:
-    if device.memory is None or not all(one.shares and one.memory is not None for one in others):
+def _fits(memory: int, device: Device, work: Sequence[Work]) -> bool:
+    if device.memory is None or not all(one.shares and one.memory is not None for one in work):
         return False
-    return memory + sum(one.memory or 0 for one in others) <= FILL * device.memory
+    return memory + sum(one.memory or 0 for one in work) + device.others <= FILL * device.memory
 
 
 def _why(needed: int, devices: Sequence[Device], on: Mapping[str, Sequence[Work]]) -> str:

@@ -34,7 +34,7 @@ _LAST_WAIT = 10.0  # seconds for a killed trainer to be gone
 _ORPHAN_PAUSE = 0.1  # seconds between two looks at its lock
 _AT_ONCE = 4 * 2**20  # bytes of events.jsonl
 MOST_TRANSIENT = 5
-MOST_IN_VAIN = 20  # times that an engine may take a trainer away before a step of its is done
+MOST_IN_VAIN = 20  # times that an engine may take a trainer away without a new checkpoint, from which alone it goes on
 FIRST_DELAY = 30.0  # seconds before a transient end is tried again; doubled each time
 LONGEST_DELAY = 1800.0
 _UNCOUNTED = {
@@ -115,9 +115,9 @@ def _killed(job: Job) -> dict[str, str]:
 def _taken_too_often(job: Job, taken: str) -> dict[str, str]:
     return {
         "code": "taken_too_often",
-        "what": f"the cluster ended it {MOST_IN_VAIN} times in a row before it came a step further; {taken} at last",
+        "what": f"the cluster ended it {MOST_IN_VAIN} times, and it wrote no new checkpoint between; {taken} at last",
         "where": printable(job.name),
-        "remedy": "Give it more time there, or see the cluster's log; then `finetuned retry` goes on with it.",
+        "remedy": "Give it more time there, lower checkpoint_minutes, or see the cluster's log; then `retry` it.",
     }
 
 
@@ -169,6 +169,8 @@ def progress_after(progress: dict[str, Any], events: list[Event]) -> dict[str, A
         match event.type:
             case EventType.PHASE | EventType.METRICS | EventType.CHECKPOINT | EventType.RESULT:
                 newest |= event.data
+                if event.type is EventType.CHECKPOINT:
+                    newest["in_vain"] = 0
             case EventType.PLAN:
                 newest |= {key: event.data[key] for key in ("total_steps", "device") if key in event.data}
             case EventType.ERROR:
@@ -187,7 +189,6 @@ class Attempt:
         self._ledger = ledger
         self._tail = EventTail(home.job(job.id).events, job.events_offset)
         self._stop_by: float | None = None
-        self._step_before = job.progress.get("step", 0)
         self.gpu_failed = False
 
     @classmethod
@@ -268,11 +269,6 @@ class Attempt:
                 raise
         return events, status if self._tail.drained else None
 
-    def _in_vain(self, taken: str) -> int:
-        """Count how often in a row an engine took the trainer away before it came further."""
-        further = self.job.progress.get("step", 0) > self._step_before
-        return int(self.job.progress.get("in_vain", 0)) + 1 if taken and not further else 0
-
     def conclude(self, status: int) -> tuple[Decision, Ending]:
         """Judge the end. For a job that goes back into the queue the ledger is updated; the caller publishes or fails
         it.
@@ -283,7 +279,7 @@ class Attempt:
         if ending is Ending.TRANSIENT and error is None:  # nor room to say so
             error = {"code": "no_space", "what": "no room on the disk"}
         how = taken or describe_end(status)
-        in_vain = self._in_vain(taken)
+        in_vain = int(self.job.progress.get("in_vain", 0)) + 1 if taken else 0  # since its last checkpoint
         decision = decide(self.job, ending, error=error, end=how)
         if in_vain >= MOST_IN_VAIN:
             decision = Decision(reason=_taken_too_often(self.job, taken))

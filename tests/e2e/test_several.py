@@ -193,10 +193,24 @@ def test_jobs_share_a_gpu_where_they_are_predicted_to_fit_together(  # noqa: PLR
 ):
     fake_nvml.set("gpus=1", f"0.memory_total={4 * GIB}")
     write_config(home, model=str(tiny_model), share_gpus=True)
-    standin(seconds=60)  # the first is at work until the second has been predicted, however busy the machine
+    standin(seconds=600)
     one = daemon(environment=fake_nvml.environment())
-    drop("a.jsonl", "b.jsonl")
-    two = running(one, 2, seconds=240)
+    drop("a.jsonl")
+    [first] = running(one, 1)
+
+    def held(everybody: int) -> list[str]:
+        ours = f"0.process.{first.trainer_pid}={GIB}"
+        return ["gpus=1", f"0.memory_total={4 * GIB}", f"0.memory_used={everybody}", ours]
+
+    fake_nvml.set(*held(4 * GIB))  # other people's processes have come meanwhile
+    drop("b.jsonl")
+    waits = eventually(
+        lambda: one.job("b.jsonl", state=State.QUEUED).progress.get("waits_for", "").startswith("others hold"),
+        seconds=120,
+    )
+    assert waits
+    fake_nvml.set(*held(GIB))
+    two = running(one, 2)
     assert on(two[0]) == on(two[1])
 
 
