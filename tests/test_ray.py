@@ -5,6 +5,7 @@ as it is told, in Ray's place. The real Ray is in `tests/cluster`.
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -132,7 +133,7 @@ def test_a_token_is_read_at_each_question(answers, folder, tmp_path):
     token.write_text("second\n")
     eventually(lambda: trainer.poll() is None and answers.headers.get("Authorization") == "Bearer second")
     token.unlink()
-    with pytest.raises(OSError, match="token"):
+    with pytest.raises(ConnectionError, match="ray.token_file .* cannot be read"):
         start(answers.address, folder, token_file=token)
 
 
@@ -173,6 +174,27 @@ def test_what_never_can_be_is_told_apart_from_what_cannot_be_now(answers, folder
     answers.submit = status, "Traceback\nValueError: because\n.\n"
     with pytest.raises(kind, match="because"):
         start(answers.address, folder)
+
+
+def test_an_address_that_sends_elsewhere_has_surely_not_taken_the_order(answers, folder):
+    answers.submit = 302, "a page where people log in"
+    with pytest.raises(ConnectionError, match="sends us elsewhere .302.; mend ray.address"):
+        start(answers.address, folder)
+
+
+def test_an_address_that_speaks_no_http_has_surely_not_taken_the_order(folder):
+    """Ray's own port, say, in place of its dashboard's."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b"\x00\x00\x18\x04\x00\x00\x00\x00\x00\r\n")
+                connection.recv(2**16)
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(ConnectionError, match="is not Ray's dashboard.*; mend ray.address"):
+            start(f"http://127.0.0.1:{server.getsockname()[1]}", folder)
 
 
 def test_an_order_that_the_cluster_has_already_is_no_error(answers, folder):

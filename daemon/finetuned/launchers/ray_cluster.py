@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import BadStatusLine, HTTPConnection, HTTPException, HTTPSConnection, RemoteDisconnected
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote, urlsplit
@@ -56,6 +56,8 @@ class Cluster:
             raise ConnectionError(
                 f"{self._settings.address} does not know Ray's API: {_last_line(text)}; mend ray.address"
             )
+        if 300 <= status < 400:  # to a page where people log in, say
+            raise ConnectionError(f"{self._settings.address} sends us elsewhere ({status}); mend ray.address")
         if 400 <= status < 500 and status not in _PASSING:
             raise RefusedError(
                 f"Ray refuses the job ({status}): {_last_line(text)}",
@@ -110,6 +112,10 @@ class Cluster:
                 answer = connection.getresponse()
                 return answer.status, answer.read(_LARGEST).decode("utf-8", "replace")
             except (OSError, HTTPException) as error:
+                if isinstance(error, BadStatusLine) and not isinstance(error, RemoteDisconnected):
+                    address = self._settings.address
+                    what = f"what answers at {address} is not Ray's dashboard, whose port is mostly 8265"
+                    raise ConnectionError(f"{what}; mend ray.address") from error
                 raise UnsureError(f"Ray does not answer: {str(error) or type(error).__name__}") from error
         finally:
             connection.close()
@@ -125,9 +131,12 @@ class Cluster:
 
 
 def _token(path: Path) -> str:
-    token = path.read_bytes().strip().decode("ascii", "replace")
+    try:
+        token = path.read_bytes().strip().decode("ascii", "replace")
+    except OSError as error:
+        raise ConnectionError(f"ray.token_file {path} cannot be read: {error.strerror}") from error
     if not token.isascii() or not token.isprintable():
-        raise OSError(f"ray.token_file {path} holds no token")
+        raise ConnectionError(f"ray.token_file {path} holds no token")
     return token
 
 
