@@ -196,7 +196,7 @@ def test_jobs_share_a_gpu_where_they_are_predicted_to_fit_together(  # noqa: PLR
     standin(seconds=600)
     one = daemon(environment=fake_nvml.environment())
     drop("a.jsonl")
-    [first] = running(one, 1)
+    [first] = running(one, 1, seconds=240)
 
     def held(everybody: int) -> list[str]:
         ours = f"0.process.{first.trainer_pid}={GIB}"
@@ -206,7 +206,7 @@ def test_jobs_share_a_gpu_where_they_are_predicted_to_fit_together(  # noqa: PLR
     drop("b.jsonl")
     waits = eventually(
         lambda: one.job("b.jsonl", state=State.QUEUED).progress.get("waits_for", "").startswith("others hold"),
-        seconds=120,
+        seconds=240,
     )
     assert waits
     fake_nvml.set(*held(GIB))
