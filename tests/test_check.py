@@ -515,3 +515,21 @@ def test_rows_longer_than_a_model_has_places_for_are_refused(base, tmp_path):
         assert said.code == code, said
     assert "1 row cannot be read: the longest has" in said.err
     assert "Set max_length to 100 or less" in said.err
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 60}
+
+
+@pytest.mark.parametrize(
+    ("config", "warned"),
+    [
+        ({"architectures": ["JambaForCausalLM"], "model_type": "jamba", "rope_parameters": None}, True),
+        ({"rope_parameters": YARN}, False),  # for 60 before it was stretched
+    ],
+)
+def test_rows_longer_than_a_model_without_a_table_of_places_was_made_for_are_taken(base, tmp_path, config, warned):
+    model = reaching(60, Path(json.loads(base.config_file.read_text())["model"]), tmp_path / "model", **config)
+    file = write_jsonl(tmp_path / "x.jsonl", [chat("Who?", "word " * 20)])
+    said = check(file, "--base-dir", base.root, "--model", model, "--json")
+    assert said.code == 0, said
+    assert ("beyond_reach" in said.facts["warnings"]) is warned

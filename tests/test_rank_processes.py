@@ -12,6 +12,7 @@ import pytest
 
 from conftest import chat_rows, eventually, write_jsonl
 from finetuned.events import EventType, ExitCode
+from finetuned.home import JobFolder
 from finetuned.lifesigns import TAKES_LOCK, exit_code, locked, signed, take_lock
 from finetuned.trainer import ranks
 from finetuned.trainer.ranks import verdict
@@ -153,12 +154,50 @@ def test_answers_that_rank_0_makes_are_learned_by_all(tmp_path, tiny_model):
         ([(1, ExitCode.STOPPED), (0, ExitCode.STOPPED)], True, ExitCode.STOPPED),
         ([(1, -signal.SIGTERM), (0, ExitCode.TEMPORARY)], True, ExitCode.STOPPED),  # before they could hear it
         ([(0, ExitCode.OUT_OF_MEMORY), (1, ExitCode.TEMPORARY)], True, ExitCode.OUT_OF_MEMORY),
+        ([(1, -signal.SIGABRT), (0, KILLED)], False, KILLED),  # what came of it may be seen first
         ([(1, 0), (0, 1)], False, 1),
         ([(1, -signal.SIGSEGV), (0, 0)], False, 0),  # as it ended: the adapter is whole
     ],
 )
 def test_an_attempt_ends_as_the_rank_that_failed_for_its_own_reason(endings, stopped, wanted):
     assert verdict(endings, stopped=stopped) == wanted
+
+
+WRITING = """
+import os, pathlib, signal, sys, time
+
+if os.environ["RANK"] == "1":
+    sys.exit(1)
+signal.signal(signal.SIGTERM, lambda *_: None)
+time.sleep(2)
+pathlib.Path("{}").touch()
+sys.exit(75)
+"""
+
+
+def test_rank_0_has_time_to_write_a_checkpoint_when_another_has_failed(tmp_path, monkeypatch):
+    written = tmp_path / "checkpoint"
+    command = [sys.executable, "-c", WRITING.format(written)]
+    monkeypatch.setattr(ranks, "_start", lambda _, environment: subprocess.Popen(command, env=environment))
+    monkeypatch.setattr(ranks, "_PATIENCE", 0.2)
+    assert ranks.run(JobFolder(tmp_path), 2, asked_to_stop=lambda: False) == 1
+    assert written.exists()
+
+
+NO_GPU = """
+import torch
+
+torch.version.cuda = "13.0"  # as in a torch for GPUs
+"""
+
+
+def test_a_gpu_that_is_given_and_not_there_is_told_and_waited_for(tmp_path, data, tiny_model):
+    (tmp_path / "sitecustomize.py").write_text(NO_GPU)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    run = run_of(tmp_path / "job", data, tiny_model, processes=1)
+    given = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "GPU-1"}
+    assert run.attempt(environment=given) == ExitCode.TEMPORARY, run.log
+    assert codes(run) == ["gpu_gone"]
 
 
 def started(*command: str | Path, environment: Mapping[str, str] | None = None) -> list[subprocess.Popen[str]]:
@@ -221,6 +260,38 @@ def test_who_ends_before_the_ranks_have_met_does_not_keep_the_others_waiting(wha
 
 def codes(run: Run) -> list[str]:
     return [error.data["code"] for error in run.events(EventType.ERROR)]
+
+
+IN_THE_SUM = """
+import os
+
+if os.environ.get("RANK") == "1":
+    from finetuned.trainer import group
+
+    calls, real = [], group.Group._sum
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise {}
+        real(*arguments)
+
+    group.Group._sum = fail
+"""
+
+
+@pytest.mark.parametrize(("error", "code"), [("MemoryError", ExitCode.OUT_OF_MEMORY), ("ValueError", 1)])
+def test_an_error_in_the_sum_of_one_rank_ends_it_and_so_the_others(error, code, tmp_path, data, tiny_model):
+    """Nobody can do that sum again together, nor is there anybody who would end the others."""
+    (tmp_path / "sitecustomize.py").write_text(IN_THE_SUM.format(error))
+    run = run_of(tmp_path / "job", data, tiny_model, tuning="lora")
+    run.folder.spec.write_bytes(run.spec.encode())
+    environment = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    processes = started(*TRAINER, run.folder.path, environment=environment)
+    told = said(processes)
+    assert [process.returncode for process in processes] == [ExitCode.TEMPORARY, code], told
+    assert [event.data["checkpoint_step"] for event in run.events(EventType.CHECKPOINT)] == [len(run.steps())]
+    assert run.steps()
 
 
 GONE = """

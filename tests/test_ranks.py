@@ -25,6 +25,7 @@ SAME = {
     "full": QUIET | MANNERS["full"],
     "small batches": QUIET | MANNERS["small batches"],
     "fewer rows than ranks": QUIET | {"batch_size": 1, "max_steps": STEPS},
+    "fp16, fewer rows than ranks": QUIET | {"batch_size": 1, "max_steps": STEPS, "dtype": "fp16"},
     "hybrid": QUIET
     | {"recipe": "hybrid", "judge": {"kind": "number", "tolerance": 1e6}, "hybrid": {"max_new_tokens": 4}},
     "distill": {"recipe": "distill", "distill": {"temperature": [3, 1]}},
@@ -83,6 +84,7 @@ def train_together(folder: Path, jobs: dict[str, Ordered]) -> None:
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     environment = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment["PMI_SIZE"] = "2"  # as srun says to programs of MPI; accelerate would wrap the model where it finds it
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "ranks_worker", str(folder)],
