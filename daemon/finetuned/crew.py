@@ -29,12 +29,13 @@ from finetuned.launchers import Needs, Start
 from finetuned.launchers.local import start, trainer_environment
 from finetuned.launchers.warm import WarmParent
 from finetuned.ledger import Ledger
+from finetuned.lifesigns import boot_id
 from finetuned.live import sentence_of_all
 from finetuned.pulse import no_room
 from finetuned.scheduler import CPU, LOCAL, Device, Wish, Work, schedule
 from finetuned.sharding import may_be_sharded
 from finetuned.spool.claim import settle_duplicate, write_spec
-from finetuned.supervisor import Attempt, boot_id
+from finetuned.supervisor import Attempt
 from finetuned.tidy import keep_ends, release
 
 _GPU_LINE_SECONDS = 60.0
