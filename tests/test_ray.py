@@ -257,6 +257,7 @@ DIED = "Job supervisor actor died: The actor died unexpectedly before finishing 
 ERRORS = {
     "killed": ({"driver_exit_code": -9}, -9, "", ""),
     "killed below a shell": ({"driver_exit_code": 137}, -9, "", ""),
+    "a crash of a rank on another node": ({"driver_exit_code": 139}, -11, "", ""),
     "stopped": ({"driver_exit_code": 130}, 130, "", ""),
     "a bug": ({"driver_exit_code": 1}, 1, "", ""),
     "memory": (
