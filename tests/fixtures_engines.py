@@ -41,6 +41,10 @@ class RayEngine:
         """End a job as somebody else does."""
         self._ask("POST", f"/api/jobs/{trainer}/stop")
 
+    def says_why(self, status: str) -> bool:
+        """Whether `finetuned status` says why a job waits while nobody answers."""
+        return "ray takes no jobs" in status
+
     def go_away(self) -> None:
         """Answer nobody any more, nor go on with a job."""
         self._away = True
@@ -104,6 +108,10 @@ class SlurmEngine:
         options = ("--partition=high", "--gpus-per-node=2", "--output=/dev/null")
         self.cluster.run("sbatch", *options, "--wrap=sleep 1")
         eventually(lambda: self.cluster.state(trainer) not in {"RUNNING", "PENDING"}, why="a job that had to go")
+
+    def says_why(self, status: str) -> bool:
+        """Whether `finetuned status` says why a job waits while nobody answers: before it is submitted, or after."""
+        return "slurm takes no jobs" in status or "waits for the cluster: Slurm" in status
 
     def go_away(self) -> None:
         """Answer nobody any more. Its jobs go on."""

@@ -270,6 +270,14 @@ def test_a_lock_whose_holder_cannot_be_seen_fails(doctor, home, content):
     assert "fuser" in finding["remedy"]
 
 
+def test_a_daemon_on_another_machine_is_named_with_that(doctor, home):
+    home.lock.write_text("4711 far-away another-boot\n")
+    with home.lock.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        finding = doctor()["daemon"]
+    assert (finding["verdict"], finding["what"]) == ("ok", "at work: pid 4711 on far-away")
+
+
 @needs_root
 def test_a_kernel_that_lets_nobody_watch_is_a_warning(doctor, home):
     """The limit of a user namespace of the test's own stands in for a machine whose watches are used up."""

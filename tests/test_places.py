@@ -129,3 +129,15 @@ def test_one_gpu_that_is_in_order_is_not_worth_a_line(home, ledger):
     ledger.add(job("one-1", "GPU-a"))
     with only_daemon(home):
         assert "gpu  " not in render(gather(home))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"launcher": "slurm"}, "slurm goes on with it without a daemon; the next `finetuned run` finds it again"),
+        ({}, "it stands still; `finetuned run` goes on with it"),
+    ],
+)
+def test_a_running_job_without_a_daemon_goes_on_with_its_engine_and_stands_still_here(ledger, home, settings, words):
+    ledger.add(job("x", settings=settings, trainer_id="4711"))
+    assert words in render(gather(home))

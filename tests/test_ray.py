@@ -152,6 +152,24 @@ def test_an_order_whose_answer_is_lost_is_given_again_until_the_cluster_knows_it
     assert "knows the job no more" in trainer.taken
 
 
+def test_while_an_order_is_in_doubt_the_daemon_gives_no_other(answers, folder, monkeypatch):
+    monkeypatch.setattr(ray, "_AT_MOST", 0.05)
+    answers.late = 0.3
+    launcher = RayLauncher(Ray(address=answers.address))
+
+    def submit(attempt: int) -> ray.RayTrainer:
+        needs = Needs(job="job-1", attempt=attempt, gpus=1)
+        return launcher.start(folder, log=folder.path.with_suffix(".log"), environment={}, needs=needs)
+
+    first = submit(1)
+    with pytest.raises(ConnectionError, match="has not answered yet"):
+        submit(2)
+    answers.late = 0.0
+    answers.say("RUNNING")
+    eventually(lambda: first.poll() is None and not first.in_doubt)
+    assert submit(2).id != first.id
+
+
 def test_an_order_in_doubt_that_is_refused_fails_with_the_reason_and_one_that_is_stopped_is_given_no_more(
     answers, folder, monkeypatch
 ):
@@ -280,6 +298,7 @@ DIED = "Job supervisor actor died: The actor died unexpectedly before finishing 
 ERRORS = {
     "killed": ({"driver_exit_code": -9}, -9, "", ""),
     "killed below a shell": ({"driver_exit_code": 137}, -9, "", ""),
+    "a crash of a rank on another node": ({"driver_exit_code": 139}, -11, "", ""),
     "stopped": ({"driver_exit_code": 130}, 130, "", ""),
     "a bug": ({"driver_exit_code": 1}, 1, "", ""),
     "memory": (

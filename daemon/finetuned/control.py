@@ -11,12 +11,14 @@ from contextlib import contextmanager, suppress
 
 from finetuned.config import load_config
 from finetuned.errors import HomeError
-from finetuned.guard import daemon_pid
+from finetuned.guard import Holder, daemon_at_work
 from finetuned.home import Home
 from finetuned.jobs import Job, State
 from finetuned.ledger import Ledger
-from finetuned.spool.orders import OrderError, Verb, check_retry, check_turn, settings_of_retry
+from finetuned.lifesigns import has_open
+from finetuned.spool.orders import OrderError, Verb, check_retry, check_turn, pause, resume, settings_of_retry
 
+_NEXT_LOOK = "the daemon hears it at its next look"
 _NOT_RUNNING = "the daemon is not running, so this takes effect when it starts"
 
 
@@ -24,20 +26,48 @@ def order(home: Home, verb: Verb, name: str = "", *, before: str = "") -> str:
     """Give an order for the job of that id, or the beginning of it; the sentence to tell the user. `before` names the
     job before which it is to come.
 
-    Raises HomeError if there is no such job or the ledger cannot be written, OrderError or ConfigError if it could not
-    be carried out.
+    Raises HomeError if there is no such job or the ledger cannot be written from here, OrderError or ConfigError if it
+    could not be carried out.
     """
+    daemon = daemon_at_work(home)
+    if daemon is not None and daemon.elsewhere:
+        return _from_afar(home, verb, daemon)
     with _ledger(home) as ledger:
         job = _find(ledger, verb, name) if name else None
         other = _find(ledger, verb, before) if verb is Verb.BEFORE else None
         said = _check(home, verb, job, other)
         ledger.order(verb, job.id if job else "", time.time(), before=other.id if other else "")
-    pid = daemon_pid(home)
-    if pid is None:
+    daemon = daemon_at_work(home)
+    if daemon is None:
         return f"{said}; {_NOT_RUNNING}"
-    with suppress(PermissionError, ProcessLookupError):  # it looks by itself every few seconds
-        os.kill(pid, signal.SIGUSR1)
-    return said
+    with suppress(OSError, ValueError):
+        # In a container its pid is another process's here, or another's there.
+        if has_open(int(daemon.pid), home.lock):
+            os.kill(int(daemon.pid), signal.SIGUSR1)
+            return said
+    return f"{said}; {_NEXT_LOOK}"
+
+
+def _from_afar(home: Home, verb: Verb, daemon: Holder) -> str:
+    """Do what needs no ledger, which is SQLite's and of one machine at a time. Raises HomeError for all else."""
+    if verb not in {Verb.PAUSE, Verb.RESUME}:
+        raise HomeError(
+            f"the daemon is at work on {daemon.host}, and no other machine can write to its ledger",
+            where=str(home.root),
+            remedy=f"Run this on {daemon.host}, or use its control centre.",
+        )
+    try:
+        if verb is Verb.PAUSE:
+            pause(home, "a user asked for it")
+        else:
+            resume(home)
+    except OSError as error:
+        raise HomeError(
+            f"the queue cannot be {verb}d: {error.strerror}",
+            where=str(home.paused),
+            remedy="Do it as the user who runs the daemon, or make room on the disk.",
+        ) from error
+    return f"{_check(home, verb, None, None)}; {_NEXT_LOOK}"
 
 
 def _check(home: Home, verb: Verb, job: Job | None, other: Job | None) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import structlog
 
@@ -27,18 +29,19 @@ from finetuned.launchers import Needs, Start
 from finetuned.launchers.local import start, trainer_environment
 from finetuned.launchers.warm import WarmParent
 from finetuned.ledger import Ledger
+from finetuned.lifesigns import boot_id
 from finetuned.live import sentence_of_all
 from finetuned.preview import Preview
 from finetuned.pulse import no_room
 from finetuned.scheduler import CPU, LOCAL, Device, Wish, Work, schedule
 from finetuned.sharding import may_be_sharded
 from finetuned.spool.claim import settle_duplicate, write_spec
-from finetuned.supervisor import Attempt, boot_id
+from finetuned.supervisor import Attempt
 from finetuned.tidy import keep_ends, release
 
 _GPU_LINE_SECONDS = 60.0
 _DECIDE_EVERY = 1.0  # seconds, while jobs run and nothing happens to them
-_REFUSED_SECONDS = 60.0  # until a job is tried again that its engine did not take, and may later
+_FIRST_REFUSAL, _LAST_REFUSAL = 60.0, 1800.0  # seconds until its engine is asked again to take a job; doubled
 _LOOKED_AT = 50  # waiting jobs that are looked at for a place, from the first
 
 _UNDER_WAY = frozenset({State.QUEUED, State.RUNNING})
@@ -61,8 +64,8 @@ class Crew:
         self._foresight = Foresight(home, wake=wake)
         self._preview = Preview(home, wake=wake)
         self._warm = WarmParent()
-        # The jobs whose trainers could not be started, why, and seconds to wait, until the ledger says so too.
-        self._never_began: list[tuple[Job, str, float]] = []
+        # The jobs whose trainers could not be started, with events and changes, until the ledger has them.
+        self._never_began: list[tuple[Job, list[Event], dict[str, Any]]] = []
         self._next_decision = 0.0
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
 
@@ -191,11 +194,9 @@ class Crew:
     def queue_again(self) -> None:
         """Put jobs back whose trainers never began, so that nothing was interrupted. Once there is room for that."""
         while self._never_began:
-            job, why, wait = self._never_began[0]
+            job, events, changes = self._never_began[0]
             if self._ledger.job(job.id).state in _UNDER_WAY:  # else a user has cancelled it meanwhile
-                over = ended(job, Ending.TRANSIENT, at=time.time(), how=why)
-                changes = {"not_before": time.time() + wait, "progress": {**job.progress, "waits": why}} if wait else {}
-                self._ledger.record(job.id, [over], offset=job.events_offset, state=State.QUEUED, **changes)
+                self._ledger.record(job.id, events, offset=job.events_offset, state=State.QUEUED, **changes)
             self._never_began.pop(0)
 
     # -- what is said of it
@@ -210,9 +211,10 @@ class Crew:
         environment, why = trainer_environment(*(device.id for device in devices if device.id != CPU))
         if (name := _launcher(job)) != LOCAL:
             why = f"with {name}"
+        again = job.progress.get("unsent")  # the same attempt, which its engine has not taken yet
         try:
             check_place(self._home.adapters)
-            following = replace(job, attempt=job.attempt + 1)
+            following = job if again is not None else replace(job, attempt=job.attempt + 1)
             told_apart = name == LOCAL and self.fleet.count(config)
             processes = len(devices) if told_apart else _wanted(job)
             forecast = self._foresight.of(job.id)
@@ -220,12 +222,12 @@ class Crew:
             # A rung of 4-bit weights, which cannot be spread, may fit on one GPU, which is why it was taken.
             sharded = large and processes > 1 and bool(told_apart) and _may_be_sharded(job)
             write_spec(self._home, following, processes=processes, sharded=sharded)
-            progress = {key: value for key, value in job.progress.items() if key != "waits_for"}
+            progress = {key: value for key, value in job.progress.items() if key not in {"waits_for", "unsent"}}
             progress |= {"gpu": environment.get("CUDA_VISIBLE_DEVICES", ""), "devices": [one.id for one in devices]}
             progress |= {"processes": processes, "sharded": sharded}
             job = self._ledger.record(
                 job.id,
-                [began(following, at=time.time(), on=why)],
+                [began(following, at=time.time(), on=why)] if again is None else [],
                 offset=job.events_offset,
                 state=State.RUNNING,
                 attempt=following.attempt,
@@ -248,15 +250,19 @@ class Crew:
             elif isinstance(error, (ConnectionError, TimeoutError)):
                 self._engines.failed(name, error)
             else:  # it is about this job alone
-                wait = _REFUSED_SECONDS
-            self._never_began.append((job, f"it could not be started: {error}", wait))
-            self.queue_again()
+                wait = min(2 * again if again else _FIRST_REFUSAL, _LAST_REFUSAL)
+            self._put_back(job, error, wait=wait, again=again)
         else:
-            self._engines.answered(name)
             self.attempts.append(attempt)
             who = {"pid": attempt.trainer.pid} if name == LOCAL else {"id": attempt.trainer.id}
             _log.info("training starts", job=job.id, attempt=job.attempt, **who, where=why)
             self._next_decision = 0.0
+            if attempt.trainer.id:
+                self._engines.answered(name)
+            if again is not None:
+                taken = Event(time.time(), EventType.MESSAGE, f"{name} takes it now")
+                with suppress(sqlite3.OperationalError):
+                    self._ledger.record(job.id, [taken], offset=job.events_offset)
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
 
     def _at_work(self) -> dict[str, list[int]]:
@@ -266,6 +272,22 @@ class Crew:
             for device in _places(attempt.job):
                 found.setdefault(device, []).extend(filter(None, [attempt.trainer.pid]))
         return found
+
+    def _put_back(self, job: Job, error: Exception, *, wait: float, again: float | None) -> None:
+        """Put a job back whose trainer could not be started. For an engine it stays at its attempt until it is taken,
+        and one event says so, however often that is tried.
+        """
+        why = f"it could not be started: {error}"
+        changes: dict[str, Any] = {"not_before": time.time() + wait} if wait else {}
+        progress = {**job.progress, "waits": why} if wait else job.progress
+        if _launcher(job) == LOCAL or job.state is not State.RUNNING:
+            events = [ended(job, Ending.TRANSIENT, at=time.time(), how=why)]
+        else:
+            progress = {**progress, "unsent": wait or again or 0.0}
+            words = f"{_launcher(job)} does not take it: {error}; it is tried until it does"
+            events = [Event(time.time(), EventType.MESSAGE, words, level="warning")] if again is None else []
+        self._never_began.append((job, events, {**changes, "progress": progress}))
+        self.queue_again()
 
     def _first_in_turn(self) -> list[Job]:
         """Give the first jobs of the queue, and the first for this machine if none of those is."""

@@ -43,10 +43,12 @@ class Engines:
 
     def failed(self, name: str, error: OSError) -> None:
         """Note that an engine took none."""
-        pause = min(2 * self._down.get(name, (0.0, _FIRST_PAUSE / 2, ""))[1], _LAST_PAUSE)
+        before = self._down.get(name)
+        pause = min(2 * before[1], _LAST_PAUSE) if before else _FIRST_PAUSE
         why = f"{name} takes no jobs: {error}; it is tried again"
         self._down[name] = time.monotonic() + pause, pause, why
-        _log.error("engine takes no jobs", launcher=name, error=str(error), again_in_seconds=pause)
+        if before is None:  # once in a night
+            _log.error("engine takes no jobs", launcher=name, error=str(error), then="it is tried again")
 
     def _make(self, name: str, config: Config) -> Launcher:
         if name == "ray":

@@ -8,20 +8,45 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetuned.durable import NO_ROOM, make_folder
 from finetuned.errors import HomeError
 from finetuned.home import Home
+from finetuned.lifesigns import boot_id
 
 _LONGEST = 1024  # bytes of the lock
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A daemon, as its lock says; earlier ones gave their pid alone."""
+
+    pid: str
+    host: str = ""
+    boot: str = ""
+
+    def __str__(self) -> str:
+        """Give its pid, and on another machine also that."""
+        return self.pid + self.where
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is on another machine, with which this one shares the base directory."""
+        return bool(self.boot) and self.boot != boot_id()
+
+    @property
+    def where(self) -> str:
+        """Say on which other machine it is."""
+        return f" on {self.host}" if self.elsewhere else ""
 
 
 @contextmanager
 def only_daemon(home: Home) -> Iterator[None]:
     """Make the folders and hold the base directory's lock.
 
-    Raises HomeError: with the holder's pid if another daemon has it, with the code `no_room` on a full disk.
+    Raises HomeError: with the holder if another daemon has it, with the code `no_room` on a full disk.
     """
     with _writing(home):
         for folder in home.folders:
@@ -29,15 +54,15 @@ def only_daemon(home: Home) -> Iterator[None]:
         descriptor = os.open(home.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
         if not _locked_soon(descriptor):
-            holder = _read(descriptor)[0] or "unknown"
+            holder = _holder(_read(descriptor)[0]) or Holder("unknown")
             raise HomeError(
                 f"another daemon is at work here, pid {holder}",
                 where=str(home.root),
-                remedy=f"Stop it with `kill {holder}`, or use another base directory.",
+                remedy=f"Stop it with `kill {holder.pid}`{holder.where}, or use another base directory.",
                 code="already_running",
             )
         with _writing(home):
-            _write(descriptor, f"{os.getpid()}\n")
+            _write(descriptor, f"{os.getpid()} {os.uname().nodename} {boot_id()}\n")
         yield
     finally:
         os.close(descriptor)
@@ -56,8 +81,8 @@ def _writing(home: Home) -> Iterator[None]:
         ) from error
 
 
-def daemon_pid(home: Home) -> int | None:
-    """Give the pid of the daemon at work here: who holds the lock wrote it there."""
+def daemon_at_work(home: Home) -> Holder | None:
+    """Give the daemon at work here: who holds the lock wrote there who it is."""
     try:
         descriptor = os.open(home.lock, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -65,10 +90,16 @@ def daemon_pid(home: Home) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return int(_read(descriptor)[0] or 0) or None
+        return _holder(_read(descriptor)[0])
     finally:
         os.close(descriptor)
     return None
+
+
+def daemon_pid(home: Home) -> int | None:
+    """Give its pid, which means nothing on another machine."""
+    holder = daemon_at_work(home)
+    return int(holder.pid) if holder else None
 
 
 def say_waiting(home: Home, why: str) -> None:
@@ -113,9 +144,13 @@ def why_waiting(home: Home) -> str | None:
 
 
 def _read(descriptor: int) -> tuple[str, str]:
-    """Give the holder's pid and why it waits, as far as they are there."""
-    pid, _, why = os.pread(descriptor, _LONGEST, 0).decode("utf-8", "replace").partition("\n")
-    return pid.strip(), why.strip()
+    """Give who holds it and why it waits, as far as they are there."""
+    holder, _, why = os.pread(descriptor, _LONGEST, 0).decode("utf-8", "replace").partition("\n")
+    return holder.strip(), why.strip()
+
+
+def _holder(said: str) -> Holder | None:
+    return Holder(*said.split()[:3]) if said else None
 
 
 def _write(descriptor: int, text: str) -> None:

@@ -101,6 +101,11 @@ def has_open(pid: int, path: Path) -> bool:
     return False
 
 
+def boot_id() -> str:
+    """Name this run of the machine: a pid means nothing after a restart, nor on another machine."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
 def leave_exit_code(folder: JobFolder, attempt: int, code: int) -> None:
     """Say as the last act how an attempt ends. What does not get so far was killed."""
     with suppress(OSError):  # no room on the disk: the parent knows it all the same

@@ -37,7 +37,7 @@ def sentence(progress: dict[str, Any]) -> str:
     """Give a running job's newest figures."""
     phase = progress.get("phase")
     if progress.get("waits_for"):
-        return f"waits in the cluster's queue: {progress['waits_for']}"
+        return f"waits for the cluster: {progress['waits_for']}"
     if phase == "generating" and "counted" in progress:
         return f"{_PHASES[phase]}, {progress['counted']}"
     if phase in _PHASES or "train_loss" not in progress:

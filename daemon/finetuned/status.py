@@ -14,13 +14,13 @@ from typing import Any
 from finetuned.checked import is_checked
 from finetuned.errors import ConfigError, harmless
 from finetuned.found import ledger_if_any
-from finetuned.guard import daemon_pid, why_no_centre, why_paused, why_waiting
+from finetuned.guard import daemon_at_work, why_no_centre, why_paused, why_waiting
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.lifesigns import locked
 from finetuned.live import duration, sentence
 from finetuned.live import why_waiting as why_it_waits
-from finetuned.places import Gpu, gpu_states, gpus_at_work, place_of
+from finetuned.places import Gpu, gpu_states, gpus_at_work, is_elsewhere, place_of
 from finetuned.spool.inbox import Complaint, Found, list_inbox
 
 _LAST = 10  # finished jobs
@@ -31,9 +31,11 @@ _LONGEST_REASON = 300  # characters
 
 def gather(home: Home) -> dict[str, Any]:
     """Collect everything, as `--json` prints it. Raises HomeError if the ledger is damaged."""
+    daemon = daemon_at_work(home)
     facts: dict[str, Any] = {
         "base_dir": str(home.root),
-        "daemon_pid": daemon_pid(home),
+        "daemon_pid": int(daemon.pid) if daemon else None,
+        "daemon_host": daemon.host if daemon and daemon.elsewhere else None,
         "config_error": None,
         "paused": why_paused(home),
         "gpus": gpus_at_work(states := gpu_states(home), None),
@@ -57,7 +59,12 @@ def gather(home: Home) -> dict[str, Any]:
         if ledger is None:
             return facts
         facts["running"] = [
-            {**_facts(job), "where": place_of(job, states), "trainer_alive": locked(home.job(job.id))}
+            {
+                **_facts(job),
+                "where": place_of(job, states),
+                "trainer_alive": locked(home.job(job.id)),
+                "with_engine": job.state is State.RUNNING and is_elsewhere(job),
+            }
             for job in ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)
         ]
         facts["queue"] = [_facts(job) for job in ledger.queue()]
@@ -122,15 +129,14 @@ def render(facts: dict[str, Any]) -> str:
     pid = facts["daemon_pid"]
     lines = [
         f"finetuned in {facts['base_dir']}: "
-        + (f"running, pid {pid}" if pid else "not running; start it with `finetuned run`")
+        + (f"running, pid {pid}{_host(facts)}" if pid else "not running; start it with `finetuned run`")
     ]
     lines += [""] if facts["running"] else []
     for job in facts["running"]:
         where = f" {job['where']['words']}".rstrip() if job["where"] else ""
         lines += [f"running   {job['id']}{where}", f"          {sentence(job['progress'])}"]
         if not pid:
-            trainer = "its trainer is at work without a daemon" if job["trainer_alive"] else "it stands still"
-            lines.append(f"          {trainer}; `finetuned run` goes on with it")
+            lines.append(f"          {_without_daemon(job)}")
     lines[1:1] = _hindrances(facts)
     if gpus := _gpus(facts):
         lines += ["", *gpus]
@@ -147,6 +153,19 @@ def render(facts: dict[str, Any]) -> str:
     if len(lines) == 1:
         lines += ["", "nothing yet: drop a .jsonl file into inbox/"]
     return harmless("\n".join(lines))
+
+
+def _host(facts: dict[str, Any]) -> str:
+    return f" on {facts['daemon_host']}" if facts["daemon_host"] else ""
+
+
+def _without_daemon(job: dict[str, Any]) -> str:
+    """Say what becomes of a running job while no daemon is there."""
+    if job["with_engine"]:
+        return f"{job['where']['launcher']} goes on with it without a daemon; the next `finetuned run` finds it again"
+    if job["trainer_alive"]:
+        return "its trainer is at work without a daemon; `finetuned run` goes on with it"
+    return "it stands still; `finetuned run` goes on with it"
 
 
 def _hindrances(facts: dict[str, Any]) -> list[str]:

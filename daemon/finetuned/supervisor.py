@@ -26,7 +26,7 @@ from finetuned.jobs import Job, State
 from finetuned.launchers import Launcher, Start, Trainer
 from finetuned.launchers.adopted import AdoptedTrainer
 from finetuned.ledger import Ledger
-from finetuned.lifesigns import has_open, locked, signed
+from finetuned.lifesigns import boot_id, has_open, locked, signed
 
 _log = structlog.get_logger()
 
@@ -301,11 +301,6 @@ class Attempt:
             trainer_id="",
         )
         return decision, ending
-
-
-def boot_id() -> str:
-    """Name this run of the machine: a pid means nothing after a restart."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
 def stop_orphan(home: Home, job: Job, *, seconds: float) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from finetuned.config import load_config
 from finetuned.doctor.finding import Finding, Verdict, failed
 from finetuned.errors import FinetunedError
-from finetuned.guard import check_one_mount, daemon_pid
+from finetuned.guard import check_one_mount, daemon_at_work
 from finetuned.home import Home
 
 _GIB = 2**30
@@ -84,23 +84,23 @@ def check_disk(home: Home) -> Finding:
 
 def check_daemon(home: Home) -> Finding:
     """Who holds the lock of the base directory."""
-    try:
-        pid = daemon_pid(home)
-    except ValueError:  # no number in it
-        pid = 0
-    if pid is None:
+    holder = daemon_at_work(home)
+    if holder is None:
         return Finding("daemon", Verdict.OK, "none is at work here")
+    if holder.elsewhere:
+        return Finding("daemon", Verdict.OK, f"at work: pid {holder}")
     command = ""
     with suppress(OSError):
-        command = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ").strip()
+        words = Path(f"/proc/{holder.pid}/cmdline").read_text(encoding="utf-8", errors="replace")
+        command = words.replace("\0", " ").strip()
     if "finetuned" not in command:
         return Finding(
             "daemon",
             Verdict.FAIL,
-            f"the lock is held, and not by a daemon that can be seen from here (it says pid {pid})",
+            f"the lock is held, and not by a daemon that can be seen from here (it says pid {holder.pid})",
             f"Another container or machine may be at work here: stop its daemon. `fuser {home.lock}` may name it.",
         )
-    return Finding("daemon", Verdict.OK, f"at work: pid {pid}, {command}")
+    return Finding("daemon", Verdict.OK, f"at work: pid {holder.pid}, {command}")
 
 
 def check_inotify(home: Home) -> Finding:

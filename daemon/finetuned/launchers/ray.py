@@ -56,6 +56,11 @@ class RayTrainer:
         self._ask_at = 0.0
         self._asking: threading.Thread | None = None
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether nobody knows yet if the cluster has taken the order."""
+        return self.order is not None and self._end is None and self._status is None
+
     def poll(self) -> int | None:
         """Give its exit status as subprocess does; None while it runs, waits for its turn, or cannot be asked for."""
         if self._status is None:
@@ -152,6 +157,7 @@ class RayLauncher:
         """Ask nothing yet."""
         self._settings = settings
         self._cluster = Cluster(settings)
+        self._last: RayTrainer | None = None  # whose order was not answered
 
     def start(self, folder: JobFolder, *, log: Path, environment: Mapping[str, str], needs: Needs) -> RayTrainer:
         """Submit a trainer on a job's folder, its output appended to `log`.
@@ -159,6 +165,8 @@ class RayLauncher:
         Raises OSError if the cluster does not answer, FinetunedError if it refuses. Where it may have taken the job
         and did not say so, the trainer finds out.
         """
+        if self._last is not None and self._last.in_doubt:
+            raise ConnectionError("Ray has not answered yet")
         submission = submission_id(folder, needs.attempt)
         trainer = RayTrainer(self._cluster, folder, submission, needs.attempt)
         order = self._order(folder, log, environment, needs)
@@ -166,6 +174,7 @@ class RayLauncher:
             self._cluster.submit(order, seconds=_AT_MOST)
         except UnsureError:
             trainer.order = order
+            self._last = trainer
         return trainer
 
     def find(self, folder: JobFolder, *, trainer_id: str, attempt: int) -> RayTrainer | None:

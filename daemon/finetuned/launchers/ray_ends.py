@@ -14,7 +14,7 @@ from finetuned.events import ExitCode
 NOT_SHARED = 72  # exit code of our entry point where the node has no such folder, as of sysexits.h
 WORKER_LOST = 74  # likewise, where Ray Train lost one of the workers
 _NOT_FOUND = frozenset({126, 127})  # the shell's, where it cannot run a program
-_KILLED_IN_SHELL = 128 + signal.SIGKILL
+_SIGNALS_IN_SHELL = range(129, 160)  # exit codes of a shell, and of our entry point, whose program a signal ended
 _GOES_ON = frozenset({"PENDING", "RUNNING"})
 _NO_MEMORY = "running low on memory"  # what Ray's memory monitor says as it ends a process
 _NEVER_BEGAN = frozenset(
@@ -63,7 +63,7 @@ def _end_of_program(code: int) -> End:
         return End(ExitCode.TEMPORARY, error=_no_start(what, "Name one that all nodes have as ray.python."))
     if code == WORKER_LOST:
         return End(-signal.SIGKILL, taken="Ray Train lost one of its workers")
-    return End(-signal.SIGKILL if code == _KILLED_IN_SHELL else code)
+    return End(128 - code if code in _SIGNALS_IN_SHELL and code != ExitCode.STOPPED else code)
 
 
 def _no_start(what: str, remedy: str = "Mend `ray` in config.json.") -> FinetunedError:
