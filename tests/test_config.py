@@ -100,8 +100,8 @@ def test_an_unknown_key_is_named_and_refused(tmp_path):
 
 def test_a_profile_holds_training_settings_only(tmp_path):
     said = refused(tmp_path, {"profiles": {"a": {"quiet_seconds": 3, "profiles": {}}}})
-    assert "profiles.a.quiet_seconds: no such setting" in said
-    assert "profiles.a.profiles: no such setting" in said
+    assert "profiles.a.quiet_seconds: no such setting here; it belongs at the top of config.json" in said
+    assert "profiles.a.profiles: no such setting here" in said
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"epochs": 3,}', "\x00", '{"epochs": 3} x'])

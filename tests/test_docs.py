@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetuned.cli import cli
-from finetuned.config import Config
+from finetuned.config import Config, load_config
 from finetuned.findings import ERRORS, WARNINGS
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +30,15 @@ def test_every_verb_is_in_the_readme(verb):
 def test_what_a_page_links_to_is_there(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", ["scale", "ray", "slurm"])
+def test_every_config_that_a_page_shows_can_be_copied(page, tmp_path):
+    shown = re.findall(r"^```json\n(.*?)^```", (ROOT / "docs" / f"{page}.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert shown
+    for text in shown:
+        (tmp_path / "config.json").write_text(text)
+        load_config(tmp_path / "config.json")
 
 
 def test_the_readme_s_commands_are_targets_of_the_makefile():

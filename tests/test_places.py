@@ -44,7 +44,7 @@ def ledger(home):
     [
         (job("x", "cpu"), "on the processor"),
         (job("x", "GPU-b"), "on GPU 1 H100"),
-        (job("x", "GPU-a", "GPU-b"), "on GPUs 0, 1"),
+        (job("x", progress={"devices": ["GPU-a", "GPU-b"], "processes": 2}), "on GPUs 0, 1"),
         (job("x", "GPU-of-an-earlier-machine"), "on GPU GPU-of-an-earlier-machine"),
         (job("x", "cpu", progress={"devices": ["cpu"], "processes": 2}), "on the processor, 2 processes"),
         (job("x", settings={"launcher": "slurm"}, trainer_id="4711"), "with slurm as 4711"),

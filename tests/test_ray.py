@@ -134,7 +134,7 @@ def test_a_token_is_read_at_each_question(answers, folder, tmp_path):
     token.write_text("second\n")
     eventually(lambda: trainer.poll() is None and answers.headers.get("Authorization") == "Bearer second")
     token.unlink()
-    with pytest.raises(ConnectionError, match=r"ray.token_file .* cannot be read"):
+    with pytest.raises(ConnectionError, match=r"ray\.token_file .* cannot be read"):
         start(answers.address, folder, token_file=token)
 
 
@@ -197,7 +197,7 @@ def test_what_never_can_be_is_told_apart_from_what_cannot_be_now(answers, folder
 
 def test_an_address_that_sends_elsewhere_has_surely_not_taken_the_order(answers, folder):
     answers.submit = 302, "a page where people log in"
-    with pytest.raises(ConnectionError, match=r"sends us elsewhere .302.; mend ray.address"):
+    with pytest.raises(ConnectionError, match=r"sends us elsewhere \(302\); mend ray\.address"):
         start(answers.address, folder)
 
 
@@ -212,7 +212,7 @@ def test_an_address_that_speaks_no_http_has_surely_not_taken_the_order(folder):
                 connection.recv(2**16)
 
         threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(ConnectionError, match=r"is not Ray's dashboard.*; mend ray.address"):
+        with pytest.raises(ConnectionError, match=r"is not Ray's dashboard.*; mend ray\.address"):
             start(f"http://127.0.0.1:{server.getsockname()[1]}", folder)
 
 

@@ -165,7 +165,7 @@ def add(
 @cli.command()
 @_base_dir
 def pause(base_dir: Path | None) -> None:
-    """Start no job; the running one writes a checkpoint and leaves the GPU."""
+    """Start no job; each that runs writes a checkpoint and leaves its GPU."""
     _order(base_dir, "pause")
 
 

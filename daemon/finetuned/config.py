@@ -412,7 +412,9 @@ def _config(value: dict[str, Any], *, where: str) -> Config:
             try:
                 _settings(base, changes)
             except ValidationError as error:
-                lines += [f"profiles.{name}.{line}" for line in config_errors.lines(error, TrainingSettings)]
+                lines += [
+                    f"profiles.{name}.{line}" for line in config_errors.lines(error, TrainingSettings, whole=Config)
+                ]
     if config is None or lines:
         raise _invalid(lines, where)
     return config
@@ -458,7 +460,7 @@ def resolve(config: Config, profile: str, overrides: dict[str, Any], *, where: s
         settings = _settings(config.training(), config.profiles.get(profile, {}))
         changed = _settings(settings, overrides)
     except ValidationError as error:
-        raise _invalid(config_errors.lines(error, TrainingSettings), where) from error
+        raise _invalid(config_errors.lines(error, TrainingSettings, whole=Config), where) from error
     if settings.trust_remote_code and _FOREIGN & overrides.keys():
         raise ConfigError(
             "an override may not choose the model or the teacher where trust_remote_code is on",

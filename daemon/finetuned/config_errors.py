@@ -51,8 +51,11 @@ _KINDS: dict[
 _USUAL = {"learning_rate": "usual are 2e-4 for adapters and 1e-5 for tuning full"}  # told with a bad value
 
 
-def lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Give a line for each setting that cannot be used: its place, what it must be, and what it is."""
+def lines(error: ValidationError, model: type[BaseModel], *, whole: type[BaseModel] | None = None) -> list[str]:
+    """Give a line for each setting that cannot be used: its place, what it must be, and what it is.
+
+    Where `model` is a part of config.json, `whole` has the settings that belong elsewhere in it.
+    """
     wanted: dict[str, list[str]] = {}
     given: dict[str, str] = {}
     said: dict[str, list[str]] = {}
@@ -70,7 +73,7 @@ def lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
                 words = [word.strip('"') for word in kind]
                 near.setdefault(place, []).extend(get_close_matches(str(problem["input"]).lower(), words, 1))
         else:
-            said.setdefault(place, []).append(_sentence(problem, keys, model))
+            said.setdefault(place, []).append(_sentence(problem, keys, model, whole or model))
     for place, kinds in wanted.items():
         usual = f"; {_USUAL[place]}" if place in _USUAL else ""
         meant = f"; did you mean {near[place][0]}?" if near.get(place) else ""
@@ -78,10 +81,12 @@ def lines(error: ValidationError, model: type[BaseModel]) -> list[str]:
     return [f"{place}: {'; or: '.join(texts)}" if place else "; or: ".join(texts) for place, texts in said.items()]
 
 
-def _sentence(problem: Any, keys: Sequence[str], model: type[BaseModel]) -> str:
+def _sentence(problem: Any, keys: Sequence[str], model: type[BaseModel], whole: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return "is missing"
     if problem["type"] == "extra_forbidden":
+        if model is not whole and len(keys) == 1 and keys[0] in whole.model_fields:
+            return "no such setting here; it belongs at the top of config.json"
         near = get_close_matches(keys[-1], _known(model, keys[:-1]), 1)
         return "no such setting" + (f"; did you mean {'.'.join([*keys[:-1], near[0]])}?" if near else "")
     return str(problem["msg"]).removeprefix("Value error, ")

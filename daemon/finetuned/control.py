@@ -74,7 +74,9 @@ def _check(home: Home, verb: Verb, job: Job | None, other: Job | None) -> str:
     """Refuse at once what the daemon would refuse; give the sentence."""
     if job is None:
         return (
-            "no job starts from now on; a running one writes a checkpoint" if verb is Verb.PAUSE else "jobs start again"
+            "no job starts from now on; each that runs writes a checkpoint"
+            if verb is Verb.PAUSE
+            else "jobs start again"
         )
     if verb is Verb.RETRY:
         if job.state is not State.QUEUED:

@@ -91,7 +91,7 @@ class Crew:
         self.fleet.look(config, at_work)
         self._heed_gpus(config)
         if self.fleet.none_left(config):
-            queue = [job for job in queue if _launcher(job) != LOCAL]
+            queue = self._for_elsewhere(queue)
         devices = self.fleet.devices(config, at_work)
         work = [self._work(config, attempt.job) for attempt in self.attempts]
         decided = schedule(
@@ -148,7 +148,7 @@ class Crew:
         for attempt, pid in here:
             its = [sample for sample in samples if pid in on[sample.uuid]]
             self._ledger.record_gpu(attempt.job.id, [(one.created_at, one.uuid, asdict(one)) for one in its])
-        if now >= self._next_gpu_line and samples:
+        if now >= self._next_gpu_line and samples and here:
             self._next_gpu_line = now + _GPU_LINE_SECONDS
             _log.info("GPU", jobs=", ".join(attempt.job.id for attempt, _ in here), reading=gpu.summary(samples))
 
@@ -279,7 +279,8 @@ class Crew:
         """
         why = f"it could not be started: {error}"
         changes: dict[str, Any] = {"not_before": time.time() + wait} if wait else {}
-        progress = {**job.progress, "waits": why} if wait else job.progress
+        progress = {**job.progress, "waits_for": self._engines.why_not(_launcher(job))}
+        progress |= {"waits": why} if wait else {}
         if _launcher(job) == LOCAL or job.state is not State.RUNNING:
             events = [ended(job, Ending.TRANSIENT, at=time.time(), how=why)]
         else:
@@ -295,6 +296,13 @@ class Crew:
         if len(queue) == _LOOKED_AT and all(_launcher(job) != LOCAL for job in queue):
             queue += self._ledger.may_start(time.time(), limit=_LOOKED_AT, launcher=LOCAL)
         return queue
+
+    def _for_elsewhere(self, queue: Sequence[Job]) -> list[Job]:
+        """Leave the jobs for engines; note with the others that no GPU is left here."""
+        for job in queue:
+            if _launcher(job) == LOCAL:
+                self._note_wait(job, "there is no GPU that it may use")
+        return [job for job in queue if _launcher(job) != LOCAL]
 
     def _refused(self, config: Config, job: Job) -> bool:
         """Fail a job that wants more GPUs than there are."""

@@ -75,7 +75,7 @@ def place_of(job: Job, gpus: Sequence[Gpu]) -> dict[str, Any] | None:
         model = f" {numbers[devices[0]]['name']}" if len(devices) == 1 and devices[0] in numbers else ""
         words = f"on {short}{model}" if short else ""
     processes = int(job.progress.get("processes") or 1)
-    if processes > 1:
+    if processes > 1 and (launcher != LOCAL or processes != len(devices)):
         words = f"{words}, {processes} processes"
     return {
         "launcher": launcher,

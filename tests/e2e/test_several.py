@@ -243,6 +243,32 @@ def test_a_job_of_two_processes_learns_what_one_of_one_does(home, daemon, tiny_m
     assert any((weights[0][name] != 0).any() for name in weights[0])
 
 
+def test_a_job_says_that_it_waits_where_all_gpus_are_left_alone(home, daemon, drop, standin, fake_nvml):
+    fake_nvml.set("gpus=2")
+    standin(seconds=0.05)
+    write_config(home, gpus=[9])
+    one = daemon(environment=fake_nvml.environment())
+    drop("a.jsonl")
+
+    def waits_for() -> str:
+        return one.job("a.jsonl", state=State.QUEUED).progress.get("waits_for", "")
+
+    eventually(lambda: waits_for() == "there is no GPU that it may use")
+    one.says("no such GPU")
+    write_config(home, gpus=[1])
+    assert one.job("a.jsonl").outcome is Outcome.SUCCEEDED
+
+
+def test_a_job_whose_engine_took_none_says_so_as_soon_as_it_waits_again(home, daemon, drop):
+    address = "http://127.0.0.1:9"  # where nobody listens
+    write_config(home, launcher="ray", ray={"address": address})
+    one = daemon()
+    drop("a.jsonl")
+    one.says("again_in_seconds=10")  # the second time
+    waits_for = one.job("a.jsonl", state=State.QUEUED).progress.get("waits_for", "")
+    assert f"ray takes no jobs: Ray at {address} cannot be reached" in waits_for
+
+
 def test_a_gpu_that_is_gone_while_nothing_runs_gets_no_job(daemon, drop, standin, fake_nvml):
     fake_nvml.set("gpus=2")
     standin(seconds=0.05)

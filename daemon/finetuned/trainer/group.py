@@ -290,6 +290,7 @@ def _place() -> tuple[int, ...]:
 
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 _OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # which accelerate heeds, too
+_PLACE = re.compile(r"^\[[^\]]*:\d+\] *")
 _GONE = re.compile(r"gloo|connection|timed? ?out|socket|store|peer|NCCL", re.IGNORECASE)
 
 
@@ -357,4 +358,5 @@ def _speaks_of_others(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    """Say in short what torch says, less the place in its source that it begins with."""
+    return _PLACE.sub("", str(error).strip()).split("\n")[0].split(". ")[0]
