@@ -13,6 +13,7 @@ from typing import Any
 
 import accelerate
 import torch
+from torch.distributed.tensor import DTensor
 
 from finetuned.trainer import group as group_module
 from finetuned.trainer import shards
@@ -66,6 +67,12 @@ def train(folder: Path, ordered: Ordered, group: Group) -> Story:
     try:
         if ordered.stopped_after is None:
             story = job.done()
+            weights = {
+                name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in story.weights.items()
+            }
+            if story.trained.weights and group.leads:  # what is published
+                torch.testing.assert_close({n: story.trained.weights[n] for n in weights}, weights, rtol=0, atol=0)
+            story = Story(story.attempts, story.trained, weights)
             layers = shards.layers_of(causal(story.trained.model))
             held = sum(shards.local_bytes(layer) for layer in layers)
             sizes(folder.parent, folder.name, group.rank).write_text(str(held))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -104,6 +105,7 @@ def test_the_verb_answers_for_machines_and_names_what_is_wrong(home, tmp_path, t
     said = ask(data, "--base-dir", home.root, "--json")
     facts = json.loads(said.output)
     assert sum(facts["parts_bytes"].values()) == facts["predicted_bytes"]
+    assert (facts["spread_over"], facts["peak_on_each"]) == (1, facts["peak_bytes"])
     assert (facts["steps"], facts["fits"], facts["rung"]["batch_size"]) == (5, True, 4)
 
     missing = ask(data, "--base-dir", home.root, "--model", "./nowhere")
@@ -124,17 +126,40 @@ def test_a_short_time_is_told_in_seconds_and_one_row_is_one(minutes, time):
             "rung": {"batch_size": 1, "micro_batch_tokens": 0}, "rung_name": "", "reason": "", "model": "",
             "device": "", "trained_parameters": 1, "steps": 1, "tokens": 1, "supervised_tokens": 1,
             "tokens_per_second": 1.0, "speed_from": "earlier jobs", "minutes": minutes,
+            "spread_over": 3, "peak_on_each": 7 * 2**20,
         }
     )  # fmt: skip
     assert f"time: {time} at" in text
     assert "at most 1 row\n" in text
     assert "not counted: the moon\n" in text
+    assert "spread over 3 like this one (gpus_per_job) it takes 7 MiB on each\n" in text
 
 
 def planned(home, data, tiny_model, **settings) -> dict:
     write_config(home, model=str(tiny_model), dtype="float32", tuning="lora", **settings)
     order = {"file": str(data), "models": str(home.models), "base_dir": str(home.root)}
     return plan.plan({**order, "settings": load_config(home.config_file).training().model_dump()})
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_what_does_not_fit_on_one_gpu_says_over_how_many_it_must_be_spread(tmp_path, tiny_model, tuning):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    config = json.loads((model / "config.json").read_bytes())
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    (model / "config.json").write_text(json.dumps(config | sizes))
+    data = write_jsonl(tmp_path / "data.jsonl", chat_rows(20))
+    settings = settings_from({"model": str(model), "dtype": "float32", "tuning": tuning}, where="").model_dump()
+    order = {"file": str(data), "models": str(tmp_path / "models"), "base_dir": str(tmp_path), "settings": settings}
+    foot = plan.plan({**order, "memory": 2**20})
+    assert (foot["fits"], foot["spread_over"]) == (False, 64)
+    before, least, most = 1, foot["peak_on_each"], foot["peak_bytes"]
+    for share in (0.7, 0.3):  # of what several GPUs can share
+        memory = round((least + share * (most - least)) / 0.9)
+        found = plan.plan({**order, "memory": memory})
+        assert found["peak_on_each"] <= 0.9 * memory
+        assert before < found["spread_over"] < 10
+        before = found["spread_over"]
 
 
 def work_of(facts: dict) -> int:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,19 +23,24 @@ from finetuned.trainer import ranks
 from ranks_worker import Ordered, sizes
 from test_exactness import MANNERS, QUIET, SMALL, STEPS, Story, World, assert_the_same, build_world, quick
 from test_exactness import Job as Training
-from test_rank_processes import run_of
+from test_rank_processes import ranks_of, run_of
 from test_ranks import Together, assert_one_weight, assert_trains_as_one, train_together
-from test_training import ROWS, assert_same_weights
+from test_training import LONG, ROWS, assert_same_weights, when
 
 __all__ = ["quick"]  # pytest finds it by its name
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+FULL = QUIET | MANNERS["full"]
 SAME = {
     "lora": {},  # with evaluations and checkpoints on the way
     "small batches": QUIET | MANNERS["small batches"],  # with activation checkpointing
     "fewer rows than ranks": QUIET | {"batch_size": 1, "max_steps": STEPS},
     "single rows": {"batch_size": 1, "gradient_accumulation": 7, "max_steps": STEPS},  # 4 for one, 3 for the other
     "dora": QUIET | {"use_dora": True},
+    "full": MANNERS["full"],
+    "full, small batches": QUIET | MANNERS["full"] | MANNERS["small batches"],
+    "full, single rows": FULL | {"batch_size": 1, "gradient_accumulation": 7, "max_steps": STEPS},
+    "full, clipped": FULL | {"max_grad_norm": 0.1, "weight_decay": 0.1},
 }
 
 
@@ -44,16 +50,26 @@ def world(tmp_path_factory, tiny_model) -> World:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory, world) -> Together:
+def tied(tmp_path_factory, tiny_model) -> World:
+    """A model whose head is its embeddings, of a width that two cannot share evenly."""
+    sizes = SMALL | {"num_hidden_layers": 2, "intermediate_size": 33, "tie_word_embeddings": True}
+    return build_world(tmp_path_factory.mktemp("tied"), tiny_model, sizes)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, world, tied) -> Together:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("sharded")
     jobs = {name: Ordered(world, settings, sharded=True) for name, settings in SAME.items()}
     jobs["whole"] = Ordered(world, SAME["small batches"])
     jobs["stopped"] = Ordered(world, QUIET, stopped_after=2, sharded=True)
     jobs["stopped in an evaluation"] = Ordered(world, {}, stopped_after=4, sharded=True)
-    jobs["begun alone"] = Ordered(world, QUIET, sharded=True)
-    looks = itertools.count()
-    assert Training(folder / "begun alone", world, **QUIET).attempt(lambda: next(looks) >= 3) is None
+    jobs["full, tied"] = Ordered(tied, FULL, sharded=True)
+    jobs["full, stopped"] = Ordered(world, FULL, stopped_after=2, sharded=True)
+    for name, settings in {"begun alone": QUIET, "full, begun alone": FULL}.items():
+        jobs[name] = Ordered(world, settings, sharded=True)
+        looks = itertools.count()
+        assert Training(folder / name, world, **settings).attempt(lambda looks=looks: next(looks) >= 3) is None
     train_together(folder, jobs)
     return Together(folder, world)
 
@@ -68,11 +84,18 @@ def test_it_makes_no_difference_to_any_bit(together):
     torch.testing.assert_close(shared, whole, rtol=0, atol=0)
 
 
+def test_weights_that_are_in_two_places_are_trained_as_one(together, tied, tmp_path):
+    stories = together.stories("full, tied")
+    assert_one_weight(stories)
+    assert_the_same(stories[0], Training(tmp_path, tied, **FULL).done())
+
+
 def test_each_holds_about_half_of_the_layers(together):
     whole = int(sizes(together.folder, "whole", 0).read_text())
     adapters = sum(weight.numel() * weight.element_size() for weight in together.alone(**QUIET).weights.values())
     for rank in range(2):
         assert int(sizes(together.folder, "small batches", rank).read_text()) - adapters == (whole - adapters) / 2
+        assert int(sizes(together.folder, "full", rank).read_text()) == (whole - adapters) / 2
 
 
 def test_answers_on_the_way_are_left_out_with_a_word(together):
@@ -81,9 +104,11 @@ def test_answers_on_the_way_are_left_out_with_a_word(together):
     assert sharding.NO_ANSWERS in [event.message for event in attempt.events]
 
 
-@pytest.mark.parametrize(("name", "steps"), [("stopped", 2), ("stopped in an evaluation", 3)])
-def test_what_two_that_share_the_layers_have_begun_one_can_go_on_with(together, name, steps):
-    settings = QUIET if name == "stopped" else {}
+@pytest.mark.parametrize(
+    ("name", "settings", "steps"),
+    [("stopped", QUIET, 2), ("stopped in an evaluation", {}, 3), ("full, stopped", FULL, 2)],
+)
+def test_what_two_that_share_the_layers_have_begun_one_can_go_on_with(together, name, settings, steps):
     before = together.stories(name)
     assert [story.attempts[0].ended for story in before] == ["StopAskedError"] * 2
     after = Training(together.folder / name, together.world, **settings).done()
@@ -92,11 +117,12 @@ def test_what_two_that_share_the_layers_have_begun_one_can_go_on_with(together, 
     assert_the_same(both, together.alone(**settings))
 
 
-def test_what_one_has_begun_two_that_share_the_layers_can_go_on_with(together):
-    stories = together.stories("begun alone")
+@pytest.mark.parametrize(("name", "settings"), [("begun alone", QUIET), ("full, begun alone", FULL)])
+def test_what_one_has_begun_two_that_share_the_layers_can_go_on_with(together, name, settings):
+    stories = together.stories(name)
     assert stories[0].attempts[0].resumed == 3
     assert_one_weight(stories)
-    alone = together.alone(**QUIET)
+    alone = together.alone(**settings)
     worst = max(float((stories[0].weights[name] - one).abs().max()) for name, one in alone.weights.items())
     assert worst <= 1e-5
 
@@ -119,14 +145,16 @@ if os.environ.get("RANK") == "{rank}":
 """
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_where_memory_runs_out_on_one_the_attempt_ends_and_the_next_goes_on_a_rung_lower(tmp_path, tiny_model, rank):
+@pytest.mark.parametrize(("rank", "tuning"), [(0, "lora"), (1, "lora"), (1, "full")])
+def test_where_memory_runs_out_on_one_the_attempt_ends_and_the_next_goes_on_a_rung_lower(
+    tmp_path, tiny_model, rank, tuning
+):
     """The others are in the middle of a pass that this one will never join."""
     (tmp_path / "sitecustomize.py").write_text(NO_MEMORY.format(rank=rank))
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     data = write_jsonl(tmp_path / "data.jsonl", chat_rows(ROWS))
     run, alone = (
-        run_of(tmp_path / name, data, tiny_model, processes=number, tuning="lora", checkpoint_steps=1)
+        run_of(tmp_path / name, data, tiny_model, processes=number, tuning=tuning, checkpoint_steps=1)
         for name, number in (("job", 2), ("alone", 1))
     )
     run.spec = replace(run.spec, sharded=True)
@@ -140,6 +168,26 @@ def test_where_memory_runs_out_on_one_the_attempt_ends_and_the_next_goes_on_a_ru
     assert run.attempt(rung=lower[0].as_dict()) == ExitCode.DONE, run.log[-3000:]
     assert [e.data["step"] for e in run.events(EventType.MESSAGE) if "resumed" in e.message] == [done]
     assert_same_weights(run, alone.done(), tolerance=1e-5)
+
+
+def test_where_one_is_killed_that_shares_all_weights_one_alone_goes_on(tmp_path, tiny_model):
+    data = write_jsonl(tmp_path / "data.jsonl", chat_rows(ROWS))
+    settings = LONG | {"tuning": "full", "checkpoint_steps": 1}
+    run, alone = (run_of(tmp_path / name, data, tiny_model, **settings) for name in ("job", "alone"))
+    run.spec = replace(run.spec, sharded=True)
+    agent = run.start()
+    when(run, agent, lambda: len(run.steps()) >= 4)
+    os.kill(ranks_of(agent.pid)[1], signal.SIGKILL)
+    assert agent.wait(60) == -signal.SIGKILL, run.log
+    assert "Traceback" not in run.log
+    done = len(run.steps())
+
+    run.spec = replace(run.spec, processes=1)
+    assert run.attempt() == ExitCode.DONE, run.log[-3000:]
+    (resumed,) = [e.data["step"] for e in run.events(EventType.MESSAGE) if "resumed" in e.message]
+    assert resumed in {done - 1, done}  # the last one's checkpoint may not be written yet
+    found, wanted = run.weights(), alone.done().weights()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
 RANK_1_OUT_OF_MEMORY = """
@@ -163,7 +211,6 @@ def test_a_rank_that_is_stuck_on_its_gpu_is_not_waited_for(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"tuning": "full"}, "full"),
         ({"tuning": "qlora"}, "bitsandbytes"),
         ({"tuning": "lora-8bit"}, "bitsandbytes"),
         ({"tuning": "lora", "recipe": "rft", "judge": {"kind": "number"}}, "rft"),
@@ -188,6 +235,6 @@ def test_what_cannot_be_spread_is_refused_before_any_rank_imports_torch(tmp_path
     (tmp_path / "torch.py").write_text("import time\ntime.sleep(600)")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     data = write_jsonl(tmp_path / "data.jsonl", chat_rows(ROWS))
-    run = run_of(tmp_path / "job", data, tiny_model, tuning="full")
+    run = run_of(tmp_path / "job", data, tiny_model, tuning="qlora")
     run.spec = replace(run.spec, sharded=True)
     assert run.attempt(environment={"PYTHONPATH": path}) == ExitCode.BAD_SETTINGS, run.log

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +15,8 @@ from finetuned.config import TrainingSettings, settings_from
 from finetuned.errors import FinetunedError
 from finetuned.home import Home
 from finetuned.jobs import Job
-from finetuned.scheduler import FILL
 from finetuned.sharding import may_be_sharded
 from finetuned.spool.claim import held_out_path, input_path
-
-_MOST = 64  # GPUs
 
 _log = structlog.get_logger()
 
@@ -68,20 +64,12 @@ def _predict(home: Home, job: Job, gpu: str | None, memory: int | None) -> Forec
         facts = plan(settings)
         spread = 1
         if memory and not facts["fits"] and may_be_sharded(settings.recipe, settings.tuning):
-            facts = plan(settings.model_copy(update={"tuning": "lora"}))  # 4-bit weights cannot be spread
-            spread = gpus_for(facts["parts_bytes"]["weights"], facts["peak_bytes"], memory)
+            if settings.tuning != "full":  # 4-bit weights cannot be spread
+                facts = plan(settings.model_copy(update={"tuning": "lora", "fallback_4bit": False}))
+            spread = int(facts["spread_over"])
     except (FinetunedError, OSError) as error:  # the trainer will say it with all that belongs to it
         _log.warning("not predicted", job=job.id, error=str(error), then="it gets a GPU of its own")
         return None
     needed = int(facts["peak_bytes"])
     _log.info("predicted", job=job.id, gib=round(needed / 2**30, 2), rung=facts["rung_name"], gpus=spread)
     return Forecast(needed, spread)
-
-
-def gpus_for(frozen: int, peak: int, memory: int) -> int:
-    """Give how many GPUs of so much memory hold a training whose frozen weights are spread over them, all in bytes.
-
-    What is beside them each GPU has whole. Where no number is enough, that at which a part of them is lost in the rest.
-    """
-    room = FILL * memory - (peak - frozen)
-    return math.ceil(frozen / room) if room > frozen / _MOST else _MOST

@@ -34,6 +34,8 @@ def render(facts: dict[str, Any]) -> str:
     lines = [f"{facts['file']}: {facts['data_summary']}", *(f"  {line}" for line in facts["data_sentences"]), ""]
     lines += [f"{'part':<{width}}  {'MiB':>9}"]
     lines += [f"{name:<{width}}  {value / _SHOWN:>9,.0f}" for name, value in parts.items()]
+    each = f"{facts['peak_on_each'] / _SHOWN:,.0f} MiB on each"
+    spread = f"several GPUs: spread over {facts['spread_over']} like this one (gpus_per_job) it takes {each}"
     bound, time = facts["rung"]["micro_batch_tokens"], duration(max(1.0, 60 * facts["minutes"]))
     lines += [
         "",
@@ -41,6 +43,7 @@ def render(facts: dict[str, Any]) -> str:
         *(f"not counted: {one}" for one in facts["not_counted"]),
         f"model: {facts['model']}, {facts['trained_parameters']:,} parameters trained; {facts['device']}",
         f"rung: {facts['rung_name']}: {facts['reason']}",
+        *([spread] if facts["spread_over"] > 1 else []),
         f"micro-batch: at most {counted(facts['rung']['batch_size'], 'row')}{f' and {bound} tokens' if bound else ''}",
         f"steps: {facts['steps']:,}, {facts['tokens']:,} tokens of which {facts['supervised_tokens']:,} supervised",
         f"time: about {time} at {facts['tokens_per_second']:,.0f} tokens/s ({facts['speed_from']})",

@@ -23,13 +23,7 @@ def may_be_sharded(recipe: str, tuning: str) -> bool:
 
 def check(recipe: str, tuning: str) -> None:
     """Raise ConfigError unless a job of this recipe, on a rung with this tuning, may be sharded."""
-    if tuning == "full":
-        raise ConfigError(
-            'is trained by adapters alone: tuning "full" would train the spread layers themselves',
-            where=_WHERE,
-            remedy='Set "tuning" to "lora", or take a model that one GPU can train whole.',
-        )
-    if tuning not in {"lora", "auto"}:
+    if tuning not in {"lora", "full", "auto"}:
         raise ConfigError(
             f'cannot be quantised: bitsandbytes\' weights cannot be cut up, and tuning is "{tuning}"',
             where=_WHERE,

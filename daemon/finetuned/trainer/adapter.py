@@ -52,7 +52,7 @@ def write_adapter(
         if hasattr(model, "peft_config"):
             model.save_pretrained(folder, save_embedding_layers=False)
         else:
-            _plain(model).save_pretrained(folder)
+            _plain(model).save_pretrained(folder, state_dict=trained.weights)
             copy_processor(task.base.source, task.settings.revision, folder)
         task.tokenizer.save_pretrained(folder)
         trained.save(folder)

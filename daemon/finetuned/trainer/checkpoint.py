@@ -124,12 +124,14 @@ def _read(path: Path, plan: str) -> Checkpoint | str:
     return found
 
 
-def load(checkpoint: Checkpoint, *, device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load(
+    checkpoint: Checkpoint, *, device: torch.device, mapped: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a checkpoint's trained weights, onto the device, and optimizer state, which the optimizer moves by itself:
-    its step counts belong on the CPU.
+    its step counts belong on the CPU. `mapped`: that state stays in its file until it is read.
     """
     weights = load_file(checkpoint.folder / _WEIGHTS, device=str(device))
-    optimizer = torch.load(checkpoint.folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+    optimizer = torch.load(checkpoint.folder / _OPTIMIZER, map_location="cpu", weights_only=True, mmap=mapped)
     return weights, optimizer
 
 

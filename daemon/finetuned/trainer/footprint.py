@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _AT_WORK = 230 * 2**20
 _ADAM = 8  # bytes a trained parameter: two float32 moments
 _BLOCK = 64  # weights that share a scale in NF4; quantised once more, the scale is 1 byte, and 4 for 256 of them
+_FETCHED = 3  # times a layer's weights: the one at work, the next, and the buffer that it comes in
+_GIVEN = 2  # times a layer's gradients: as they are made, and in the buffer that they are summed in
 _DEPTHS = (2, 4)  # layers that are run in place of all, where all are alike
 
 
@@ -61,6 +63,8 @@ class Counted:
     head: int  # of the output layer, which sees supervised tokens alone
     taught_by: int  # parameters of a teacher, wherever it is
     method: str
+    shared: int  # bytes that processes can share where the model's layers are spread over them
+    apart: int  # bytes that each of them needs beside its part of those
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def count(work: Work, rows: Sequence[Example], *, accumulated: bool, libraries: 
     bare = model
     parameters, largest = sum(p.numel() for p in bare.parameters()), max(p.numel() for p in bare.parameters())
     weights, head = _stored(bare, work), bare.get_output_embeddings().weight.numel()
+    in_layers, layer = _layer_sizes(bare)
     layers = 0 if understudy.looks_into_layers(work.settings) else _alike(bare)
     depths = tuple(depth for depth in _DEPTHS if depth < layers) or (0,)
     rehearsal.shorten(bare, max(depths))
@@ -120,24 +125,32 @@ def count(work: Work, rows: Sequence[Example], *, accumulated: bool, libraries: 
     kept = min(run.kept, highest - gradients)
     teacher, taught_by = _teacher(work)
     making = rehearsal.line([(depth, one) for (depth, _), one in zip(runs, answers, strict=True)], layers)
-    return Counted(
-        Footprint(
-            weights=weights,
-            adapter=0 if work.tuning == "full" else gradients,
-            optimizer=_ADAM * run.trained,
-            gradients=gradients,
-            activations=kept,
-            working=highest - gradients - kept,
-            libraries=libraries + (_AT_WORK if work.device.type == "cpu" else 0),
-            teacher=teacher,
-            answers=max(0, making - highest - _ADAM * run.trained),
-        ),
-        run.trained,
-        parameters,
-        head,
-        taught_by,
-        run.method,
+    footprint = Footprint(
+        weights=weights,
+        adapter=0 if work.tuning == "full" else gradients,
+        optimizer=_ADAM * run.trained,
+        gradients=gradients,
+        activations=kept,
+        working=highest - gradients - kept,
+        libraries=libraries + (_AT_WORK if work.device.type == "cpu" else 0),
+        teacher=teacher,
+        answers=max(0, making - highest - _ADAM * run.trained),
     )
+    stored = work.precision.weights.itemsize
+    shared, apart = stored * in_layers, footprint.peak + _FETCHED * stored * layer - stored * in_layers
+    if work.tuning == "full":
+        beside = gradients - 4 * in_layers  # gradients of what stays whole
+        apart = weights - shared + max(run.peak - 4 * in_layers, run.kept + beside) + footprint.libraries
+        apart += (_FETCHED * stored + _GIVEN * 4) * layer
+        shared += 4 * in_layers + (_ADAM + 4) * run.trained  # and the copy that the optimizer makes
+    return Counted(footprint, run.trained, parameters, head, taught_by, run.method, shared, apart)
+
+
+def _layer_sizes(model: PreTrainedModel) -> tuple[int, int]:
+    """Give the parameters of all the decoder's layers, and of the largest of them; 0 where there is no list of them."""
+    layers = getattr(model.get_decoder(), "layers", ())
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    return sum(sizes), max(sizes, default=0)
 
 
 def _answers(stage: rehearsal.Stage, work: Work) -> int:

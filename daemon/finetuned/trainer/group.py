@@ -211,6 +211,11 @@ class Group:
                     dist.broadcast(whole, src=0)
                     tensor.copy_(whole)
 
+    def needing_others(self, work: Callable[[], T]) -> T:
+        """Do work in which ranks wait for each other by torch's own means."""
+        with _others_there():
+            return work()
+
     def first_to_fail(self) -> bool:
         """Whether no other rank has asked this before: one of them tells what is wrong with all."""
         if self.store is None:

@@ -205,22 +205,28 @@ class Watch:
         )
 
     @contextmanager
-    def first_step(self, trained: Mapping[str, torch.Tensor], *, rate: float, grad_norm: float) -> Iterator[None]:
+    def first_step(
+        self, trained: Mapping[str, torch.Tensor], *, rate: float, grad_norm: float, anywhere: Callable[[bool], bool]
+    ) -> Iterator[None]:
         """Hold the optimizer's first step to its word. Raises UnhealthyError if it leaves every weight as it was.
 
         A step that the gradient scaler skips has a norm that is not finite, and does not count. Only two elements of
         each tensor are kept, those with the steepest slope up and down: copies would not fit beside a whole model.
+        `anywhere` says whether something is so on any rank.
         """
         if self.moved or rate == 0.0 or not math.isfinite(grad_norm):
             yield
             return
-        slopes = {name: p.grad.flatten() for name, p in trained.items() if p.grad is not None}
+        slopes = {name: _here(p.grad).flatten() for name, p in trained.items() if p.grad is not None}
+        slopes = {name: slope for name, slope in slopes.items() if slope.numel()}  # a rank's share may be empty
         steepest = {name: torch.stack([slope.argmax(), slope.argmin()]) for name, slope in slopes.items()}
-        before = {name: trained[name].detach().flatten()[where] for name, where in steepest.items()}
+        before = {name: _here(trained[name]).flatten()[where] for name, where in steepest.items()}
         del slopes
         yield
-        self.moved = any(
-            not torch.equal(trained[name].detach().flatten()[where], before[name]) for name, where in steepest.items()
+        self.moved = anywhere(
+            any(
+                not torch.equal(_here(trained[name]).flatten()[where], before[name]) for name, where in steepest.items()
+            )
         )
         if not self.moved:
             raise UnhealthyError(
@@ -239,3 +245,9 @@ class Watch:
                 remedy='Train for more steps, or set "dtype" to "bf16" or "float32".',
                 code="weights_unchanged",
             )
+
+
+def _here(tensor: torch.Tensor) -> torch.Tensor:
+    """Give what this rank has of a tensor that may be spread over several."""
+    own: torch.Tensor = tensor.detach()
+    return own.to_local() if hasattr(own, "to_local") else own

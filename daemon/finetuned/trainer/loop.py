@@ -82,6 +82,7 @@ class Trained:
     seen: Seen
     layout: Layout
     save: Callable[[Path], None]  # writes what the recipe has beside the model into a folder
+    weights: dict[str, torch.Tensor] | None = None  # the model's, where they are spread over ranks; on rank 0
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,16 @@ def train(task: Task) -> Trained:
             raise
         training.save_what_is_done()
         raise OutOfMeansError(training.rung, detail, training.means()) from None
-    recipe, seen = training.recipe, training.seen()
+    recipe, seen, shares = training.recipe, training.seen(), training.parts.shares
     return Trained(
-        training.model, training.rung, training.metrics, training.choices, seen, training.layout, recipe.save
+        training.model,
+        training.rung,
+        training.metrics,
+        training.choices,
+        seen,
+        training.layout,
+        recipe.save,
+        weights=None if shares is None else shares.whole(training.model.state_dict()),
     )
 
 
@@ -169,7 +177,7 @@ def load(task: Task, precision: Precision) -> tuple[PreTrainedModel, Layout]:
     if spread:
         from finetuned.trainer.shards import shard  # slow to import, and most trainings go without
 
-        shard(causal(model), task.device)
+        shard(causal(model), task.device, trained=task.rung.tuning == "full")
         task.group.wait()  # one may read the model more slowly than others wait for it in a pass
     return model, layout or choose()
 
@@ -220,7 +228,8 @@ class Training:
         accelerator = in_force(precision, task.device)
         self.recipe: Objective = importlib.import_module(RECIPES[settings.recipe]).build(task, model, layout)
         self.layout = self.recipe.layout
-        self.parts = Parts(self.recipe.parts())
+        spread = self.group.lockstep and task.rung.tuning == "full"
+        self.parts = Parts(self.recipe.parts(), self.group, spread=spread)
         self.trained = self.parts.parameters
         health.check_trainable(model.named_parameters())
         self._targets = targets_of(task.train)
@@ -261,7 +270,7 @@ class Training:
         """Find out how large a micro-batch may be, where that is left to us."""
         set_checkpointing(self.model, on=self.rung.activation_checkpointing)
         self.objective.train()
-        self.group.make_room(self.trained.values())
+        self.group.make_room(self.parts.whole.values())
         self.rung, self.choices["micro_batch_tokens"] = bounds.settle(self)
 
     def means(self) -> Means:
@@ -277,7 +286,7 @@ class Training:
 
     def prepare(self) -> None:
         """Evaluate once to have a "before", and find out what does not fit before hours have gone into it."""
-        self.group.spread(self.trained.values())
+        self.group.spread(self.parts.whole.values())
         if self.done == 0:
             self.task.say.phase("evaluating", "evaluating before the first step")
             self._evaluate(measure=True, ask=True)
@@ -285,7 +294,7 @@ class Training:
             self._evaluate_where_due()
         if self._largest_comes_late():
             self._forgiving(lambda: self.group.together(lambda: self._trial(self.bound)))
-            self.optimizer.zero_grad(set_to_none=True)
+            self.drop_gradients()
         self.task.say.phase("training", "training")
         self._pace.start()
 
@@ -316,7 +325,9 @@ class Training:
         settings, total = self.task.settings, self.plan.total_steps
         rows = self.plan.step(self.done)
         loss = self._forgiving(lambda: self._gathered(rows))
-        self.group.sum_gradients(self.trained.values())
+        self.group.sum_gradients(self.parts.whole.values())
+        if self.parts.shares is not None:
+            self.parts.shares.take_gradients()
 
         rate = self._rate(self.done)
         self.parts.set_rate(self.optimizer, rate)
@@ -329,10 +340,12 @@ class Training:
             self._skip(bad)
             return
         self._torn = True  # memory may run out in its middle, and what it changed by then cannot be told
-        with self.watch.first_step(self.trained, rate=rate, grad_norm=norm):
+        with self.watch.first_step(self.parts.stepped, rate=rate, grad_norm=norm, anywhere=self.group.any):
             self.optimizer.step()
+        if self.parts.shares is not None:
+            self.parts.shares.give()
         self._torn = False
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
 
         self.done += 1
         speed, left = self._pace.after(sum(self.lengths[row] for row in rows), total - self.done)
@@ -359,7 +372,7 @@ class Training:
         """Drop a bad step's gradient. The step counts as done, so that the plan goes on."""
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()  # it takes no new gradient before
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
         lines = ", ".join(str(self.task.train[row].line) for row in sorted(self.plan.step(self.done)))
         self.done += 1
         self.metrics |= {"step": self.done, "skipped_steps": self.watch.skipped}
@@ -425,7 +438,7 @@ class Training:
         else:
             return True
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.drop_gradients()
         memory.give_back()
         return False
 
@@ -462,7 +475,7 @@ class Training:
     def _gathered(self, rows: list[int]) -> float:
         """Let all ranks gather their parts of a step's gradient, ready to be summed; give the step's mean loss."""
         loss = self.group.together(lambda: self._gradient(rows))
-        self.group.complete(self.trained.values())
+        self.group.complete(self.parts.whole.values())
         return loss
 
     def _gradient(self, rows: list[int]) -> float:
@@ -493,6 +506,12 @@ class Training:
         batch = self.layout.collate([self.task.train[shortest]]).to(self.task.device)
         self.accelerator.backward(self.objective(batch) * 0)
 
+    def drop_gradients(self) -> None:
+        """Forget the gradients that are there, and give their memory back."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parts.whole.values():  # of which the optimizer may have views
+            parameter.grad = None
+
     def _forgiving(self, work: Callable[[], float]) -> float:
         """Do the work, and when memory runs out do it again from its start, one rung lower."""
         again = False
@@ -504,7 +523,7 @@ class Training:
                 if detail is None or self.group.lockstep:
                     raise
             # Out of the except block: the traceback there holds the failed step's tensors.
-            self.optimizer.zero_grad(set_to_none=True)
+            self.drop_gradients()
             memory.give_back()
             self._climb_down(detail, again=again)
             again = True

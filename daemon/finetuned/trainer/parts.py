@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.optim import Optimizer
 
+    from finetuned.trainer.group import Group
+    from finetuned.trainer.shards import Shares
+
 MODEL = "model"  # the part that every recipe has
 _PATIENCE = 10  # steps in which a part's gradient may be exactly zero
 
@@ -35,15 +38,28 @@ class Part:
 class Parts:
     """All parts of one training."""
 
-    def __init__(self, parts: Mapping[str, Part]) -> None:
+    def __init__(self, parts: Mapping[str, Part], group: Group, *, spread: bool = False) -> None:
+        """Take what a recipe trains; `spread`: some of it is spread over the ranks of the group."""
         self._parts = {name: part for name, part in parts.items() if part.parameters}
         self.parameters = {name: p for part in self._parts.values() for name, p in part.parameters.items()}
+        self.stepped = self.whole = self.parameters  # what the optimizer has, and what is whole on every rank
+        self.shares: Shares | None = None
+        if spread:
+            from finetuned.trainer.shards import Shares, is_whole  # slow to import, and most trainings go without
+
+            self.shares = Shares(self.parameters, group)
+            self.stepped = self.shares.parameters
+            self.whole = {name: one for name, one in self.parameters.items() if is_whole(one)}
         self._idle = dict.fromkeys(self._parts, 0)  # steps since a part had a gradient
 
     def optimizer(self, *, rate: float, weight_decay: float) -> Optimizer:
         """Give AdamW over all of them."""
-        groups = [{"params": list(part.parameters.values())} for part in self._parts.values()]
-        return torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay)
+        groups = [{"params": self._stepped(part)} for part in self._parts.values()]
+        foreach = True if self.shares else None  # torch's own choice does not see that shares can be stepped on at once
+        return torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay, foreach=foreach)
+
+    def _stepped(self, part: Part) -> list[torch.Tensor]:
+        return [self.stepped[name] for name in part.parameters]
 
     def set_rate(self, optimizer: Optimizer, rate: float) -> None:
         """Tell the optimizer the learning rate of the step to come."""
@@ -53,6 +69,9 @@ class Parts:
     def clip(self, accelerator: Accelerator, most: float) -> dict[str, float]:
         """Scale each part's gradient down to a norm of at most `most`; give the norms that they had."""
         norms: dict[str, float] = {}
+        if self.shares is not None:
+            accelerator.unscale_gradients()
+            return {name: self.shares.clip(self._stepped(part), most) for name, part in self._parts.items()}
         for name, part in self._parts.items():
             # The first call takes a gradient scaler's factor out of all of them, and a second one would do so again.
             clip = torch.nn.utils.clip_grad_norm_ if norms else accelerator.clip_grad_norm_

@@ -4,6 +4,7 @@ prints.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ import torch
 
 from finetuned.config import TrainingSettings, settings_from
 from finetuned.fallback import Rung, next_rung
+from finetuned.sharding import may_be_sharded
 from finetuned.trainer import bounds, footprint, history, memory, rehearsal, steps
 from finetuned.trainer.base import Base, choose_tuning, find_base, load_tokenizer, quiet_libraries
 from finetuned.trainer.data import Source, held_out_file, read_sides
@@ -26,6 +28,7 @@ from finetuned.trainer.saying import answer
 from finetuned.trainer.store import Examples
 from finetuned.trainer.understudy import home_of, longest_question
 
+_MOST_GPUS = 64
 _MARGIN = 0.9  # share of the memory there is that a prediction may take
 _RARE = {"teacher", "answers"}  # parts that most trainings have not
 _SHARE = 0.3  # of the speed of large matrix products that a training comes to; docs/training.md
@@ -63,6 +66,10 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     rung = forecast.settled(replace(settings.first_rung(), tuning=tuning), room / ratio)
     rung, reason, fits = walk(rung, settings, lambda rung: forecast.peak(rung) * ratio <= room * _MARGIN)
     counted, examples = forecast.counted(rung), examples.cut_to(rung.max_length)
+    spread, part = 1, round(counted.footprint.peak * ratio)
+    if not fits and (order.get("memory") or device.type == "cuda") and may_be_sharded(settings.recipe, rung.tuning):
+        spread = gpus_for(counted, room * _MARGIN / ratio)
+        part = round((counted.shared / spread + counted.apart) * ratio)
     todo = forecast.steps(examples)
     tokens, targets = (
         sum(each[row] for step in range(todo.total_steps) for row in todo.step(step))
@@ -83,6 +90,8 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
         "peak_bytes": round(counted.footprint.peak * ratio),
         "memory_bytes": room,
         "fits": fits,
+        "spread_over": spread,  # GPUs of that memory
+        "peak_on_each": part,
         "rung": rung.as_dict(),
         "rung_name": str(rung),
         "reason": reason,
@@ -99,6 +108,14 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
         "data_summary": report.summary(),
         "data_sentences": report.sentences(),
     }
+
+
+def gpus_for(counted: footprint.Counted, room: float) -> int:
+    """Give over how many GPUs a training must be spread so that it takes at most `room` bytes of each. Where no number
+    is enough, that at which a part is lost in what each has for itself.
+    """
+    left = room - counted.apart
+    return max(2, math.ceil(counted.shared / left)) if left > counted.shared / _MOST_GPUS else _MOST_GPUS
 
 
 def _beside(order: dict[str, Any]) -> Source | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,9 +32,10 @@ class Saver:
             say.warn(f"checkpoint {sentence}")
         if found is None:
             return
-        weights, state = checkpoint.load(found, device=training.task.device)
+        weights, state = self._load(found)
         self._put(weights)
-        training.optimizer.load_state_dict(state["optimizer"])
+        shares = training.parts.shares
+        training.optimizer.load_state_dict(state["optimizer"] if shares is None else shares.cut(state["optimizer"]))
         scaler = training.accelerator.scaler
         if scaler is not None and "scaler" in state:
             scaler.load_state_dict(state["scaler"])
@@ -53,6 +54,8 @@ class Saver:
         best = training.metrics.get("best_step") == done
         last = done == training.plan.total_steps
         due = last or late or best or done % settings.checkpoint_steps == 0
+        if training.parts.shares is not None:
+            due = training.group.any(due)
         if due and not training.watch.in_a_row:  # one of broken weights would push out a good one
             self.save()
 
@@ -61,12 +64,13 @@ class Saver:
 
         Memory that runs out here may be back the next moment, so it is tried twice: no smaller batch would help.
         """
-        if self._training.done == self._saved_step or not self._training.group.leads:
+        shares = self._training.parts.shares
+        if self._training.done == self._saved_step or not (self._training.group.leads or shares):
             return
         try:
             self._write()
         except (RuntimeError, MemoryError) as error:
-            if memory.out_of_memory(error) is None:
+            if memory.out_of_memory(error) is None or shares:
                 raise
         else:
             return
@@ -75,11 +79,11 @@ class Saver:
 
     def save_what_is_done(self) -> None:
         """Write a last checkpoint if memory allows: the weights are those of the last whole step, only gradients are
-        lost.
+        lost. Where each rank has a share of them the others may be gone, and there is none.
         """
-        if self._training.done == self._saved_step or not self._training.group.leads:
+        if self._training.done == self._saved_step or not self._training.group.leads or self._training.parts.shares:
             return
-        self._training.optimizer.zero_grad(set_to_none=True)
+        self._training.drop_gradients()
         memory.give_back()
         try:
             self.save()
@@ -95,7 +99,7 @@ class Saver:
         if isinstance(found, str):
             say.warn(f"the last step is published and not the best: checkpoint {found}")
             return
-        self._put(checkpoint.load(found, device=training.task.device)[0])
+        self._put(self._load(found)[0])
         training.metrics |= {"published_step": step, "valid_loss": training.metrics["best_valid_loss"]}
         if "teacher_valid_loss" in training.metrics:
             training.metrics |= training.recipe.measured(training)  # what follows from that loss
@@ -106,27 +110,36 @@ class Saver:
         found, _ = checkpoint.newest(self._folder, plan=self._plan, before=step)
         return found.step if found else None
 
+    def _load(self, found: checkpoint.Checkpoint) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Read a checkpoint: onto the device, where that has all weights."""
+        task, spread = self._training.task, self._training.parts.shares is not None
+        return checkpoint.load(found, device=torch.device("cpu") if spread else task.device, mapped=spread)
+
     @torch.no_grad()
     def _put(self, weights: dict[str, torch.Tensor]) -> None:
+        if self._training.parts.shares is not None:
+            self._training.parts.shares.put(weights)
+            return
         for name, parameter in self._training.trained.items():
             parameter.copy_(weights[name])
 
     def _write(self) -> None:
-        training = self._training
+        training, shares = self._training, self._training.parts.shares
         scaler = training.accelerator.scaler
-        checkpoint.save(
-            self._folder,
-            step=training.done,
-            plan=self._plan,
-            trained=training.trained,
-            optimizer={
-                "optimizer": training.optimizer.state_dict(),
-                **({"scaler": scaler.state_dict()} if scaler else {}),
-            },
-            keep=training.task.settings.keep_checkpoints,
-            extra={**training.metrics, "health": training.watch.state(), "idle_parts": training.parts.state()},
-            best=training.metrics.get("best_step"),
-        )
+        trained, optimizer = training.trained, training.optimizer.state_dict()
+        if shares is not None:
+            trained, optimizer = shares.whole((training.parts.stepped, optimizer))
+        if training.group.leads:
+            checkpoint.save(
+                self._folder,
+                step=training.done,
+                plan=self._plan,
+                trained=trained,
+                optimizer={"optimizer": optimizer, **({"scaler": scaler.state_dict()} if scaler else {})},
+                keep=training.task.settings.keep_checkpoints,
+                extra={**training.metrics, "health": training.watch.state(), "idle_parts": training.parts.state()},
+                best=training.metrics.get("best_step"),
+            )
         self._saved_at, self._saved_step = time.monotonic(), training.done
         sentence = f"checkpoint after step {training.done}"
         training.task.say.say(EventType.CHECKPOINT, sentence, checkpoint_step=training.done)
