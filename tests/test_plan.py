@@ -120,7 +120,8 @@ def test_a_short_time_is_told_in_seconds_and_one_row_is_one(minutes, time):
         {
             "not_counted": ["the moon"],
             "parts_bytes": {}, "correction": 1.0, "corrected_by": "nothing", "counted": "by hand", "peak_bytes": 1,
-            "processes": 1, "predicted_bytes": 1, "memory_bytes": 1, "file": "x", "data_summary": "", "data_sentences": [],
+            "processes": 1, "predicted_bytes": 1, "memory_bytes": 1, "file": "x", "data_summary": "",
+            "data_sentences": [],
             "rung": {"batch_size": 1, "micro_batch_tokens": 0}, "rung_name": "", "reason": "", "model": "",
             "device": "", "trained_parameters": 1, "steps": 1, "tokens": 1, "supervised_tokens": 1,
             "tokens_per_second": 1.0, "speed_from": "earlier jobs", "minutes": minutes,
