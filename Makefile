@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 UV := $(shell command -v uv 2>/dev/null)
 
-.PHONY: .venv demo demo-web test test-systemd test-cluster torture fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door bench-hybrid bench-distill bench-launchers bench-ranks schema clean
+.PHONY: .venv demo demo-web test test-systemd test-cluster torture crashes fuzz mutants lint gpu-test bench bench-spool bench-train bench-plan bench-door bench-hybrid bench-distill bench-launchers bench-ranks schema clean
 
 .venv: .venv/ready
 
@@ -54,6 +54,10 @@ lint: .venv
 N ?= 300
 torture: .venv
 	$(BIN)/python tests/torture.py $(N) $(if $(SEED),--seed $(SEED))
+
+# The crash model, with a second crash in every recovery; `make test` has it in one of four.
+crashes: .venv
+	FINETUNED_CRASHES=1 $(BIN)/pytest -s --timeout 0 tests/test_crashes.py
 
 # N bad files read, from another seed each time; SEED begins at the same one.
 fuzz: N = 300000

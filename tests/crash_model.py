@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import threading
@@ -275,14 +276,18 @@ def run(bench: Bench, scenario: Scenario, state: State, crash: Callable[[], None
         raise BrokenError("\n".join([scenario.name, *bench.story, f"{type(error).__name__}: {error}"])) from error
 
 
-def explore(bench: Bench, scenario: Scenario, *, crashes: int) -> int:
-    """Crash at every moment, at every moment of the recovery, ... so many deep. Gives the number of states."""
+def explore(bench: Bench, scenario: Scenario, *, crashes: int, every: int = 1) -> int:
+    """Crash at every moment, at every moment of the recovery, ... so many deep. Gives the number of states.
+
+    Of the states after a crash one in `every` is crashed again; all others are let come to their end.
+    """
     begun = scenario.begin(bench)
     known: set[object] = {hash(begun.key())}
     waiting = deque([(begun, 0)])
+    numbers = itertools.count()
     while waiting:
         state, deep = waiting.popleft()
-        if deep == crashes:
+        if deep == crashes or (deep and next(numbers) % every):
             run(bench, scenario, state)
             continue
         for found in _crashes_of(bench, scenario, state, known):

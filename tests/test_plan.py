@@ -122,7 +122,8 @@ def test_a_short_time_is_told_in_seconds_and_one_row_is_one(minutes, time):
         {
             "not_counted": ["the moon"],
             "parts_bytes": {}, "correction": 1.0, "corrected_by": "nothing", "counted": "by hand", "peak_bytes": 1,
-            "predicted_bytes": 1, "memory_bytes": 1, "file": "x", "data_summary": "", "data_sentences": [],
+            "processes": 1, "predicted_bytes": 1, "memory_bytes": 1, "file": "x", "data_summary": "",
+            "data_sentences": [],
             "rung": {"batch_size": 1, "micro_batch_tokens": 0}, "rung_name": "", "reason": "", "model": "",
             "device": "", "trained_parameters": 1, "steps": 1, "tokens": 1, "supervised_tokens": 1,
             "tokens_per_second": 1.0, "speed_from": "earlier jobs", "minutes": minutes,
@@ -135,9 +136,9 @@ def test_a_short_time_is_told_in_seconds_and_one_row_is_one(minutes, time):
     assert "spread over 3 like this one (gpus_per_job) it takes 7 MiB on each\n" in text
 
 
-def planned(home, data, tiny_model, **settings) -> dict:
+def planned(home, data, tiny_model, *, memory: int | None = None, **settings) -> dict:
     write_config(home, model=str(tiny_model), dtype="float32", tuning="lora", **settings)
-    order = {"file": str(data), "models": str(home.models), "base_dir": str(home.root)}
+    order = {"file": str(data), "models": str(home.models), "base_dir": str(home.root), "memory": memory}
     return plan.plan({**order, "settings": load_config(home.config_file).training().model_dump()})
 
 
@@ -160,6 +161,14 @@ def test_what_does_not_fit_on_one_gpu_says_over_how_many_it_must_be_spread(tmp_p
         assert found["peak_on_each"] <= 0.9 * memory
         assert before < found["spread_over"] < 10
         before = found["spread_over"]
+
+
+def test_processes_without_gpus_share_one_memory(home, tiny_model, tmp_path):
+    data = write_jsonl(tmp_path / "x.jsonl", chat_rows(8))
+    alone, three = (planned(home, data, tiny_model, gpus_per_job=number) for number in (1, 3))
+    assert three["peak_bytes"] == pytest.approx(3 * alone["peak_bytes"], rel=0.1)
+    assert "the other processes" in render(three)
+    assert not planned(home, data, tiny_model, gpus_per_job=3, memory=2 * alone["peak_bytes"])["fits"]
 
 
 def work_of(facts: dict) -> int:

@@ -107,5 +107,5 @@ def test_a_watcher_of_which_a_thread_ended_is_dead_until_it_is_renewed(tmp_path)
     assert watch.alive
     changed.clear()
     (inbox / "x.jsonl").touch()
-    assert changed.wait(20)
+    assert changed.wait(60)
     watch.stop()

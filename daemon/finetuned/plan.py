@@ -28,7 +28,10 @@ def predict(file: Path, terms: Terms, *, gpu: str | None, memory: int | None = N
 def render(facts: dict[str, Any]) -> str:
     """Give the table and the sentences under it."""
     parts = {name.replace("_", " "): value for name, value in facts["parts_bytes"].items()}
-    parts[f"correction by {facts['correction']:.2f}"] = facts["peak_bytes"] - facts["predicted_bytes"]
+    one = facts["peak_bytes"] // facts["processes"]
+    parts[f"correction by {facts['correction']:.2f}"] = one - facts["predicted_bytes"]
+    if facts["processes"] > 1:
+        parts["the other processes"] = facts["peak_bytes"] - one
     parts |= {"predicted peak": facts["peak_bytes"], "memory there is": facts["memory_bytes"]}
     width = max(map(len, parts))
     lines = [f"{facts['file']}: {facts['data_summary']}", *(f"  {line}" for line in facts["data_sentences"]), ""]

@@ -31,7 +31,7 @@ def test_training_by_hand_leaves_an_adapter_and_its_log(tmp_path, data, tiny_mod
         "--model",
         tiny_model,
         "--epochs",
-        20,
+        2,
         "--batch-size",
         4,
         "--lora-r",
@@ -49,7 +49,7 @@ def test_training_by_hand_leaves_an_adapter_and_its_log(tmp_path, data, tiny_mod
     assert story["job_id"] == "mine"
     assert story["settings"]["lora_r"] == 2
     assert (output / "adapter_model.safetensors").is_file()
-    assert "plan: 120 steps of 4 rows" in (output / "train.log").read_text()
+    assert "plan: 12 steps of 4 rows" in (output / "train.log").read_text()
     assert not (output / ".finetuned-train").exists()
 
 
@@ -108,7 +108,7 @@ def test_a_folder_with_something_in_it_is_not_replaced_without_asking(tmp_path, 
 
 def test_ctrl_c_writes_a_checkpoint_and_the_same_command_goes_on(tmp_path, data, tiny_model):
     output = tmp_path / "out"
-    options = ("--model", tiny_model, "--epochs", 80, "--batch-size", 4)
+    options = ("--model", tiny_model, "--epochs", 40, "--batch-size", 4)
     with subprocess.Popen(command(data, output, *options), stderr=subprocess.PIPE, text=True) as process:
         tail = EventTail(JobFolder(output / ".finetuned-train").events)
         eventually(lambda: progress_after({}, tail.read()).get("step", 0) > 3, why="some steps")

@@ -192,7 +192,7 @@ def test_on_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(adapter):
         talk.type("/new\n")
         talk.prompted(4)
         talk.type("\x04")
-        assert talk.process.wait(20) == 0
+        assert talk.process.wait(60) == 0
         assert "Traceback" not in talk.read()
     finally:
         talk.process.kill()

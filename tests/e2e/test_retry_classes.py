@@ -183,7 +183,7 @@ def test_once_ends_where_no_gpu_is_left(daemon, drop, fake_nvml):
     drop()
     eventually(lambda: one.jobs() and one.jobs()[0].progress.get("step", 0) > 2, why="some steps")
     fake_nvml.set("gpus=1", "0.lost=1")
-    assert one.process.wait(30) == 1
+    assert one.process.wait(60) == 1
     assert one.jobs()[0].state is State.QUEUED
 
 

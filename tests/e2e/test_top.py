@@ -129,7 +129,7 @@ def test_a_queue_is_watched_and_ordered_by_keys(home, daemon, terminal, drop, st
     assert len(top.lines()) == 24
     assert max(map(len, top.lines())) <= 80
     top.press("q")
-    assert top.process.wait(20) == 0
+    assert top.process.wait(60) == 0
     assert top.has_put_back()
 
 
@@ -176,7 +176,7 @@ def test_the_terminal_is_put_back_whatever_ends_it(home, terminal, end):
         top.press(end)
     else:
         top.process.send_signal(end)
-    top.process.wait(20)
+    top.process.wait(60)
     assert "Traceback" not in top.said
     assert top.has_put_back()
 
@@ -187,14 +187,14 @@ def test_a_terminal_that_is_tiny_or_does_not_know_its_size_is_no_trouble(home, t
     eventually(lambda: len(top.lines()) == (size[1] or 24), why="a frame of as many lines")
     assert "\x1b[?7l" in top.said  # what is too long for 7 columns is cut off there
     top.press("q")
-    assert top.process.wait(20) == 0
+    assert top.process.wait(60) == 0
     assert top.has_put_back()
     assert "\x1b[?7h" in top.said
 
 
 def test_a_terminal_that_cannot_move_its_cursor_gets_one_frame(home, terminal):
     top = terminal(TERM="dumb")
-    assert top.process.wait(20) == 0
+    assert top.process.wait(60) == 0
     top.read()
     assert "no job is running" in top.said
     assert "\x1b" not in top.said
@@ -224,7 +224,7 @@ def test_keys_that_mean_nothing_here_order_nothing(home, daemon, terminal, drop,
 def test_a_damaged_ledger_is_told_in_a_sentence(home, terminal):
     home.ledger.write_bytes(b"no ledger" * 1000)
     top = terminal()
-    assert top.process.wait(20) == 78
+    assert top.process.wait(60) == 78
     top.read()
     assert "the ledger is damaged" in top.said
     assert "Traceback" not in top.said

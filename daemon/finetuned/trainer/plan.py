@@ -60,11 +60,14 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
     alike = {**kind, "recipe": history.kind_of(settings)}
     ratio, corrected_by = history.correction(records, **alike)
     room = order.get("memory") or memory.available_bytes()
+    # Without GPUs all processes of a job share one memory; each has libraries, weights and a micro-batch of its own.
+    sharers = settings.gpus_per_job if device.type == "cpu" and settings.gpus_per_job != "auto" else 1
+    each = room / sharers
     forecast = Forecast(settings, base, device, examples, memory.resident_bytes(), teacher=found)
     if settings.recipe == "rft":
         forecast.longest_question = longest_question(settings, door.tokenizer, examples, examples.lengths)
-    rung = forecast.settled(replace(settings.first_rung(), tuning=tuning), room / ratio)
-    rung, reason, fits = walk(rung, settings, lambda rung: forecast.peak(rung) * ratio <= room * _MARGIN)
+    rung = forecast.settled(replace(settings.first_rung(), tuning=tuning), each / ratio)
+    rung, reason, fits = walk(rung, settings, lambda rung: forecast.peak(rung) * ratio <= each * _MARGIN)
     counted, examples = forecast.counted(rung), examples.cut_to(rung.max_length)
     spread, part = 1, round(counted.footprint.peak * ratio)
     if not fits and (order.get("memory") or device.type == "cuda") and may_be_sharded(settings.recipe, rung.tuning):
@@ -87,7 +90,8 @@ def plan(order: dict[str, Any]) -> dict[str, Any]:
         "corrected_by": corrected_by,
         "counted": counted.method,
         "not_counted": not_counted(settings, counted, device, found),
-        "peak_bytes": round(counted.footprint.peak * ratio),
+        "processes": sharers,
+        "peak_bytes": sharers * round(counted.footprint.peak * ratio),
         "memory_bytes": room,
         "fits": fits,
         "spread_over": spread,  # GPUs of that memory
