@@ -25,7 +25,8 @@ SAME = {
     "full": QUIET | MANNERS["full"],
     "small batches": QUIET | MANNERS["small batches"],
     "fewer rows than ranks": QUIET | {"batch_size": 1, "max_steps": STEPS},
-    "fp16, fewer rows than ranks": QUIET | {"batch_size": 1, "max_steps": STEPS, "dtype": "fp16"},
+    # By this seed the first row is the longest, so that nothing is tried before the first step.
+    "fp16, fewer rows than ranks": QUIET | {"batch_size": 1, "max_steps": STEPS, "dtype": "fp16", "seed": 0},
     "hybrid": QUIET
     | {"recipe": "hybrid", "judge": {"kind": "number", "tolerance": 1e6}, "hybrid": {"max_new_tokens": 4}},
     "distill": {"recipe": "distill", "distill": {"temperature": [3, 1]}},
