@@ -18,6 +18,7 @@ import accelerate
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.optim import optimizer as optimizers
@@ -223,6 +224,7 @@ class Job:
 
     def attempt(self, asked_to_stop: Callable[[], bool] = lambda: False) -> loop.Trained | None:
         """Make the next attempt: what it trained, or None."""
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier job's precision was another, it may be
         rank = self.group.rank
         events = self.folder / f"events-{rank}-{len(list(self.folder.glob(f'events-{rank}-*')))}.jsonl"
         trained, ended = None, None
