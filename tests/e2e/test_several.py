@@ -32,7 +32,7 @@ def drop(home):
     return put
 
 
-def running(one, count: int, *, seconds: float = 60.0):
+def running(one, count: int, *, seconds: float = 120.0):
     """Wait until so many jobs run and have begun to train; give them."""
 
     def found():
@@ -69,7 +69,7 @@ def test_a_job_that_wants_two_gpus_gets_them_and_one_that_wants_five_is_told(hom
     )  # which is spread over no GPUs, so nobody predicts what it needs
     one = daemon(environment=fake_nvml.environment())
     drop("two/a.jsonl", "two/b.jsonl")
-    [a, b] = running(one, 2, seconds=150)
+    [a, b] = running(one, 2, seconds=200)
     assert len({*on(a), *on(b)}) == 4
     drop("two/c.jsonl")
     one.job("c.jsonl", state=State.QUEUED)
@@ -207,7 +207,7 @@ def test_jobs_share_a_gpu_where_they_are_predicted_to_fit_together(  # noqa: PLR
     drop("b.jsonl")
     waits = eventually(
         lambda: one.job("b.jsonl", state=State.QUEUED).progress.get("waits_for", "").startswith("others hold"),
-        seconds=120,
+        seconds=200,
     )
     assert waits
     fake_nvml.set(*held(GIB))
@@ -224,7 +224,7 @@ def test_a_job_gets_as_many_gpus_as_its_model_is_predicted_to_need(  # noqa: PLR
     standin(seconds=0.3)
     one = daemon(environment=fake_nvml.environment())
     drop("a.jsonl")
-    [job] = running(one, 1, seconds=120)
+    [job] = running(one, 1, seconds=200)
     assert len(on(job)) > 1
     assert json.loads(home.job(job.id).spec.read_bytes())["processes"] == len(on(job))
 
