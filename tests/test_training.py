@@ -80,7 +80,7 @@ class Run:
             bound(process, memory)
         return process
 
-    def _fork(self) -> ForkedProcess | None:
+    def _fork(self) -> ForkedProcess | subprocess.Popen | None:
         one_alone = self.spec.processes == 1
         return forked.start(self.folder, log=self.folder.path / "log", environment=QUIET) if one_alone else None
 
