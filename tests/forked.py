@@ -55,7 +55,7 @@ class ForkedProcess:
 def start(
     folder: JobFolder, *, log: Path, environment: dict[str, str]
 ) -> ForkedProcess | subprocess.Popen[bytes] | None:
-    """Fork a trainer, or start it the plain way where that cannot be done. None where a test has changed the environment."""
+    """Fork a trainer, or start it plainly where that cannot be done. None where the environment is not as it was."""
     with _one_at_a_time:
         shared = _parent(tuple(sorted(environment.items())))
         if _now() != shared.environment:
