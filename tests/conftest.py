@@ -31,7 +31,7 @@ CHATML = (
 )
 
 
-def eventually(what: Callable[[], object], *, seconds: float = 60.0, why: str = "") -> object:
+def eventually(what: Callable[[], object], *, seconds: float = 120.0, why: str = "") -> object:
     """Poll until `what` gives something true, and give that; fail after so many seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -153,7 +153,7 @@ class Daemon:
     def log(self) -> str:
         return "".join(path.read_text() for path in sorted(self.home.logs.glob("daemon_*.log")))
 
-    def says(self, text: str, *, seconds: float = 60.0) -> None:
+    def says(self, text: str, *, seconds: float = 120.0) -> None:
         """Wait until the daemon's log holds the text."""
         eventually(lambda: text in self.log(), seconds=seconds, why=f"{text!r} in:\n{self.log()[-3000:]}")
 
@@ -167,7 +167,7 @@ class Daemon:
         finally:
             ledger.close()
 
-    def job(self, name: str, *, state: State = State.FINISHED, seconds: float = 120.0) -> Job:
+    def job(self, name: str, *, state: State = State.FINISHED, seconds: float = 200.0) -> Job:
         """Wait until the job of the file `name` is in this state, and give it."""
 
         def found() -> Job | None:
@@ -180,7 +180,7 @@ class Daemon:
                 f"{name} not {state} within {seconds} s; {self.jobs()}\n{self.log()[-3000:]}"
             ) from None
 
-    def stop(self, number: int = signal.SIGTERM, *, seconds: float = 60.0) -> int:
+    def stop(self, number: int = signal.SIGTERM, *, seconds: float = 120.0) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)
         return self.process.wait(seconds)

@@ -13,7 +13,7 @@ from threading import Lock
 
 from conftest import eventually
 from finetuned.home import JobFolder
-from finetuned.launchers.local import ForkedTrainer
+from finetuned.launchers.local import ForkedTrainer, LocalTrainer
 from finetuned.launchers.warm import WarmParent
 
 _CHANGES = "PYTEST_CURRENT_TEST"  # with every test
@@ -52,8 +52,10 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def start(folder: JobFolder, *, log: Path, environment: dict[str, str]) -> ForkedProcess | None:
-    """Fork a trainer, or give None where a test has put something else into the environment."""
+def start(
+    folder: JobFolder, *, log: Path, environment: dict[str, str]
+) -> ForkedProcess | subprocess.Popen[bytes] | None:
+    """Fork a trainer, or start it plainly where that cannot be done. None where the environment is not as it was."""
     with _one_at_a_time:
         shared = _parent(tuple(sorted(environment.items())))
         if _now() != shared.environment:
@@ -64,8 +66,10 @@ def start(folder: JobFolder, *, log: Path, environment: dict[str, str]) -> Forke
         finally:
             if changes is not None:
                 os.environ[_CHANGES] = changes
-    assert isinstance(trainer, ForkedTrainer), "it started cold"
-    return ForkedProcess(trainer)
+    if isinstance(trainer, ForkedTrainer):
+        return ForkedProcess(trainer)
+    assert isinstance(trainer, LocalTrainer)
+    return trainer.process
 
 
 class _Shared:

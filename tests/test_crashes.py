@@ -21,7 +21,7 @@ from finetuned.jobs import Job
 from mutants import MUTANTS, caught
 
 EVERY = int(os.environ.get("FINETUNED_CRASHES", "4"))  # of recoveries, one in so many is crashed too; make crashes: all
-STATES = 3000  # at the least
+STATES = 5000  # at the least
 
 
 @pytest.fixture

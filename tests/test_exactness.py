@@ -39,7 +39,7 @@ from finetuned.trainer.tokens import Example, tokenise
 
 ROWS, BATCH, EPOCHS = 22, 8, 2
 STEPS = 6  # three an epoch, the last of each with six rows
-SEEDS = 50
+SEEDS = 100
 SETTINGS = {
     "dtype": "float32", "tuning": "lora", "lora_r": 4, "batch_size": BATCH, "epochs": EPOCHS, "learning_rate": 2e-3,
     "checkpoint_steps": 2, "eval_steps": 3, "predictions": {"samples": 1, "max_new_tokens": 2},

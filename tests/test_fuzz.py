@@ -28,7 +28,7 @@ from finetuned.findings import ERRORS
 from finetuned.trainer.door import Door
 
 SEED = int(os.environ.get("FINETUNED_FUZZ_SEED", "5"))
-COUNT = int(os.environ.get("FINETUNED_FUZZ", "8000"))
+COUNT = int(os.environ.get("FINETUNED_FUZZ", "20000"))
 # Of the files: read, arrays read, rows near a format read, and through the trainer's door. Each test counts its own, as
 # they may run in processes of their own.
 READ, ARRAYS, NEAR, TRAINED = COUNT * 3 // 4, COUNT // 5, COUNT // 40, COUNT // 25

@@ -20,9 +20,11 @@ from finetuned.launchers import local, warm
 from finetuned.lifesigns import locked, signed
 from finetuned.supervisor import stop_orphan
 
-# Runs in the parent before anything else; a fork runs what is registered when it ends.
+# Runs in the parent before anything else; a fork runs what is registered when it ends. Of the libraries torch is enough
+# here, and loaded in a quarter of the time; e2e/test_daemon.py has a parent with all of them.
 SITE = """
-import atexit, os, threading, time
+import atexit, os, sys, threading, time
+sys.modules |= dict.fromkeys(("transformers", "accelerate", "peft"))
 if path := os.environ.get("TELL_ENVIRONMENT"):
     atexit.register(lambda: open(path, "w").write(repr(dict(os.environ))))
 if os.environ.get("START_THREAD"):

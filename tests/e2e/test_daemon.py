@@ -97,27 +97,6 @@ def test_two_files_dropped_together_are_trained_one_after_the_other(home, daemon
     assert {"first", "second"} <= {path.name for path in home.adapters.iterdir()}
 
 
-def test_files_of_one_profile_build_on_each_other(home, daemon, drop, tiny_model):
-    """Though they were dropped together, the second waits for the first one's adapter."""
-    profiles = {"growing": {"resume_adapter": "latest"}, "other": {"resume_adapter": "latest"}}
-    write_config(home, model=str(tiny_model), profiles=profiles)
-    for profile in profiles:
-        (home.inbox / profile).mkdir()
-    names = ["growing/a.jsonl", "growing/b.jsonl", "other/c.jsonl"]
-    for start, name in enumerate(names):
-        drop(name, chat_rows(8, start=8 * start))
-    one = daemon("--once")
-    assert one.process.wait(120) == 0
-    jobs = {os.fsdecode(job.name): job for job in one.jobs()}
-    stories = {name: json.loads((home.adapters / name / "finetuned.json").read_bytes()) for name in "abc"}
-    [first] = [name for name in "ab" if not stories[name]["chain"]]
-    [second] = {"a", "b"} - {first}
-    job = jobs[f"{first}.jsonl"]
-    assert stories[second]["chain"] == [{"adapter": first, "job_id": job.id, "sha256": job.sha256}]
-    assert stories["c"]["chain"] == []
-    assert "starting fresh" in home.job_log(jobs["c.jsonl"].id).read_text()
-
-
 def test_a_killed_trainer_is_resumed_and_its_job_finished(home, daemon, drop, tiny_model):
     write_config(home, model=str(tiny_model), **LONG)
     one = daemon()

@@ -91,6 +91,24 @@ def test_compressed_files_are_trained_like_plain_ones(home, one, settings):
     assert [story["data"]["rows"] for story in stories] == [8, 8, 8]
 
 
+def test_files_of_one_profile_build_on_each_other(home, one, settings):
+    """Though they were dropped together, the second waits for the first one's adapter."""
+    settings(profiles={"growing": {"resume_adapter": "latest"}, "other": {"resume_adapter": "latest"}})
+    for profile in ("growing", "other"):
+        (home.inbox / profile).mkdir(exist_ok=True)
+    names = ["growing/a.jsonl", "growing/b.jsonl", "other/c.jsonl"]
+    for start, name in enumerate(names):
+        drop(home, name, chat_rows(8, start=8 * start))
+    jobs = {name: one.job(f"{name}.jsonl") for name in "abc"}
+    stories = {name: json.loads((home.adapters / name / "finetuned.json").read_bytes()) for name in "abc"}
+    [first] = [name for name in "ab" if not stories[name]["chain"]]
+    [second] = {"a", "b"} - {first}
+    job = jobs[first]
+    assert stories[second]["chain"] == [{"adapter": first, "job_id": job.id, "sha256": job.sha256}]
+    assert stories["c"]["chain"] == []
+    assert "starting fresh" in home.job_log(jobs["c"].id).read_text()
+
+
 def test_a_share_of_the_rows_is_held_back_and_asked(home, one, settings):
     settings(eval_fraction=0.5, predictions={"samples": 2, "max_new_tokens": 4})
     drop(home, "rows.jsonl", chat_rows(20))

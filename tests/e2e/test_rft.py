@@ -31,6 +31,7 @@ def settings(home, tiny_model):
 
     def change(**rft) -> None:
         usual = {"model": str(tiny_model), "tuning": "lora", "duplicates": "run", "checkpoint_steps": 1}
+        usual["warm_trainer"] = True  # several trainers cost the start of one
         write_config(home, **usual, recipe="rft", judge={"kind": "number"}, rft={**RFT, **rft})
 
     change()
@@ -46,6 +47,7 @@ def test_two_rounds_are_trained_and_what_was_learned_is_kept(home, daemon, setti
     settings(rounds=2, samples=20)
     write_config(home, **{**json.loads(home.config_file.read_bytes()), "eval_fraction": 0.4})
     one = daemon()
+    one.says("warm parent ready")
     drop(home, "sums.jsonl")
     job = one.job("sums.jsonl")
     assert job.outcome is Outcome.SUCCEEDED, job.reason
@@ -95,6 +97,7 @@ def test_killed_while_it_draws_answers_it_draws_and_learns_what_one_does_that_no
     """
     settings(samples=8, max_new_tokens=100)
     one = daemon()
+    one.says("warm parent ready")
     killed, undisturbed = (drawn(home, one, name, kill=name == "a.jsonl") for name in ("a.jsonl", "b.jsonl"))
     assert killed[:2] == undisturbed[:2]
     assert len(killed[0]) == len({key for key, _ in killed[0]}) == 96
@@ -108,6 +111,7 @@ def test_too_few_right_answers_fail_the_job_with_advice_and_a_retry_with_other_s
     """What was made is kept until then. Rows without a checkable answer are refused before any is made."""
     settings(least_yield=1.0)
     one = daemon()
+    one.says("warm parent ready")
     drop(home, "sums.jsonl")
     job = one.job("sums.jsonl")
     assert (job.outcome, job.reason["code"]) == (Outcome.FAILED, "yield_too_low")

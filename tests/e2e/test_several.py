@@ -32,7 +32,7 @@ def drop(home):
     return put
 
 
-def running(one, count: int, *, seconds: float = 60.0):
+def running(one, count: int, *, seconds: float = 120.0):
     """Wait until so many jobs run and have begun to train; give them."""
 
     def found():
@@ -69,7 +69,7 @@ def test_a_job_that_wants_two_gpus_gets_them_and_one_that_wants_five_is_told(hom
     )  # which is spread over no GPUs, so nobody predicts what it needs
     one = daemon(environment=fake_nvml.environment())
     drop("two/a.jsonl", "two/b.jsonl")
-    [a, b] = running(one, 2, seconds=150)
+    [a, b] = running(one, 2, seconds=200)
     assert len({*on(a), *on(b)}) == 4
     drop("two/c.jsonl")
     one.job("c.jsonl", state=State.QUEUED)
