@@ -14,7 +14,7 @@ from conftest import chat_rows, write_jsonl
 from finetuned import sharding
 from finetuned.config import settings_from
 from finetuned.errors import ConfigError
-from finetuned.events import EventType, ExitCode
+from finetuned.events import Event, EventType, ExitCode
 from finetuned.fallback import Rung, next_rung
 from finetuned.home import Home, JobFolder
 from finetuned.jobs import FileIdentity, Job, State
@@ -63,7 +63,8 @@ def together(tmp_path_factory, world, tied) -> Together:
     jobs = {name: Ordered(world, settings, sharded=True) for name, settings in SAME.items()}
     jobs["whole"] = Ordered(world, SAME["small batches"])
     jobs["stopped"] = Ordered(world, QUIET, stopped_after=2, sharded=True)
-    jobs["stopped in an evaluation"] = Ordered(world, {}, stopped_after=4, sharded=True)
+    jobs["stopped in an evaluation"] = Ordered(world, {}, stopped_after=7, sharded=True)
+    jobs["stopped in an answer"] = Ordered(world, {}, stopped_after=2, sharded=True)
     jobs["full, tied"] = Ordered(tied, FULL, sharded=True)
     jobs["full, stopped"] = Ordered(world, FULL, stopped_after=2, sharded=True)
     for name, settings in {"begun alone": QUIET, "full, begun alone": FULL}.items():
@@ -98,15 +99,26 @@ def test_each_holds_about_half_of_the_layers(together):
         assert int(sizes(together.folder, "full", rank).read_text()) == (whole - adapters) / 2
 
 
-def test_answers_on_the_way_are_left_out_with_a_word(together):
-    attempt = together.stories("lora")[0].attempts[0]
-    assert attempt.of(EventType.PREDICTIONS) == []
-    assert sharding.NO_ANSWERS in [event.message for event in attempt.events]
+@pytest.mark.parametrize(("name", "settings"), [("lora", {}), ("full", MANNERS["full"])])
+def test_they_answer_on_the_way_what_one_answers(together, name, settings):
+    first, second = (story.attempts[0].of(EventType.PREDICTIONS) for story in together.stories(name))
+    alone = together.alone(**settings).attempts[0].of(EventType.PREDICTIONS)
+    assert second == []
+    assert [answers_of(event) for event in first] == [answers_of(event) for event in alone] != []
+
+
+def answers_of(event: Event) -> list[tuple[str, str | None]]:
+    return [(sample["answer"], sample["error"]) for sample in event.data["samples"]]
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "steps"),
-    [("stopped", QUIET, 2), ("stopped in an evaluation", {}, 3), ("full, stopped", FULL, 2)],
+    [
+        ("stopped", QUIET, 2),
+        ("stopped in an answer", {}, 0),
+        ("stopped in an evaluation", {}, 3),
+        ("full, stopped", FULL, 2),
+    ],
 )
 def test_what_two_that_share_the_layers_have_begun_one_can_go_on_with(together, name, settings, steps):
     before = together.stories(name)

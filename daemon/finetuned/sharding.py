@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from finetuned.errors import ConfigError
 
-NO_ANSWERS = "predictions are left out: the model is spread over several processes, and none of them can answer alone"
 NO_BENCHMARK = "the benchmark is left out: the model is spread over several processes"
 
 _WHERE = "a model spread over several GPUs"
