@@ -40,6 +40,7 @@ SAME = {
     "full": MANNERS["full"],
     "full, small batches": QUIET | MANNERS["full"] | MANNERS["small batches"],
     "full, single rows": FULL | {"batch_size": 1, "gradient_accumulation": 7, "max_steps": STEPS},
+    "distill": {"recipe": "distill", "distill": {"temperature": [3, 1], "hidden_weight": 0.1, "norm_steps": 2}},
     "full, clipped": FULL | {"max_grad_norm": 0.1, "weight_decay": 0.1},
 }
 
@@ -57,8 +58,9 @@ def tied(tmp_path_factory, tiny_model) -> World:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory, world, tied) -> Together:
+def together(tmp_path_factory, world, tied, tiny_model) -> Together:
     torch.set_num_threads(1)
+    SAME["distill"]["teacher"] = str(tiny_model)
     folder = tmp_path_factory.mktemp("sharded")
     jobs = {name: Ordered(world, settings, sharded=True) for name, settings in SAME.items()}
     jobs["whole"] = Ordered(world, SAME["small batches"])
@@ -225,6 +227,7 @@ def test_a_rank_that_is_stuck_on_its_gpu_is_not_waited_for(tmp_path, monkeypatch
     [
         ({"tuning": "qlora"}, "bitsandbytes"),
         ({"tuning": "lora-8bit"}, "bitsandbytes"),
+        ({"tuning": "full", "recipe": "distill", "teacher": "larger"}, "teacher"),
         ({"tuning": "lora", "recipe": "rft", "judge": {"kind": "number"}}, "rft"),
     ],
 )

@@ -306,6 +306,11 @@ class Training:
         if self.group.any(asked) if self.group.lockstep else asked:
             raise StopAskedError
 
+    def hear_own_stop(self) -> None:
+        """Raise StopAskedError if this rank is asked to stop, in work in which no rank needs the others."""
+        if self.task.asked_to_stop():
+            raise StopAskedError
+
     def together(self, work: Callable[[], float]) -> float:
         """Do work between two steps that ranks share, and give the sum of what it comes to; once somebody wants the
         trainer to stop, write a checkpoint and raise StopAskedError.
