@@ -14,7 +14,7 @@ from conftest import chat_rows, write_jsonl
 from finetuned import sharding
 from finetuned.config import settings_from
 from finetuned.errors import ConfigError
-from finetuned.events import EventType, ExitCode
+from finetuned.events import Event, EventType, ExitCode
 from finetuned.fallback import Rung, next_rung
 from finetuned.home import Home, JobFolder
 from finetuned.jobs import FileIdentity, Job, State
@@ -40,6 +40,7 @@ SAME = {
     "full": MANNERS["full"],
     "full, small batches": QUIET | MANNERS["full"] | MANNERS["small batches"],
     "full, single rows": FULL | {"batch_size": 1, "gradient_accumulation": 7, "max_steps": STEPS},
+    "distill": {"recipe": "distill", "distill": {"temperature": [3, 1], "hidden_weight": 0.1, "norm_steps": 2}},
     "full, clipped": FULL | {"max_grad_norm": 0.1, "weight_decay": 0.1},
 }
 
@@ -57,13 +58,15 @@ def tied(tmp_path_factory, tiny_model) -> World:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory, world, tied) -> Together:
+def together(tmp_path_factory, world, tied, tiny_model) -> Together:
     torch.set_num_threads(1)
+    SAME["distill"]["teacher"] = str(tiny_model)
     folder = tmp_path_factory.mktemp("sharded")
     jobs = {name: Ordered(world, settings, sharded=True) for name, settings in SAME.items()}
     jobs["whole"] = Ordered(world, SAME["small batches"])
     jobs["stopped"] = Ordered(world, QUIET, stopped_after=2, sharded=True)
-    jobs["stopped in an evaluation"] = Ordered(world, {}, stopped_after=4, sharded=True)
+    jobs["stopped in an evaluation"] = Ordered(world, {}, stopped_after=7, sharded=True)
+    jobs["stopped in an answer"] = Ordered(world, {}, stopped_after=2, sharded=True)
     jobs["full, tied"] = Ordered(tied, FULL, sharded=True)
     jobs["full, stopped"] = Ordered(world, FULL, stopped_after=2, sharded=True)
     for name, settings in {"begun alone": QUIET, "full, begun alone": FULL}.items():
@@ -98,15 +101,26 @@ def test_each_holds_about_half_of_the_layers(together):
         assert int(sizes(together.folder, "full", rank).read_text()) == (whole - adapters) / 2
 
 
-def test_answers_on_the_way_are_left_out_with_a_word(together):
-    attempt = together.stories("lora")[0].attempts[0]
-    assert attempt.of(EventType.PREDICTIONS) == []
-    assert sharding.NO_ANSWERS in [event.message for event in attempt.events]
+@pytest.mark.parametrize(("name", "settings"), [("lora", {}), ("full", MANNERS["full"])])
+def test_they_answer_on_the_way_what_one_answers(together, name, settings):
+    first, second = (story.attempts[0].of(EventType.PREDICTIONS) for story in together.stories(name))
+    alone = together.alone(**settings).attempts[0].of(EventType.PREDICTIONS)
+    assert second == []
+    assert [answers_of(event) for event in first] == [answers_of(event) for event in alone] != []
+
+
+def answers_of(event: Event) -> list[tuple[str, str | None]]:
+    return [(sample["answer"], sample["error"]) for sample in event.data["samples"]]
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "steps"),
-    [("stopped", QUIET, 2), ("stopped in an evaluation", {}, 3), ("full, stopped", FULL, 2)],
+    [
+        ("stopped", QUIET, 2),
+        ("stopped in an answer", {}, 0),
+        ("stopped in an evaluation", {}, 3),
+        ("full, stopped", FULL, 2),
+    ],
 )
 def test_what_two_that_share_the_layers_have_begun_one_can_go_on_with(together, name, settings, steps):
     before = together.stories(name)
@@ -214,6 +228,7 @@ def test_a_rank_that_is_stuck_on_its_gpu_is_not_waited_for(tmp_path, monkeypatch
     [
         ({"tuning": "qlora"}, "bitsandbytes"),
         ({"tuning": "lora-8bit"}, "bitsandbytes"),
+        ({"tuning": "full", "recipe": "distill", "teacher": "larger"}, "teacher"),
         ({"tuning": "lora", "recipe": "rft", "judge": {"kind": "number"}}, "rft"),
     ],
 )

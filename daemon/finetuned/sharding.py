@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from finetuned.errors import ConfigError
 
-NO_ANSWERS = "predictions are left out: the model is spread over several processes, and none of them can answer alone"
 NO_BENCHMARK = "the benchmark is left out: the model is spread over several processes"
 
 _WHERE = "a model spread over several GPUs"
@@ -29,9 +28,17 @@ def check(recipe: str, tuning: str) -> None:
             where=_WHERE,
             remedy='Set "tuning" to "lora" (and fallback_4bit to false), or train it on one GPU.',
         )
-    if recipe != "sft":
+    if recipe not in {"sft", "distill"}:
         raise ConfigError(
-            f'learns from given answers alone: recipe "{recipe}" asks the model on its way',
+            f'learns from given answers alone: recipe "{recipe}" learns from many of its own, and each token of them '
+            "would fetch all layers anew",
             where=_WHERE,
             remedy='Set "recipe" to "sft", or take a model that fits on one GPU.',
+        )
+    if recipe == "distill" and tuning == "full":
+        raise ConfigError(
+            'is taught by a teacher through an adapter alone: the slopes of recipe "distill" are taken on weights that '
+            'are whole, and tuning is "full"',
+            where=_WHERE,
+            remedy='Set "tuning" to "lora", or "recipe" to "sft".',
         )

@@ -64,9 +64,7 @@ def test_a_job_that_wants_two_gpus_gets_them_and_one_that_wants_five_is_told(hom
     fake_nvml.set("gpus=4")
     standin(seconds=0.3)
     profiles = {"two": {"gpus_per_job": 2}, "five": {"gpus_per_job": 5}}
-    write_config(
-        home, tuning="full", profiles=profiles
-    )  # which is spread over no GPUs, so nobody predicts what it needs
+    write_config(home, tuning="qlora", profiles=profiles)  # never spread over GPUs, so nobody predicts what it needs
     one = daemon(environment=fake_nvml.environment())
     drop("two/a.jsonl", "two/b.jsonl")
     [a, b] = running(one, 2, seconds=200)
@@ -215,18 +213,20 @@ def test_jobs_share_a_gpu_where_they_are_predicted_to_fit_together(  # noqa: PLR
     assert on(two[0]) == on(two[1])
 
 
+@pytest.mark.parametrize("tuning", ["auto", "full"])
 def test_a_job_gets_as_many_gpus_as_its_model_is_predicted_to_need(  # noqa: PLR0917, the parts of a machine
-    home, daemon, drop, standin, fake_nvml, tiny_model
+    home, daemon, drop, standin, fake_nvml, tiny_model, tuning
 ):
     """The process that predicts has about 400 MiB of libraries in it."""
     fake_nvml.set("gpus=4", *(f"{n}.memory_total={GIB // 4}" for n in range(4)))
-    write_config(home, model=str(tiny_model), gpus_per_job="auto")
+    write_config(home, model=str(tiny_model), gpus_per_job="auto", tuning=tuning)
     standin(seconds=0.3)
     one = daemon(environment=fake_nvml.environment())
     drop("a.jsonl")
     [job] = running(one, 1, seconds=240)
     assert len(on(job)) > 1
-    assert json.loads(home.job(job.id).spec.read_bytes())["processes"] == len(on(job))
+    spec = json.loads(home.job(job.id).spec.read_bytes())
+    assert (spec["processes"], spec["sharded"]) == (len(on(job)), True)
 
 
 def test_a_job_of_two_processes_learns_what_one_of_one_does(home, daemon, tiny_model):
@@ -286,7 +286,7 @@ def test_a_gpu_that_is_gone_while_nothing_runs_gets_no_job(daemon, drop, standin
 
 def test_a_job_for_two_gpus_goes_on_on_the_one_that_is_left(home, daemon, drop, standin, fake_nvml):
     fake_nvml.set("gpus=2")
-    write_config(home, gpu_sample_seconds=1, gpus_per_job=2, tuning="full")
+    write_config(home, gpu_sample_seconds=1, gpus_per_job=2, tuning="qlora")
     standin(seconds=0.4)
     one = daemon(environment=fake_nvml.environment())
     drop("a.jsonl")

@@ -14,7 +14,7 @@ import torch
 
 from finetuned.events import EventType
 from finetuned.trainer import memory, steps
-from finetuned.trainer.ends import StopAskedError
+from finetuned.trainer.ends import RankLostError, StopAskedError
 from finetuned.trainer.model import evaluating
 from finetuned.trainer.predictions import Prediction, predict
 from finetuned.trainer.store import lengths_of, targets_of
@@ -113,19 +113,26 @@ def _ask(training: Training) -> None:
     if not settings.enabled:
         return
     answers: list[Prediction] = []
+    group = training.group
+
+    def told() -> list[Prediction]:
+        return predict(
+            training.model,
+            task.tokenizer,
+            task.asked,
+            settings,
+            seed=task.settings.seed,
+            asked_to_stop=(lambda: group.any(task.asked_to_stop())) if group.lockstep else task.asked_to_stop,
+            tell=(lambda tokens: group.told(lambda: tokens)) if group.lockstep else None,
+        )
 
     def ask() -> float:
         try:
-            if training.group.leads:
-                answers[:] = predict(
-                    training.model,
-                    task.tokenizer,
-                    task.asked,
-                    settings,
-                    seed=task.settings.seed,
-                    asked_to_stop=task.asked_to_stop,
-                )
-        except StopAskedError:  # they are cut off, and asked for anew when the training goes on
+            if group.lockstep:
+                answers[:] = group.needing_others(told)
+            elif group.leads:
+                answers[:] = told()
+        except (StopAskedError, RankLostError):  # they are cut off, and asked for anew when the training goes on
             raise
         except Exception as error:  # no answer is worth the training
             if isinstance(error, RuntimeError | MemoryError) and memory.out_of_memory(error):

@@ -22,7 +22,7 @@ from finetuned.trainer import memory
 from finetuned.trainer.attention import without_flat
 from finetuned.trainer.base import without_padding
 from finetuned.trainer.ends import StopAskedError
-from finetuned.trainer.lots import ByLot, cast
+from finetuned.trainer.lots import AsTold, ByLot, cast
 from finetuned.trainer.model import evaluating
 
 if TYPE_CHECKING:
@@ -102,12 +102,17 @@ class Asker:
         seed: int = 0,
         rows: int | None = None,
         asked_to_stop: Callable[[], bool] = never,
+        tell: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
-        """Begin. `seed` decides what is drawn where `temperature` is not 0; a batch has at most so many `rows`."""
+        """Begin. `seed` decides what is drawn where `temperature` is not 0; a batch has at most so many `rows`.
+
+        Where processes share the model, all ask the same questions, and `tell` gives them all one's tokens, so that
+        they make the same passes. Then whatever fails is raised.
+        """
         self._model, self._tokenizer, self._seed, self._temperature = model, tokenizer, seed, temperature
         self._rows = rows or _rows_of(model.device)
         self._held = self._rows  # so many memory holds at once, as far as is known
-        self._asked_to_stop = asked_to_stop
+        self._asked_to_stop, self._tell = asked_to_stop, tell
         self._options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "do_sample": False,
@@ -152,7 +157,9 @@ class Asker:
         began = time.monotonic()
         try:
             found = self._generate({key: texts[key] for key in keys})
-        except Exception as error:  # noqa: BLE001, one question is not worth the others
+        except Exception as error:  # one question is not worth the others
+            if self._tell is not None:
+                raise
             full = memory.out_of_memory(error) if isinstance(error, RuntimeError | MemoryError) else None
             failed = full or str(error) or type(error).__name__
         else:
@@ -179,11 +186,13 @@ class Asker:
         device = next(self._model.parameters()).device
         encoded = self._tokenizer(list(texts.values()), return_tensors="pt", padding=True, add_special_tokens=False)
         asked = {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
-        options = dict(self._options)
+        options, chosen = dict(self._options), LogitsProcessorList()
         if self._temperature > 0:
             lots = cast([(self._seed, key) for key in texts], options["max_new_tokens"]).to(device)
-            options["logits_processor"] = LogitsProcessorList([ByLot(lots, self._temperature)])
-        generated = self._model.generate(**asked, **options)[:, asked["input_ids"].shape[1] :]
+            chosen.append(ByLot(lots, self._temperature))
+        if self._tell is not None:
+            chosen.append(AsTold(self._tell))
+        generated = self._model.generate(**asked, **options, logits_processor=chosen)[:, asked["input_ids"].shape[1] :]
         ended = torch.isin(generated, torch.tensor(options["eos_token_id"], device=device)).any(dim=1)
         found = self._tokenizer.batch_decode(generated, skip_special_tokens=True)
         return [(text.strip(), end) for text, end in zip(found, ended.tolist(), strict=True)]

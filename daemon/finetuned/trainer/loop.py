@@ -20,7 +20,6 @@ from finetuned.config import TrainingSettings
 from finetuned.dataset.rows import Row
 from finetuned.events import EventType
 from finetuned.fallback import Rung, next_rung
-from finetuned.sharding import NO_ANSWERS
 from finetuned.trainer import bounds, fused, health, memory, steps
 from finetuned.trainer.base import Base
 from finetuned.trainer.chain import Earlier
@@ -281,8 +280,6 @@ class Training:
         """Say what will be done, and what was decided."""
         sentence, figures = start_line(self)
         self.task.say.say(EventType.PLAN, sentence, **figures)
-        if self.group.lockstep and self.task.asked and self.task.settings.predictions.enabled:
-            self.task.say.say(EventType.MESSAGE, NO_ANSWERS)
 
     def prepare(self) -> None:
         """Evaluate once to have a "before", and find out what does not fit before hours have gone into it."""
@@ -308,6 +305,11 @@ class Training:
         """Raise StopAskedError if somebody wants the trainer to stop, in work that is done `together`."""
         asked = self.task.asked_to_stop()
         if self.group.any(asked) if self.group.lockstep else asked:
+            raise StopAskedError
+
+    def hear_own_stop(self) -> None:
+        """Raise StopAskedError if this rank is asked to stop, in work in which no rank needs the others."""
+        if self.task.asked_to_stop():
             raise StopAskedError
 
     def together(self, work: Callable[[], float]) -> float:
@@ -418,7 +420,7 @@ class Training:
         return bool(between and self.metrics.get(done) != self.done)
 
     def _evaluate(self, *, measure: bool, ask: bool) -> None:
-        ask = ask and len(self.task.asked) > 0 and not self.group.lockstep
+        ask = ask and len(self.task.asked) > 0
         measure = measure and len(self.task.held_out) > 0
         if measure or ask:
             evaluate(self, measure=measure, ask=ask)

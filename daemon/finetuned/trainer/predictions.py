@@ -54,8 +54,10 @@ def predict(
     *,
     seed: int,
     asked_to_stop: Callable[[], bool] = never,
+    tell: Callable[[list[int]], list[int]] | None = None,
 ) -> list[Prediction]:
-    """Answer the last assistant turn of each row. What fails, memory too, is told in its own row.
+    """Answer the last assistant turn of each row. What fails, memory too, is told in its own row; it is raised where
+    processes `tell` each other tokens, as `Asker` has it.
 
     `seed` decides what is drawn where `settings.temperature` is not 0. Raises StopAskedError once `asked_to_stop`.
     """
@@ -85,6 +87,7 @@ def predict(
             temperature=settings.temperature,
             seed=seed,
             asked_to_stop=asked_to_stop,
+            tell=tell,
         )
         found = dict(ChainMap(*asker.answers({place: one.text for place, one in enumerate(posed)})))
     told = (_told(question, found[place], tokenizer) for place, question in enumerate(posed))

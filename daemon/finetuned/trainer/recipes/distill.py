@@ -247,7 +247,7 @@ class Objective(torch.nn.Module):
         loss = metrics.get("teacher_valid_loss")
         if loss is None:
             mine = training.group.share_of(held_out)
-            total = training.together(lambda: self._teacher.loss(mine, training.hear_stop))
+            total = training.together(lambda: self._teacher.loss(mine, training.hear_own_stop))
             loss = total / sum(targets_of(held_out))
         gain = metrics.get("valid_loss_before", loss) - loss
         if gain <= 0:
