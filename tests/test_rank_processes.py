@@ -306,6 +306,7 @@ def is_connection(entry):
         return False
 
 group = join()
+group.wait()  # until all are through with joining
 if group.leads:  # it is killed while it makes answers, say
     sockets = [socket.socket(fileno=int(entry.name)) for entry in os.scandir("/proc/self/fd") if is_connection(entry)]
     print(*(one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for one in sockets), flush=True)
@@ -346,7 +347,7 @@ else:
 def test_who_is_killed_is_noticed_by_those_who_wait_for_it():
     processes = started("-c", GONE)
     kept_alive, lost = said(processes)
-    assert lost.split() == ["lost"]
+    assert "lost" in lost.splitlines(), lost  # beside what torch has to say
     assert processes[0].returncode == KILLED
     assert set(kept_alive.split()) == {"1"}, "of a machine without power the kernel hears only where it asks"
 
