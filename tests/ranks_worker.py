@@ -74,7 +74,7 @@ def train(folder: Path, ordered: Ordered, group: Group) -> Story:
                 torch.testing.assert_close({n: story.trained.weights[n] for n in weights}, weights, rtol=0, atol=0)
             story = Story(story.attempts, story.trained, weights)
             layers = shards.layers_of(causal(story.trained.model))
-            held = sum(shards.local_bytes(layer) for layer in layers)
+            held = sum(local_bytes(layer) for layer in layers)
             sizes(folder.parent, folder.name, group.rank).write_text(str(held))
         else:
             looks, last = itertools.count(), ordered.stopped_after
@@ -84,6 +84,12 @@ def train(folder: Path, ordered: Ordered, group: Group) -> Story:
         accelerate.Accelerator.backward, group_module._completed = backward, completed
     attempts = [replace(attempt, ended=attempt.ended and type(attempt.ended).__name__) for attempt in story.attempts]
     return Story(attempts, None, story.weights)
+
+
+def local_bytes(module: torch.nn.Module) -> int:
+    """How much memory a module's parameters take on this rank."""
+    mine = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+    return sum(one.numel() * one.element_size() for one in mine)
 
 
 def failing(backward: Callable, numbers: tuple[int, ...]) -> Callable:

@@ -395,6 +395,13 @@ def test_the_end_of_a_job_that_only_the_accounting_remembers(told, launcher, fol
     assert trainer.taken.startswith(why) if why else not trainer.taken
 
 
+def test_a_trainer_whose_id_was_lost_is_heard_though_slurm_has_forgotten_it(told, launcher, folder):
+    told.lists()
+    leave_exit_code(folder, 1, 65)
+    assert status_of(launcher().find(folder, trainer_id="", attempt=1)) == 65
+    assert launcher().find(folder, trainer_id="", attempt=2) is None
+
+
 def test_where_there_is_no_accounting_a_job_that_the_queue_lost_has_ended_as_it_said(told, launcher, folder):
     (told.folder / "sacct").write_text("#!/bin/sh\necho 'Slurm accounting storage is disabled' >&2; exit 1\n")
     told.lists(entry(folder, "RUNNING"))

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,11 @@ def ask(
     *,
     gpu: str | None,
     heard: Callable[[dict[str, Any]], None] = lambda _: None,
+    limit: float | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Give what `python -m module` answers about a file. `heard` gets what it says on the way.
+    """Give what `python -m module` answers about a file. `heard` gets what it says on the way. After `limit` seconds it
+    is killed.
 
     Raises the FinetunedError that it answers, and one if it ends without an answer.
     """
@@ -100,7 +103,7 @@ def ask(
         )
         assert process.stdin
         assert process.stdout
-        with process:
+        with process, _killed_after(limit, process):
             try:
                 with suppress(BrokenPipeError), process.stdin as pipe:
                     pipe.write(json.dumps(order))
@@ -130,6 +133,20 @@ def ask(
     error = said["error"]
     kind = next((kind for kind in _ERRORS if error["code"] == kind.code), DataError)
     raise kind(error["what"], where=error["where"], remedy=error["remedy"], code=error["code"])
+
+
+@contextmanager
+def _killed_after(limit: float | None, process: subprocess.Popen[str]) -> Iterator[None]:
+    if limit is None:
+        yield
+        return
+    timer = threading.Timer(limit, process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def environment(gpu: str | None) -> dict[str, str]:

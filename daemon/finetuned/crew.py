@@ -86,7 +86,8 @@ class Crew:
             self.fleet.rest(config)
             return
         jobs = {job.id: job for job in queue}
-        queue = [job for job in queue if not (self._refused(config, job) or self._unanswered(config, job))]
+        good = [job for job in queue if not self._refused(config, job)]
+        queue = [job for job in good if not self._unanswered(config, job)]
         at_work = self._at_work()
         self.fleet.look(config, at_work)
         self._heed_gpus(config)
@@ -111,13 +112,11 @@ class Crew:
             else:
                 self._closer.finish_untrained(job)
                 self._wake()
-        self._foresight.forget(but={*jobs, *(attempt.job.id for attempt in self.attempts)})
-        self._preview.forget(but=jobs)
-        waiting = [job for job in queue if job.id not in decided.starts]
-        for job in waiting:
-            self._note_wait(job, decided.waits.get(job.id, ""))
-        for job, why in self._preview.look([job for job in waiting if not job.attempt]):
-            self._closer.fail(job, why)
+        self._foresight.forget(but=[*jobs.values(), *(attempt.job for attempt in self.attempts)])
+        for job in queue:
+            if job.id not in decided.starts:
+                self._note_wait(job, decided.waits.get(job.id, ""))
+        self._look_at([job for job in good if job.id not in decided.starts])
 
     def tend(self, config: Config, *, hurry: bool) -> None:
         """Record what the trainers say; where one has ended, do what follows. `hurry` kills those on this machine."""
@@ -217,7 +216,7 @@ class Crew:
             following = job if again is not None else replace(job, attempt=job.attempt + 1)
             told_apart = name == LOCAL and self.fleet.count(config)
             processes = len(devices) if told_apart else _wanted(job)
-            forecast = self._foresight.of(job.id)
+            forecast = self._foresight.of(job)
             large = forecast is not None and forecast.spread > 1
             # A rung of 4-bit weights, which cannot be spread, may fit on one GPU, which is why it was taken.
             sharded = large and processes > 1 and bool(told_apart) and _may_be_sharded(job)
@@ -290,6 +289,12 @@ class Crew:
         self._never_began.append((job, events, {**changes, "progress": progress}))
         self.queue_again()
 
+    def _look_at(self, waiting: Sequence[Job]) -> None:
+        """Fail jobs that wait for nothing, as their files will not do."""
+        self._preview.forget(but=waiting)
+        for job, why in self._preview.look(waiting):
+            self._closer.fail(job, why)
+
     def _first_in_turn(self) -> list[Job]:
         """Give the first jobs of the queue, and the first for this machine if none of those is."""
         queue = self._ledger.may_start(time.time(), limit=_LOOKED_AT)
@@ -336,7 +341,7 @@ class Crew:
         gpus: int | None = None if wanted == "auto" else wanted
         if shares or wanted == "auto" or (wanted > 1 and _may_be_sharded(job)):
             known = self._foresight.knows(job, gpu=devices[0].id, memory=memory)
-            forecast = self._foresight.of(job.id)
+            forecast = self._foresight.of(job)
             if wanted == "auto" and known:
                 gpus = min(forecast.spread if forecast else 1, len(devices))
             elif wanted != 1 and not known:
@@ -346,7 +351,7 @@ class Crew:
         return Wish(job.id, gpus=gpus, memory=self._needed(job), shares=shares, same_as=same_as)
 
     def _needed(self, job: Job) -> int | None:
-        forecast = self._foresight.of(job.id)
+        forecast = self._foresight.of(job)
         return forecast.peak if forecast else None
 
     def _work(self, config: Config, job: Job) -> Work:

@@ -143,8 +143,8 @@ class Fleet:
         if new or (gpus and time.monotonic() >= self._looked_at + _LOOK_EVERY):
             self._looked_at = time.monotonic()
             found = self._sampler.memory_of_others(trainers)
-            asked = {gpu.uuid for gpu in gpus}
-            self._others = dict.fromkeys(empty, 0) | {uuid: held for uuid, held in found.items() if uuid in asked}
+            # Of one that does not tell it is what it was: the part of a trainer that has just begun is not to be seen.
+            self._others = {gpu.uuid: found.get(gpu.uuid, self._others.get(gpu.uuid, 0)) for gpu in gpus}
 
     def _why_busy(self, gpu: Gpu, config: Config, at_work: Collection[str]) -> str:
         others = self._others.get(gpu.uuid, 0)

@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 
 from finetuned.asking import Terms, ask
-from finetuned.beside import Beside
+from finetuned.beside import PATIENCE, Beside
 from finetuned.config import TrainingSettings, settings_from
 from finetuned.errors import FinetunedError
 from finetuned.home import Home
@@ -39,13 +39,13 @@ class Foresight:
 
     def knows(self, job: Job, *, gpu: str | None, memory: int | None) -> bool:
         """Whether a job's need is known. If not it is asked, for a GPU of so much memory, after those asked before."""
-        return self._forecasts.knows(job.id, partial(_predict, self._home, job, gpu, memory))
+        return self._forecasts.knows(job, partial(_predict, self._home, job, gpu, memory))
 
-    def of(self, job_id: str) -> Forecast | None:
+    def of(self, job: Job) -> Forecast | None:
         """Give what a job will need; None where it is not known, or nobody can say."""
-        return self._forecasts.of(job_id)
+        return self._forecasts.of(job)
 
-    def forget(self, *, but: Collection[str]) -> None:
+    def forget(self, *, but: Collection[Job]) -> None:
         """Forget all jobs but these."""
         self._forecasts.forget(but=but)
 
@@ -57,7 +57,7 @@ def _predict(home: Home, job: Job, gpu: str | None, memory: int | None) -> Forec
     def plan(settings: TrainingSettings) -> dict[str, Any]:
         terms = Terms(settings, home.root, home.models)
         module = "finetuned.trainer.plan"
-        return ask(module, input_path(home, job), terms, gpu=gpu, memory=memory, beside=beside)
+        return ask(module, input_path(home, job), terms, gpu=gpu, limit=PATIENCE, memory=memory, beside=beside)
 
     try:
         settings = settings_from({**job.settings}, where=job.id)

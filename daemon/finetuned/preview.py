@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from finetuned.asking import Terms, ask
-from finetuned.beside import Beside
+from finetuned.beside import PATIENCE, Beside
 from finetuned.config import settings_from
 from finetuned.errors import DataError, FinetunedError, OutOfMemoryError
 from finetuned.home import Home, printable
@@ -35,11 +35,11 @@ class Preview:
         if os.environ.get("FINETUNED_TRAINER"):
             return []
         for job in jobs:
-            if not self._found.knows(job.id, partial(_fault, self._home, job)):
+            if not self._found.knows(job, partial(_fault, self._home, job)):
                 break
-        return [(job, why) for job in jobs if (why := self._found.of(job.id))]
+        return [(job, why) for job in jobs if (why := self._found.of(job))]
 
-    def forget(self, *, but: Collection[str]) -> None:
+    def forget(self, *, but: Collection[Job]) -> None:
         """Forget all jobs but these."""
         self._found.forget(but=but)
 
@@ -52,6 +52,7 @@ def _fault(home: Home, job: Job) -> Reason | None:
             input_path(home, job),
             Terms(settings_from({**job.settings}, where=job.id), home.root, home.models),
             gpu=None,
+            limit=PATIENCE,
             name=printable(job.name),
             beside=str(held_out) if held_out else None,
             held_out=printable(job.held_out) if job.held_out else "",

@@ -338,3 +338,28 @@ def test_status_watch_shows_it_again_and_again(home):
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) in (0, 1, -signal.SIGINT)
+
+
+def test_a_broken_file_is_told_while_another_trains_and_tried_again_once_it_is_mended(home, daemon, drop, tiny_model):
+    write_config(home, model=str(tiny_model), max_steps=1_000_000)
+    one = daemon()
+    drop("long.jsonl")
+    one.job("long.jsonl", state=State.RUNNING)
+    drop("good.jsonl", 4)
+    (home.inbox / "half.eval.jsonl").write_text('{"messages": []}\n')
+    drop("half.jsonl", 4)
+    (home.inbox / "bad.jsonl").write_text('{"messages": []}\n')
+    bad, half = one.job("bad.jsonl"), one.job("half.jsonl")
+    assert bad.outcome is half.outcome is Outcome.FAILED
+    assert (bad.reason["code"], bad.reason["where"]) == ("missing_messages_list", "bad.jsonl:1")
+    assert half.reason["where"] == "half.eval.jsonl:1"
+
+    write_jsonl(home.failed / bad.id / "bad.jsonl", chat_rows(4, start=5000))
+    finetuned(home, "retry", bad.id)
+    (home.inbox / "worse.jsonl").write_text("no JSON\n")
+    assert one.job("worse.jsonl").outcome is Outcome.FAILED  # it was looked at after the others
+    assert {os.fsdecode(job.name): job.state for job in one.jobs() if job.outcome is None} == {
+        "long.jsonl": State.RUNNING,
+        "good.jsonl": State.QUEUED,
+        "bad.jsonl": State.QUEUED,
+    }

@@ -66,26 +66,6 @@ def test_a_dropped_file_becomes_an_adapter(home, daemon, drop, tiny_model):
     assert one.stop() == 0
 
 
-def test_a_broken_file_is_told_while_another_trains(home, daemon, drop, tiny_model):
-    write_config(home, model=str(tiny_model), max_steps=1_000_000)
-    one = daemon()
-    drop("long.jsonl")
-    one.job("long.jsonl", state=State.RUNNING)
-    drop("good.jsonl", chat_rows(4))
-    drop("bad.jsonl", [{"messages": []}])
-    drop("half.eval.jsonl", [{"messages": []}])
-    drop("half.jsonl", chat_rows(4, start=50))
-    bad, half = one.job("bad.jsonl"), one.job("half.jsonl")
-    assert bad.outcome is half.outcome is Outcome.FAILED
-    assert (bad.reason["code"], bad.reason["where"]) == ("missing_messages_list", "bad.jsonl:1")
-    assert half.reason["where"] == "half.eval.jsonl:1"
-    assert {job.name: job.state for job in one.jobs() if job.outcome is None} == {
-        b"long.jsonl": State.RUNNING,
-        b"good.jsonl": State.QUEUED,
-    }
-    assert (home.failed / bad.id / "bad.jsonl").exists()
-
-
 def test_two_files_dropped_together_are_trained_one_after_the_other(home, daemon, drop, standin):
     drop("first.jsonl", chat_rows(12))
     drop("second.jsonl", chat_rows(12, start=50))

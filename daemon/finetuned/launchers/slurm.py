@@ -219,7 +219,8 @@ class SlurmLauncher:
         entries = self._queue.recent().entries
         if not trainer_id:
             submitted = _submitted(entries, folder, attempt)
-            return submitted.id if submitted else None
+            there = locked(folder) or last_word(folder, attempt) is not None
+            return submitted.id if submitted else ("" if there else None)
         entry = entries.get(trainer_id) or self._queue.accounted([trainer_id]).get(trainer_id)
         known = entry is not None and _is_of(entry, folder, attempt)
         if not known and not locked(folder) and last_word(folder, attempt) is None:

@@ -35,6 +35,8 @@ class Asking(threading.Thread, Generic[Answer]):
             self._answer = self._ask()
         except (OSError, FinetunedError) as error:
             self._error = error
+        except Exception as error:  # noqa: BLE001, the daemon goes on, whatever Slurm has said
+            self._error = ConnectionError(f"Slurm said what cannot be read: {type(error).__name__}: {error}")
 
     def answer(self, *, within: float = 0.0) -> Answer:
         """Give the answer, or raise the error that it was; LateError if there is neither in so many seconds."""

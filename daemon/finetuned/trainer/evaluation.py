@@ -135,8 +135,8 @@ def _ask(training: Training) -> None:
         except (StopAskedError, RankLostError):  # they are cut off, and asked for anew when the training goes on
             raise
         except Exception as error:  # no answer is worth the training
-            if isinstance(error, RuntimeError | MemoryError) and memory.out_of_memory(error):
-                raise
+            if group.lockstep or (isinstance(error, RuntimeError | MemoryError) and memory.out_of_memory(error)):
+                raise  # where ranks are in lockstep the others wait in the middle of a pass
             task.say.warn(f"predictions after step {step} are left out: {str(error) or type(error).__name__}")
         return 0.0
 

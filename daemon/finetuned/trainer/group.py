@@ -296,7 +296,7 @@ def _place() -> tuple[int, ...]:
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 _OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # which accelerate heeds, too
 _PLACE = re.compile(r"^\[[^\]]*:\d+\] *")
-_GONE = re.compile(r"gloo|connection|timed? ?out|socket|store|peer|NCCL", re.IGNORECASE)
+_GONE = re.compile(r"\b(gloo|connection|timed? ?out|socket|(TCP|Hash|Prefix)?store|peer|NCCL)\b", re.IGNORECASE)
 
 
 def _cuda() -> bool:

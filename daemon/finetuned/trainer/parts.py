@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -55,8 +55,13 @@ class Parts:
     def optimizer(self, *, rate: float, weight_decay: float) -> Optimizer:
         """Give AdamW over all of them."""
         groups = [{"params": self._stepped(part)} for part in self._parts.values()]
-        foreach = True if self.shares else None  # torch's own choice does not see that shares can be stepped on at once
-        return torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay, foreach=foreach)
+        return torch.optim.AdamW(groups, lr=rate, weight_decay=weight_decay, **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """Give how the optimizer goes about its step, which changes nothing in what comes of it."""
+        return {
+            "foreach": True if self.shares else None
+        }  # torch's own choice does not see what can be done with shares
 
     def _stepped(self, part: Part) -> list[torch.Tensor]:
         return [self.stepped[name] for name in part.parameters]

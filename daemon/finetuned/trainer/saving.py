@@ -35,7 +35,10 @@ class Saver:
         weights, state = self._load(found)
         self._put(weights)
         shares = training.parts.shares
+        options = training.parts.options()
         training.optimizer.load_state_dict(state["optimizer"] if shares is None else shares.cut(state["optimizer"]))
+        for group in training.optimizer.param_groups:
+            group.update(options)  # which those of an attempt with another number of ranks are not
         scaler = training.accelerator.scaler
         if scaler is not None and "scaler" in state:
             scaler.load_state_dict(state["scaler"])

@@ -161,9 +161,3 @@ def _whole(share: DTensor, *, keep: bool) -> torch.Tensor | None:
 def is_whole(parameter: torch.Tensor) -> bool:
     """Whether a parameter is not spread over ranks."""
     return not isinstance(parameter, DTensor)
-
-
-def local_bytes(module: torch.nn.Module) -> int:
-    """Give how much memory a module's parameters take on this rank."""
-    mine = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
-    return sum(one.numel() * one.element_size() for one in mine)
