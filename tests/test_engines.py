@@ -11,13 +11,14 @@ from collections.abc import Callable
 import pytest
 
 from conftest import chat_rows, eventually, write_config, write_jsonl
-from finetuned import control, crew, engines
+from finetuned import control, crew, engines, supervisor
 from finetuned.events import EventType
 from finetuned.found import ledger_if_any, ledger_to_read
 from finetuned.jobs import Job, Outcome, State
 from finetuned.launchers import ray
 from finetuned.service import Service
 from finetuned.spool.orders import Verb
+from finetuned.status import gather, render
 from fixtures_pretended import answering
 
 
@@ -104,6 +105,30 @@ def test_a_night_in_which_the_cluster_takes_no_job_is_one_attempt_and_two_events
     assert refusal[1] in refused
     assert taken == "ray takes it now"
     assert ended.startswith("attempt 1 ends: succeeded")
+
+
+def test_a_cluster_that_is_full_for_days_costs_a_job_nothing_and_status_says_what_it_waits_for(
+    home, serve, standin, monkeypatch
+):
+    """Ray gives up what waits for its turn for 15 minutes."""
+    monkeypatch.setattr(supervisor, "MOST_IN_VAIN", 3)
+    standin(seconds=0)
+    with answering() as answers:
+        write_config(home, launcher="ray", ray={"address": answers.address})
+        answers.say("FAILED", error_type="JOB_SUPERVISOR_ACTOR_START_TIMEOUT", message="No start within 900 s.")
+
+        def days() -> None:
+            eventually(lambda: len(answers.orders) > 6)
+            answers.say("PENDING", message="Job has not started yet. It may be waiting for GPUs.")
+            eventually(lambda: "waits for the cluster: Job has not started yet. It may be wait" in render(gather(home)))
+            order = answers.orders[-1]
+            answers.say("RUNNING")
+            variables = {**os.environ, **order["runtime_env"]["env_vars"]}
+            subprocess.run(order["entrypoint"], shell=True, check=True, env=variables)
+            answers.say("SUCCEEDED")
+
+        serve(days)
+    assert the_job(home).outcome is Outcome.SUCCEEDED
 
 
 def test_a_job_that_is_cancelled_on_a_cluster_that_is_gone_for_ever_ends_as_cancelled(

@@ -27,7 +27,10 @@ class Trainer(Protocol):
 
     @property
     def waits(self) -> str:
-        """Why it does not run yet, in its engine's words; empty once it does, and on this machine."""
+        """Why it does not run yet, in its engine's words; empty once it does, and on this machine.
+
+        One that has ended and still says so was given up before its turn came.
+        """
 
     def poll(self) -> int | None:
         """Give its exit status as subprocess does (minus the number of a signal), or None while it runs."""
