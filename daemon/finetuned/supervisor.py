@@ -189,7 +189,7 @@ class Attempt:
         self._ledger = ledger
         self._tail = EventTail(home.job(job.id).events, job.events_offset)
         self._stop_by: float | None = None
-        self.gpu_failed = False
+        self.gpu_failed = self.cancelled = False
 
     @classmethod
     def launch(cls, ledger: Ledger, home: Home, job: Job, *, start: Start, environment: dict[str, str]) -> Attempt:
