@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from structlog.testing import capture_logs
 
 from conftest import chat_rows, eventually, write_config, write_jsonl
 from finetuned import control, crew, engines, supervisor
@@ -60,9 +61,13 @@ def serve(home):
         signal.signal(number, handler)
 
 
-def the_job(home) -> Job | None:
+def all_jobs(home) -> list[Job]:
     with ledger_if_any(home) as ledger:
-        jobs = ledger.jobs(*State) if ledger else []
+        return ledger.jobs(*State) if ledger else []
+
+
+def the_job(home) -> Job | None:
+    jobs = all_jobs(home)
     return jobs[0] if jobs else None
 
 
@@ -129,6 +134,32 @@ def test_a_cluster_that_is_full_for_days_costs_a_job_nothing_and_status_says_wha
 
         serve(days)
     assert the_job(home).outcome is Outcome.SUCCEEDED
+
+
+def test_a_job_that_waits_for_a_silent_cluster_is_ordered_as_soon_as_another_job_hears_it_again(
+    home, serve, standin, monkeypatch
+):
+    monkeypatch.setattr(engines, "_FIRST_PAUSE", 600.0)
+    standin(seconds=0)
+    with answering() as answers, capture_logs() as logs:
+        write_config(home, launcher="ray", ray={"address": answers.address})
+        answers.say("RUNNING")
+
+        def user() -> None:
+            is_so(home, State.RUNNING)
+            answers.close()
+            eventually(lambda: any(line["event"] == "Ray does not answer" for line in logs))
+            write_jsonl(home.root / "staged", chat_rows(3, start=5)).rename(home.inbox / "y.jsonl")
+            eventually(lambda: "ray takes no jobs" in render(gather(home)))
+            with answering(int(answers.address.rpartition(":")[2])) as again:
+                again.say("RUNNING")
+                eventually(lambda: again.orders, why="the order of the second job")
+                again.say("STOPPED")
+                for job in all_jobs(home):
+                    control.order(home, Verb.CANCEL, job.id)
+                eventually(lambda: all(job.outcome is Outcome.CANCELLED for job in all_jobs(home)))
+
+        serve(user)
 
 
 def test_a_job_that_is_cancelled_on_a_cluster_that_is_gone_for_ever_ends_as_cancelled(

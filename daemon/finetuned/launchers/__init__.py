@@ -49,6 +49,10 @@ class Launcher(Protocol):
     waits for an answer longer than a second or two.
     """
 
+    @property
+    def back_at(self) -> float:
+        """When its engine, after it had been silent, answered again last, as time.monotonic() gives it; else 0."""
+
     def start(self, folder: JobFolder, *, log: Path, environment: Mapping[str, str], needs: Needs) -> Trainer:
         """Submit a trainer on a job's folder, its output appended to `log`."""
 

@@ -159,6 +159,11 @@ class RayLauncher:
         self._cluster = Cluster(settings)
         self._last: RayTrainer | None = None  # whose order was not answered
 
+    @property
+    def back_at(self) -> float:
+        """When Ray, after it had been silent, answered again."""
+        return self._cluster.back_at
+
     def start(self, folder: JobFolder, *, log: Path, environment: Mapping[str, str], needs: Needs) -> RayTrainer:
         """Submit a trainer on a job's folder, its output appended to `log`.
 

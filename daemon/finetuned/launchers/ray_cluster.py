@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from http.client import BadStatusLine, HTTPConnection, HTTPException, HTTPSConnection, RemoteDisconnected
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +38,7 @@ class Cluster:
     def __init__(self, settings: Ray) -> None:
         """Ask nothing yet."""
         self.address = settings.address
+        self.back_at = 0.0
         self._settings = settings
         self._answers = True
         self._noting = threading.Lock()
@@ -127,6 +129,7 @@ class Cluster:
         if changed and trouble:
             _log.warning("Ray does not answer", address=self._settings.address, why=trouble, then="it is asked again")
         elif changed:
+            self.back_at = time.monotonic()
             _log.info("Ray answers again", address=self._settings.address)
 
 
