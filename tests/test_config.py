@@ -78,6 +78,7 @@ def test_a_contradiction_does_not_hide_the_other_errors(tmp_path):
         ({"fail_on": 3}, "fail_on: must be a list, not 3"),
         ({"tuning": "QLORA"}, 'tuning: must be "qlora", "lora-8bit", "lora", "full" or "auto", not "QLORA"'),
         ({"teacher_device": "tpu"}, 'teacher_device: must be "auto", "cpu" or "cuda", not "tpu"'),
+        ({"gpus": []}, "gpus: must be a list that is not empty, not []; leave it out for all"),
         ({"batch_size": 0}, 'batch_size: must be at least 1 or "auto", not 0'),
         ({"max_bad_rows": 1.1}, "max_bad_rows: must be at most 1, not 1.1"),
         ({"lora_alpha": 0}, "lora_alpha: must be more than 0, not 0"),

@@ -16,6 +16,7 @@ import pytest
 from conftest import write_config
 from finetuned.doctor.finding import Verdict
 from finetuned.doctor.machine import check_bitsandbytes, check_clock, check_jemalloc, check_python
+from fixtures_pretended import PretendedSlurm, answering
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc, to build a fake libcuda.so.1")
@@ -294,3 +295,62 @@ def test_a_kernel_that_lets_nobody_watch_is_a_warning(doctor, home):
     )
     assert "WARN" in done.stdout
     assert "Too many open files" in done.stdout
+
+
+# -- where jobs run
+
+
+def test_places_that_config_json_does_not_name_are_not_checked(doctor):
+    assert not {"gpus", "ray", "slurm"} & doctor().keys()
+
+
+@needs_gcc
+def test_a_gpu_that_config_json_names_and_that_is_not_there_fails(doctor, home, fake_nvml):
+    driver = libcuda(fake_nvml.library, "return 0;")
+    environment = fake_nvml.environment() | {"LD_LIBRARY_PATH": driver}
+    write_config(home, gpus=[0])
+    assert doctor(**environment)["gpus"]["verdict"] == "ok"
+    write_config(home, gpus=[0, 7])
+    finding = doctor(code=1, **environment)["gpus"]
+    assert finding["verdict"] == "fail"
+    assert "names 7, which" in finding["what"]
+    assert "0: GPU-" in finding["what"]
+
+
+def test_a_ray_that_a_profile_names_must_answer(doctor, home):
+    with answering() as answers:
+        write_config(home, profiles={"far": {"launcher": "ray"}}, ray={"address": answers.address})
+        assert doctor()["ray"] == {
+            "check": "ray",
+            "verdict": "ok",
+            "what": f"answers at {answers.address}",
+            "remedy": "",
+        }
+        answers.info = 401, "no token"
+        assert "401: no token" in doctor(code=1)["ray"]["what"]
+    finding = doctor(code=1)["ray"]
+    assert "cannot be reached" in finding["what"]
+    assert "`address`" in finding["remedy"]
+
+
+def test_a_token_file_that_cannot_be_read_fails(doctor, home):
+    write_config(home, launcher="ray", ray={"token_file": str(home.root / "token")})
+    finding = doctor(code=1)["ray"]
+    assert "token_file" in finding["what"]
+    assert "cannot be read" in finding["what"]
+
+
+def test_a_slurm_must_have_its_commands_its_template_and_answer(doctor, home, tmp_path):
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    write_config(home, launcher="slurm", slurm={"template": "far.sh"})
+    assert "no sbatch" in doctor(code=1, PATH=str(nothing))["slurm"]["what"]
+    slurm = PretendedSlurm(tmp_path / "slurm")
+    path = f"{slurm.folder}{os.pathsep}{os.environ['PATH']}"
+    assert "far.sh: the template for Slurm cannot be read" in doctor(code=1, PATH=path)["slurm"]["what"]
+    (home.root / "far.sh").write_text("#!/bin/sh\n{command}\n")
+    assert doctor(PATH=path)["slurm"]["verdict"] == "ok"
+    slurm.goes_away()
+    finding = doctor(code=1, PATH=path)["slurm"]
+    assert "does not answer" in finding["what"]
+    assert "sinfo" in finding["remedy"]

@@ -9,15 +9,17 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from structlog.testing import capture_logs
 
 from conftest import chat_rows, eventually, write_config, write_jsonl
-from finetuned import control, crew, engines
+from finetuned import control, crew, engines, supervisor
 from finetuned.events import EventType
 from finetuned.found import ledger_if_any, ledger_to_read
 from finetuned.jobs import Job, Outcome, State
 from finetuned.launchers import ray
 from finetuned.service import Service
 from finetuned.spool.orders import Verb
+from finetuned.status import gather, render
 from fixtures_pretended import answering
 
 
@@ -59,9 +61,13 @@ def serve(home):
         signal.signal(number, handler)
 
 
-def the_job(home) -> Job | None:
+def all_jobs(home) -> list[Job]:
     with ledger_if_any(home) as ledger:
-        jobs = ledger.jobs(*State) if ledger else []
+        return ledger.jobs(*State) if ledger else []
+
+
+def the_job(home) -> Job | None:
+    jobs = all_jobs(home)
     return jobs[0] if jobs else None
 
 
@@ -104,6 +110,56 @@ def test_a_night_in_which_the_cluster_takes_no_job_is_one_attempt_and_two_events
     assert refusal[1] in refused
     assert taken == "ray takes it now"
     assert ended.startswith("attempt 1 ends: succeeded")
+
+
+def test_a_cluster_that_is_full_for_days_costs_a_job_nothing_and_status_says_what_it_waits_for(
+    home, serve, standin, monkeypatch
+):
+    """Ray gives up what waits for its turn for 15 minutes."""
+    monkeypatch.setattr(supervisor, "MOST_IN_VAIN", 3)
+    standin(seconds=0)
+    with answering() as answers:
+        write_config(home, launcher="ray", ray={"address": answers.address})
+        answers.say("FAILED", error_type="JOB_SUPERVISOR_ACTOR_START_TIMEOUT", message="No start within 900 s.")
+
+        def days() -> None:
+            eventually(lambda: len(answers.orders) > 6)
+            answers.say("PENDING", message="Job has not started yet. It may be waiting for GPUs.")
+            eventually(lambda: "waits for the cluster: Job has not started yet. It may be wait" in render(gather(home)))
+            order = answers.orders[-1]
+            answers.say("RUNNING")
+            variables = {**os.environ, **order["runtime_env"]["env_vars"]}
+            subprocess.run(order["entrypoint"], shell=True, check=True, env=variables)
+            answers.say("SUCCEEDED")
+
+        serve(days)
+    assert the_job(home).outcome is Outcome.SUCCEEDED
+
+
+def test_a_job_that_waits_for_a_silent_cluster_is_ordered_as_soon_as_another_job_hears_it_again(
+    home, serve, standin, monkeypatch
+):
+    monkeypatch.setattr(engines, "_FIRST_PAUSE", 600.0)
+    standin(seconds=0)
+    with answering() as answers, capture_logs() as logs:
+        write_config(home, launcher="ray", ray={"address": answers.address})
+        answers.say("RUNNING")
+
+        def user() -> None:
+            is_so(home, State.RUNNING)
+            answers.close()
+            eventually(lambda: any(line["event"] == "Ray does not answer" for line in logs))
+            write_jsonl(home.root / "staged", chat_rows(3, start=5)).rename(home.inbox / "y.jsonl")
+            eventually(lambda: "ray takes no jobs" in render(gather(home)))
+            with answering(int(answers.address.rpartition(":")[2])) as again:
+                again.say("RUNNING")
+                eventually(lambda: again.orders, why="the order of the second job")
+                again.say("STOPPED")
+                for job in all_jobs(home):
+                    control.order(home, Verb.CANCEL, job.id)
+                eventually(lambda: all(job.outcome is Outcome.CANCELLED for job in all_jobs(home)))
+
+        serve(user)
 
 
 def test_a_job_that_is_cancelled_on_a_cluster_that_is_gone_for_ever_ends_as_cancelled(

@@ -28,6 +28,7 @@ from finetuned.spool.claim import claim, enqueue, files_to_hash, fingerprint, in
 from finetuned.spool.inbox import Found
 from finetuned.spool.publish import BadOutputError, archive, fail, publish
 from finetuned.spool.recover import MOST_INTERRUPTIONS, recover
+from finetuned.status import gather, render
 from test_settle import without_privileges
 
 CONTENT = "".join(json.dumps(row) + "\n" for row in chat_rows(3)).encode()
@@ -470,6 +471,21 @@ def test_hours_of_work_are_kept_beside_a_failed_input(spool, home):
     (checkpoint / "weights").write_bytes(b"much work")
     spool.fail(job, REASON)
     assert (home.failed / job.id / "checkpoints" / "step-100" / "weights").read_bytes() == b"much work"
+
+
+@pytest.mark.parametrize("changed", [{}, {"seed": 7}, {"batch_size": 2}])
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_status_says_that_a_job_goes_on_from_its_checkpoint_if_its_settings_are_those_of_before(
+    spool, home, changed, has_checkpoint
+):
+    job = spool.running()
+    if has_checkpoint:
+        (home.job(job.id).checkpoints / "step-100").mkdir(parents=True)
+    spool.fail(job, orders.cancelled(job))
+    config = spool.config.model_copy(update=changed)
+    spool.enqueue(orders.retry(spool.ledger, home, config, spool.ledger.job(job.id)))
+    says = f"queued    {job.id}: tried again, with a checkpoint to go on from" in render(gather(home))
+    assert says is (has_checkpoint and not changed)
 
 
 def test_an_adapter_that_can_again_not_be_published_does_not_push_out_the_first(spool, home):

@@ -298,7 +298,9 @@ class Config(TrainingSettings):
         "skip", description="What to do with a file that was trained before with the same settings."
     )
     gpus: list[int | str] | None = Field(
-        None, description="GPUs that jobs may use, as indices of nvidia-smi or UUIDs; null: all. Others are left alone."
+        None,
+        min_length=1,
+        description="GPUs that jobs may use, as indices of nvidia-smi or UUIDs; null: all. Others are left alone.",
     )
     remote_jobs: PositiveInt = Field(16, description="How many jobs Ray and Slurm have at once; others wait here.")
     ray: Ray = Field(default_factory=Ray, description="The cluster of launcher ray: docs/scale.md.")

@@ -48,7 +48,10 @@ _KINDS: dict[
     "too_long": lambda context: f"a list of at most {context['max_length']}",
     "string_pattern_mismatch": lambda context: _alternatives(context["pattern"]),
 }
-_USUAL = {"learning_rate": "usual are 2e-4 for adapters and 1e-5 for tuning full"}  # told with a bad value
+_USUAL = {  # told with a bad value
+    "learning_rate": "usual are 2e-4 for adapters and 1e-5 for tuning full",
+    "gpus": "leave it out for all",
+}
 
 
 def lines(error: ValidationError, model: type[BaseModel], *, whole: type[BaseModel] | None = None) -> list[str]:

@@ -86,7 +86,8 @@ def _check(home: Home, verb: Verb, job: Job | None, other: Job | None) -> str:
     if job.state is State.FINISHED:
         raise OrderError(f"job {job.id} has ended: it {job.outcome}")
     if verb is Verb.CANCEL:
-        return f"{job.id} is cancelled; its file goes to archive/failed/{job.id}/"
+        is_so = "will be cancelled when its trainer has ended" if job.state is State.RUNNING else "is cancelled"
+        return f"{job.id} {is_so}; its file goes to archive/failed/{job.id}/"
     check_turn(job)
     if other is not None:
         check_turn(other)

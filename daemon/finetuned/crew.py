@@ -385,7 +385,8 @@ class Crew:
         elif decision.reason:
             self._closer.fail(job, decision.reason)
         elif ending is Ending.INTERRUPTED:
-            _log.info("training stopped", job=job.id, then="it goes on from its checkpoint")
+            then = {} if attempt.cancelled else {"then": "it goes on from its checkpoint"}
+            _log.info("training stopped", job=job.id, **then)
         elif decision.no_room:
             self._hold.begin(decision.why, doing=f"training {job.id}")
         else:

@@ -33,8 +33,9 @@ class Engines:
 
     def why_not(self, name: str) -> str:
         """Say why nothing is submitted to an engine now; nothing where it may be."""
-        until, _, why = self._down.get(name, (0.0, 0.0, ""))
-        return why if time.monotonic() < until else ""
+        until, pause, why = self._down.get(name, (0.0, 0.0, ""))
+        back = name in self._made and self._made[name][1].back_at > until - pause
+        return why if time.monotonic() < until and not back else ""
 
     def answered(self, name: str) -> None:
         """Note that an engine took a job."""

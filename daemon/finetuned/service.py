@@ -294,6 +294,7 @@ class Service:
                 return True
             case State.CLAIMING | State.RUNNING:
                 if attempt := self._crew.find(job.id):
+                    attempt.cancelled = True
                     attempt.stop(self._config.pause_grace)  # and once it has ended, it is queued
                 return False
             case _:

@@ -189,7 +189,7 @@ class Attempt:
         self._ledger = ledger
         self._tail = EventTail(home.job(job.id).events, job.events_offset)
         self._stop_by: float | None = None
-        self.gpu_failed = False
+        self.gpu_failed = self.cancelled = False
 
     @classmethod
     def launch(cls, ledger: Ledger, home: Home, job: Job, *, start: Start, environment: dict[str, str]) -> Attempt:
@@ -279,10 +279,13 @@ class Attempt:
         if ending is Ending.TRANSIENT and error is None:  # nor room to say so
             error = {"code": "no_space", "what": "no room on the disk"}
         how = taken or describe_end(status)
-        in_vain = int(self.job.progress.get("in_vain", 0)) + 1 if taken else 0  # since its last checkpoint
+        begun = not self.trainer.waits  # else its turn never came: a full cluster may take days
+        in_vain = int(self.job.progress.get("in_vain", 0)) + begun if taken else 0  # since its last checkpoint
         decision = decide(self.job, ending, error=error, end=how)
         if in_vain >= MOST_IN_VAIN:
             decision = Decision(reason=_taken_too_often(self.job, taken))
+        elif taken and not begun:
+            decision = Decision(why=taken)
         then = decision.why or (decision.reason or {}).get("what", "")
         over = ended(self.job, ending, at=time.time(), how=how, then="" if then == how else then)
         if decision.publish or decision.reason:
@@ -296,7 +299,12 @@ class Attempt:
             rung=decision.rung or self.job.rung,
             retries=self.job.retries + decision.counted,
             not_before=time.time() + decision.delay if decision.delay else 0.0,
-            progress={**progress_for_next(self.job.progress, ending), "waits": decision.why, "in_vain": in_vain},
+            progress={
+                **progress_for_next(self.job.progress, ending),
+                "waits": decision.why,
+                "waits_for": "",
+                "in_vain": in_vain,
+            },
             trainer_pid=None,
             trainer_id="",
         )

@@ -166,9 +166,10 @@ def test_a_running_job_is_cancelled_and_can_be_taken_up_from_its_checkpoint(home
     one = daemon()
     drop("long.jsonl")
     in_the_middle(one, "long.jsonl")
-    finetuned(home, "cancel", "long")
+    assert "will be cancelled when its trainer has ended" in finetuned(home, "cancel", "long")
     job = one.job("long.jsonl")
     assert job.outcome is Outcome.CANCELLED
+    assert "goes on from its checkpoint" not in one.log()
     assert (home.failed / job.id / "checkpoints").is_dir()
     step = job.progress["checkpoint_step"]
     finetuned(home, "retry", job.id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetuned.doctor import machine, place
+from finetuned.doctor import clusters, machine, place
 from finetuned.doctor.finding import Finding, Verdict, failed
 from finetuned.errors import FinetunedError
 from finetuned.home import find_home
@@ -16,7 +16,7 @@ def examine(base_dir: Path | None) -> list[Finding]:
     findings = [
         machine.check_python(),
         machine.check_versions(),
-        machine.check_cuda(gpus, why_none),
+        machine.check_cuda([str(gpu) for gpu in gpus], why_none),
         machine.check_bitsandbytes(needed=bool(gpus)),
         machine.check_jemalloc(needed=not gpus),
         machine.check_clock(),
@@ -33,7 +33,7 @@ def examine(base_dir: Path | None) -> list[Finding]:
         place.check_daemon,
         place.check_inotify,
     )
-    return [*findings, *(check(home) for check in checks)]
+    return [*findings, *(check(home) for check in checks), *clusters.check_places(home, gpus)]
 
 
 def render(findings: list[Finding]) -> str:

@@ -113,11 +113,11 @@ def check_cuda(gpus: list[str], why_none: str | None) -> Finding:
     return Finding("cuda", verdict, f"cuInit says {name or 'error'} ({code})", remedy)
 
 
-def find_gpus() -> tuple[list[str], str | None]:
+def find_gpus() -> tuple[list[gpu.Gpu], str | None]:
     """Give the GPUs that NVML shows, or why there is none."""
     sampler = gpu.Sampler.open()
     try:
-        return [str(found) for found in sampler.gpus], sampler.why_none
+        return list(sampler.gpus), sampler.why_none
     finally:
         sampler.close()
 

@@ -27,7 +27,10 @@ class Trainer(Protocol):
 
     @property
     def waits(self) -> str:
-        """Why it does not run yet, in its engine's words; empty once it does, and on this machine."""
+        """Why it does not run yet, in its engine's words; empty once it does, and on this machine.
+
+        One that has ended and still says so was given up before its turn came.
+        """
 
     def poll(self) -> int | None:
         """Give its exit status as subprocess does (minus the number of a signal), or None while it runs."""
@@ -45,6 +48,10 @@ class Launcher(Protocol):
     What cannot be started now (the engine does not answer) raises OSError, what never can be FinetunedError. Neither
     waits for an answer longer than a second or two.
     """
+
+    @property
+    def back_at(self) -> float:
+        """When its engine, after it had been silent, answered again last, as time.monotonic() gives it; else 0."""
 
     def start(self, folder: JobFolder, *, log: Path, environment: Mapping[str, str], needs: Needs) -> Trainer:
         """Submit a trainer on a job's folder, its output appended to `log`."""

@@ -23,7 +23,7 @@ from finetuned.home import JobFolder
 from finetuned.launchers import Needs
 from finetuned.launchers.program import GHOST_SECONDS, GIVEN_UP_SECONDS, command, environment_elsewhere, given_up, tell
 from finetuned.launchers.ray_cluster import Cluster, UnsureError
-from finetuned.launchers.ray_ends import NOT_SHARED, End, end_of
+from finetuned.launchers.ray_ends import NOT_SHARED, End, end_of, waits_for
 from finetuned.lifesigns import Silence, exit_code, locked
 
 _AT_MOST = 0.5  # seconds for a connection, and as many for an answer, where the daemon waits for them
@@ -104,7 +104,7 @@ class RayTrainer:
                 self._submit_again(self.order)
                 return
             self.order = None
-            self.waits = "PENDING" if info is not None and info["status"] == "PENDING" else ""
+            self.waits = waits_for(info)
             if info is not None and info["status"] == "PENDING" and may_withdraw:
                 self._ended(End(ExitCode.STOPPED))
                 self._cluster.stop(self.id, seconds=_IN_A_THREAD)
@@ -158,6 +158,11 @@ class RayLauncher:
         self._settings = settings
         self._cluster = Cluster(settings)
         self._last: RayTrainer | None = None  # whose order was not answered
+
+    @property
+    def back_at(self) -> float:
+        """When Ray, after it had been silent, answered again."""
+        return self._cluster.back_at
 
     def start(self, folder: JobFolder, *, log: Path, environment: Mapping[str, str], needs: Needs) -> RayTrainer:
         """Submit a trainer on a job's folder, its output appended to `log`.

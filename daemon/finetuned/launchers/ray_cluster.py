@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from http.client import BadStatusLine, HTTPConnection, HTTPException, HTTPSConnection, RemoteDisconnected
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +38,7 @@ class Cluster:
     def __init__(self, settings: Ray) -> None:
         """Ask nothing yet."""
         self.address = settings.address
+        self.back_at = 0.0
         self._settings = settings
         self._answers = True
         self._noting = threading.Lock()
@@ -73,20 +75,23 @@ class Cluster:
                 raise OSError(f"Ray cannot take the job now ({status}): {_last_line(text)}")
 
     def info(self, submission: str, *, seconds: float) -> dict[str, Any] | None:
-        """Give what the cluster says of a job; None if it knows no such job."""
+        """Give what the cluster says of a job; None if it knows no such job. Whether it answers is logged."""
         try:
-            status, text = self._ask("GET", f"/api/jobs/{quote(submission)}", seconds=seconds)
-            if status == 404 and "does not exist" in text:  # any other is no answer of this API
-                found = None
-            elif status == 200:
-                found = _object(text)
-            else:
-                _no_answer(status, text)
+            found = self.look(submission, seconds=seconds)
         except OSError as error:
             self._note(str(error))
             raise
         self._note("")
         return found
+
+    def look(self, submission: str, *, seconds: float) -> dict[str, Any] | None:
+        """Do as `info` does, and log nothing."""
+        status, text = self._ask("GET", f"/api/jobs/{quote(submission)}", seconds=seconds)
+        if status == 404 and "does not exist" in text:  # any other is no answer of this API
+            return None
+        if status != 200:
+            _no_answer(status, text)
+        return _object(text)
 
     def stop(self, submission: str, *, seconds: float) -> None:
         """Have a job ended: SIGTERM, and after Ray's patience SIGKILL. One that waits is ended as soon as it starts."""
@@ -127,6 +132,7 @@ class Cluster:
         if changed and trouble:
             _log.warning("Ray does not answer", address=self._settings.address, why=trouble, then="it is asked again")
         elif changed:
+            self.back_at = time.monotonic()
             _log.info("Ray answers again", address=self._settings.address)
 
 

@@ -20,6 +20,7 @@ _NO_MEMORY = "running low on memory"  # what Ray's memory monitor says as it end
 _NEVER_BEGAN = frozenset(
     {"RUNTIME_ENV_SETUP_FAILURE", "JOB_SUPERVISOR_ACTOR_START_FAILURE", "JOB_ENTRYPOINT_COMMAND_START_ERROR"}
 )
+_NO_TURN = "JOB_SUPERVISOR_ACTOR_START_TIMEOUT"
 _SHOWN = 300  # characters of what Ray says
 
 
@@ -51,6 +52,13 @@ def end_of(info: Mapping[str, Any] | None) -> End | None:
     if _NO_MEMORY in said and info.get("driver_node_id"):
         return End(-signal.SIGKILL)
     return End(-signal.SIGKILL, taken=f"Ray lost it: {_first_line(said)}")
+
+
+def waits_for(info: Mapping[str, Any] | None) -> str:
+    """Say in Ray's words for what a job waits, or waited until Ray gave it up. Empty of one whose turn has come."""
+    if info is None or (info["status"] != "PENDING" and info.get("error_type") != _NO_TURN):
+        return ""
+    return _first_line(str(info.get("message") or "")) or str(info["status"])
 
 
 def _end_of_program(code: int) -> End:

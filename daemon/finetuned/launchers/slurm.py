@@ -179,6 +179,11 @@ class SlurmLauncher:
         self._queue = queue or Queue()
         self._last: Asking[Any] | None = None  # that was asked while the daemon waited
 
+    @property
+    def back_at(self) -> float:
+        """When Slurm, after it had been silent, answered again."""
+        return self._queue.back_at
+
     def start(self, folder: JobFolder, *, log: Path, environment: Mapping[str, str], needs: Needs) -> SlurmTrainer:
         """Submit a trainer on a job's folder, its output appended to `log`.
 

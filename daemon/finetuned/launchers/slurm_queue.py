@@ -174,6 +174,7 @@ class Queue:
         self._orders: dict[str, Order] = {}
         self._told: set[str] = set()  # who has got its signal
         self._silent = False
+        self.back_at = 0.0
 
     def tend(self) -> None:
         """Ask anew, if it is time. Does not wait."""
@@ -270,6 +271,7 @@ class Queue:
             raise ConnectionError(f"Slurm does not answer: {error}") from None
         entries = parse_queue(told)
         if self._silent:
+            self.back_at = time.monotonic()
             _log.info("Slurm answers again")
         self._silent = False
         if lost := [job for job in self._watched.copy() if job not in entries]:

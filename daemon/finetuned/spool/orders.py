@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 from enum import StrEnum
+from typing import Any
 
 from finetuned.config import Config, TrainingSettings
 from finetuned.durable import move, sync_folder, write_file
 from finetuned.errors import FinetunedError
+from finetuned.fallback import Rung
 from finetuned.home import Home, printable
 from finetuned.jobs import Job, Outcome, State
 from finetuned.ledger import Ledger
@@ -119,7 +121,7 @@ def retry(ledger: Ledger, home: Home, config: Config, job: Job) -> Job:
         outcome=None,
         reason=None,
         adapter=None,
-        progress={},
+        progress={"waits": "tried again, with a checkpoint to go on from"} if _goes_on(home, job, columns) else {},
         retries=0,
         interruptions=0,
         not_before=0.0,
@@ -129,6 +131,17 @@ def retry(ledger: Ledger, home: Home, config: Config, job: Job) -> Job:
     )
     take_back(home, job)
     return job
+
+
+def _goes_on(home: Home, job: Job, columns: dict[str, Any]) -> bool:
+    """Whether a job that is tried again with these columns has a checkpoint, and its steps are what they were."""
+    try:
+        was, now = Rung(**job.rung), Rung(**columns["rung"])
+    except TypeError:  # what its trainer said is none
+        return False
+    same = (was.effective_batch, was.max_length) == (now.effective_batch, now.max_length)
+    kept = home.failed / job.id / home.job(job.id).checkpoints.name
+    return same and job.settings == columns["settings"] and any(kept.glob("step-*"))
 
 
 def check_retry(home: Home, job: Job) -> None:
