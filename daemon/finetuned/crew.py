@@ -256,9 +256,9 @@ class Crew:
             who = {"pid": attempt.trainer.pid} if name == LOCAL else {"id": attempt.trainer.id}
             _log.info("training starts", job=job.id, attempt=job.attempt, **who, where=why)
             self._next_decision = 0.0
-            if attempt.trainer.id:
+            if attempt.trainer.id:  # else it is still being asked
                 self._engines.answered(name)
-            if again is not None:
+            if attempt.trainer.id and again is not None:
                 taken = Event(time.time(), EventType.MESSAGE, f"{name} takes it now")
                 with suppress(sqlite3.OperationalError):
                     self._ledger.record(job.id, [taken], offset=job.events_offset)
