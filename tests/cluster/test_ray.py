@@ -92,7 +92,9 @@ def job(tmp_path):
 def start(launcher, folder, *, attempt=1, gpus=1, **environment):
     log = folder.path.with_suffix(".log")
     needs = Needs(job=folder.path.name, attempt=attempt, gpus=gpus)
-    return launcher.start(folder, log=log, environment=environment, needs=needs)
+    trainer = launcher.start(folder, log=log, environment=environment, needs=needs)
+    eventually(lambda: trainer.poll() is not None or not trainer.in_doubt, why="Ray's answer, which may take its time")
+    return trainer
 
 
 def end_of(trainer) -> int:
