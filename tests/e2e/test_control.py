@@ -342,7 +342,7 @@ def test_status_watch_shows_it_again_and_again(home):
 
 
 def test_a_broken_file_is_told_while_another_trains_and_tried_again_once_it_is_mended(home, daemon, drop, tiny_model):
-    write_config(home, model=str(tiny_model), max_steps=1_000_000)
+    write_config(home, model=str(tiny_model), epochs=1_000_000, learning_rate=1e-7)
     one = daemon()
     drop("long.jsonl")
     one.job("long.jsonl", state=State.RUNNING)
