@@ -66,7 +66,8 @@ def test_the_merged_model_s_logits_are_those_of_base_and_adapter(tmp_path, runs,
 
 def test_only_a_merged_model_is_replaced_and_only_after_asking(tmp_path, runs):
     adapter, output = runs["dora"].adapter, tmp_path / "merged"
-    assert merge(adapter, output).returncode == 0
+    output.mkdir()
+    (output / "finetuned.json").write_text('{"merged": {}}')
     (output / "old").touch()
     said = merge(adapter, output, said="n\n")
     assert said.returncode == 1
@@ -74,6 +75,7 @@ def test_only_a_merged_model_is_replaced_and_only_after_asking(tmp_path, runs):
     assert (output / "old").exists()
     assert merge(adapter, output, "--yes").returncode == 0
     assert not (output / "old").exists()
+    assert "Replace it?" in merge(adapter, output, said="n\n").stderr
 
     said = merge(adapter, adapter, "--yes")
     assert said.returncode == 78
