@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -101,8 +100,7 @@ def test_killed_while_it_draws_answers_it_draws_and_learns_what_one_does_that_no
     killed, undisturbed = (drawn(home, one, name, kill=name == "a.jsonl") for name in ("a.jsonl", "b.jsonl"))
     assert killed[:2] == undisturbed[:2]
     assert len(killed[0]) == len({key for key, _ in killed[0]}) == 96
-    far = np.concatenate([abs(killed[2][name] - weights).ravel() for name, weights in undisturbed[2].items()])
-    assert (far > 1e-5).mean() <= 1e-3  # Adam steps by the sign of a gradient that is next to nothing
+    assert max(abs(killed[2][name] - weights).max() for name, weights in undisturbed[2].items()) < 1e-5
 
 
 def test_too_few_right_answers_fail_the_job_with_advice_and_a_retry_with_other_settings_makes_others(

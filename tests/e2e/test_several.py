@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -240,8 +239,7 @@ def test_a_job_of_two_processes_learns_what_one_of_one_does(home, daemon, tiny_m
     jobs = [one.job("one.jsonl"), one.job("two.jsonl")]
     assert [job.outcome for job in jobs] == [Outcome.SUCCEEDED] * 2, [job.reason for job in jobs]
     weights = [load_file(home.adapters / str(job.adapter) / "adapter_model.safetensors") for job in jobs]
-    far = np.concatenate([abs(weights[0][name] - weights[1][name]).ravel() for name in weights[0]])
-    assert (far > 1e-5).mean() <= 1e-3  # Adam steps by the sign of a gradient that is next to nothing
+    assert max(abs(weights[0][name] - weights[1][name]).max() for name in weights[0]) < 1e-5
     assert any((weights[0][name] != 0).any() for name in weights[0])
 
 
