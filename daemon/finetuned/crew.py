@@ -159,7 +159,7 @@ class Crew:
     @property
     def here(self) -> list[Attempt]:
         """The attempts on this machine. Those elsewhere go on without a daemon, and the next one finds them."""
-        return [attempt for attempt in self.attempts if _launcher(attempt.job) == LOCAL]
+        return [attempt for attempt in self.attempts if attempt.job.launcher == LOCAL]
 
     def warm_up(self, config: Config) -> None:
         """Have a parent for trainers to be forked from, or none, as config.json says."""
@@ -182,7 +182,7 @@ class Crew:
         """Go on with a job whose daemon went down, if its trainer did not, or said how it ended."""
         if self.find(job.id) is not None:  # on a second try
             return True
-        if (name := _launcher(job)) == LOCAL:
+        if (name := job.launcher) == LOCAL:
             attempt = Attempt.adopt(self._ledger, self._home, job, stop_seconds=config.stop_seconds)
         else:
             attempt = Attempt.find(self._ledger, self._home, job, self._engines.launcher(name, config))
@@ -208,7 +208,7 @@ class Crew:
 
     def _start(self, config: Config, job: Job, devices: list[Device]) -> None:
         environment, why = trainer_environment(*(device.id for device in devices if device.id != CPU))
-        if (name := _launcher(job)) != LOCAL:
+        if (name := job.launcher) != LOCAL:
             why = f"with {name}"
         again = job.progress.get("unsent")  # the same attempt, which its engine has not taken yet
         try:
@@ -258,10 +258,10 @@ class Crew:
             self._next_decision = 0.0
             if attempt.trainer.id:  # else it is still being asked
                 self._engines.answered(name)
-            if attempt.trainer.id and again is not None:
-                taken = Event(time.time(), EventType.MESSAGE, f"{name} takes it now")
-                with suppress(sqlite3.OperationalError):
-                    self._ledger.record(job.id, [taken], offset=job.events_offset)
+                if again is not None:
+                    taken = Event(time.time(), EventType.MESSAGE, f"{name} takes it now")
+                    with suppress(sqlite3.OperationalError):
+                        self._ledger.record(job.id, [taken], offset=job.events_offset)
         self._next_sample = self._next_gpu_line = self._next_deep_sample = 0.0
 
     def _at_work(self) -> dict[str, list[int]]:
@@ -278,41 +278,40 @@ class Crew:
         """
         why = f"it could not be started: {error}"
         changes: dict[str, Any] = {"not_before": time.time() + wait} if wait else {}
-        progress = {**job.progress, "waits_for": self._engines.why_not(_launcher(job))}
+        progress = {**job.progress, "waits_for": self._engines.why_not(job.launcher)}
         progress |= {"waits": why} if wait else {}
-        if _launcher(job) == LOCAL or job.state is not State.RUNNING:
+        if job.launcher == LOCAL or job.state is not State.RUNNING:
             events = [ended(job, Ending.TRANSIENT, at=time.time(), how=why)]
         else:
             progress = {**progress, "unsent": wait or again or 0.0}
-            words = f"{_launcher(job)} does not take it: {error}; it is tried until it does"
+            words = f"{job.launcher} does not take it: {error}; it is tried until it does"
             events = [Event(time.time(), EventType.MESSAGE, words, level="warning")] if again is None else []
         self._never_began.append((job, events, {**changes, "progress": progress}))
         self.queue_again()
 
     def _look_at(self, waiting: Sequence[Job]) -> None:
         """Fail jobs that wait for nothing, as their files will not do."""
-        self._preview.forget(but=waiting)
         for job, why in self._preview.look(waiting):
             self._closer.fail(job, why)
 
     def _first_in_turn(self) -> list[Job]:
         """Give the first jobs of the queue, and the first for this machine if none of those is."""
         queue = self._ledger.may_start(time.time(), limit=_LOOKED_AT)
-        if len(queue) == _LOOKED_AT and all(_launcher(job) != LOCAL for job in queue):
+        if len(queue) == _LOOKED_AT and all(job.launcher != LOCAL for job in queue):
             queue += self._ledger.may_start(time.time(), limit=_LOOKED_AT, launcher=LOCAL)
         return queue
 
     def _for_elsewhere(self, queue: Sequence[Job]) -> list[Job]:
         """Leave the jobs for engines; note with the others that no GPU is left here."""
         for job in queue:
-            if _launcher(job) == LOCAL:
+            if job.launcher == LOCAL:
                 self._note_wait(job, "there is no GPU that it may use")
-        return [job for job in queue if _launcher(job) != LOCAL]
+        return [job for job in queue if job.launcher != LOCAL]
 
     def _refused(self, config: Config, job: Job) -> bool:
         """Fail a job that wants more GPUs than there are."""
         wanted, there = job.settings.get("gpus_per_job", 1), self.fleet.most(config)
-        if wanted == "auto" or wanted <= there or _launcher(job) != LOCAL:
+        if wanted == "auto" or wanted <= there or job.launcher != LOCAL:
             return False
         remedy = "Lower gpus_per_job, or leave fewer GPUs alone with `gpus`."
         what = f"gpus_per_job is {wanted}, and this machine has {there} for jobs"
@@ -322,7 +321,7 @@ class Crew:
 
     def _unanswered(self, config: Config, job: Job) -> bool:
         """Whether a job is for an engine that does not answer; it lets others pass."""
-        if (name := _launcher(job)) == LOCAL:
+        if (name := job.launcher) == LOCAL:
             return False
         self._engines.launcher(name, config)  # with other settings it may answer
         why = self._engines.why_not(name)
@@ -334,8 +333,8 @@ class Crew:
         """Say what a job needs here. Without GPUs to choose from there is one device, whatever is done on it."""
         same_as = "" if config.duplicates == "run" else _same_as(job)
         memory = min((one.memory for one in devices if one.memory), default=None)
-        if memory is None or _launcher(job) != LOCAL:
-            return Wish(job.id, _launcher(job), same_as=same_as)
+        if memory is None or job.launcher != LOCAL:
+            return Wish(job.id, job.launcher, same_as=same_as)
         wanted = job.settings.get("gpus_per_job", 1)
         shares = config.share_gpus and wanted in {1, "auto"}
         gpus: int | None = None if wanted == "auto" else wanted
@@ -357,7 +356,7 @@ class Crew:
     def _work(self, config: Config, job: Job) -> Work:
         places, memory = _places(job), self._needed(job)
         shares = config.share_gpus and len(places) == 1
-        return Work(job.id, places, _launcher(job), memory=memory, shares=shares, same_as=_same_as(job))
+        return Work(job.id, places, job.launcher, memory=memory, shares=shares, same_as=_same_as(job))
 
     def _note_wait(self, job: Job, why: str) -> None:
         """Keep for `finetuned status` why a job does not start, of those that would start next."""
@@ -406,10 +405,6 @@ def _visible(job: Job) -> str:
     return str(job.progress.get("gpu", ""))
 
 
-def _launcher(job: Job) -> str:
-    return str(job.settings.get("launcher", LOCAL))
-
-
 def _wanted(job: Job) -> int:
     """Give how many GPUs, or processes where there are none, a job is to have where nobody can say what it needs."""
     wanted = job.settings.get("gpus_per_job", 1)
@@ -423,7 +418,7 @@ def _may_be_sharded(job: Job) -> bool:
 
 def _places(job: Job) -> tuple[str, ...]:
     """Give the devices of this machine that a job was started on, also by an earlier daemon."""
-    if _launcher(job) != LOCAL:
+    if job.launcher != LOCAL:
         return ()
     return tuple(job.progress.get("devices", [])) or tuple(filter(None, _visible(job).split(","))) or (CPU,)
 

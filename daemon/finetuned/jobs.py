@@ -102,6 +102,11 @@ class Job:
         """Give the job's place in the user's words."""
         return _STATUS[self.state]
 
+    @property
+    def launcher(self) -> str:
+        """Name what starts its trainer: `local`, or an engine on other machines."""
+        return str(self.settings.get("launcher", "local"))
+
 
 @dataclass(frozen=True)
 class JobSpec:

@@ -53,16 +53,11 @@ def gpus_at_work(states: Iterable[Gpu], ledger: Ledger | None) -> list[Gpu]:
     return sorted(every, key=lambda one: one.get("index") or 0)
 
 
-def is_elsewhere(job: Job) -> bool:
-    """Whether an engine runs it, and no process of this machine's."""
-    return str(job.settings.get("launcher", LOCAL)) != LOCAL
-
-
 def place_of(job: Job, gpus: Sequence[Gpu]) -> dict[str, Any] | None:
     """Say where a job runs, or ran last: in words, and shortly. None for one that waits."""
     if not job.attempt or job.state in _WAITING:
         return None
-    launcher, devices = str(job.settings.get("launcher", LOCAL)), _on(job)
+    launcher, devices = job.launcher, _on(job)
     numbers = {gpu["uuid"]: gpu for gpu in gpus}
     if launcher != LOCAL:
         short = f"{launcher} {job.trainer_id}".strip()

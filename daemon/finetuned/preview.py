@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from finetuned.asking import Terms, ask
@@ -28,20 +28,17 @@ class Preview:
         self._found: Beside[Reason] = Beside(wake=wake)
 
     def look(self, jobs: Sequence[Job]) -> list[tuple[Job, Reason]]:
-        """Look at the first job that was not looked at. Give those that cannot be trained, and why.
+        """Look at the first job that was not looked at. Give those that cannot be trained, and why; forget all others.
 
         A trainer of the user's own may take files of another kind.
         """
         if os.environ.get("FINETUNED_TRAINER"):
             return []
+        self._found.forget(but=jobs)
         for job in jobs:
             if not self._found.knows(job, partial(_fault, self._home, job)):
                 break
         return [(job, why) for job in jobs if (why := self._found.of(job))]
-
-    def forget(self, *, but: Collection[Job]) -> None:
-        """Forget all jobs but these."""
-        self._found.forget(but=but)
 
 
 def _fault(home: Home, job: Job) -> Reason | None:

@@ -20,7 +20,8 @@ from finetuned.jobs import Job, Outcome, State
 from finetuned.lifesigns import locked
 from finetuned.live import duration, sentence
 from finetuned.live import why_waiting as why_it_waits
-from finetuned.places import Gpu, gpu_states, gpus_at_work, is_elsewhere, place_of
+from finetuned.places import Gpu, gpu_states, gpus_at_work, place_of
+from finetuned.scheduler import LOCAL
 from finetuned.spool.inbox import Complaint, Found, list_inbox
 
 _LAST = 10  # finished jobs
@@ -63,7 +64,7 @@ def gather(home: Home) -> dict[str, Any]:
                 **_facts(job),
                 "where": place_of(job, states),
                 "trainer_alive": locked(home.job(job.id)),
-                "with_engine": job.state is State.RUNNING and is_elsewhere(job),
+                "with_engine": job.state is State.RUNNING and job.launcher != LOCAL,
             }
             for job in ledger.jobs(State.RUNNING, State.TRAINED, State.FAILING)
         ]

@@ -134,13 +134,12 @@ def _recover_run(ledger: Ledger, home: Home, job: Job) -> None:
         except FinetunedError as error:
             fail(ledger, home, job, error.as_dict())
     else:
-        launcher = job.settings.get("launcher", "local")
         # A row that was made again does not know whether it was at work.
-        if job.boot_id and launcher == "local":
+        if job.boot_id and job.launcher == "local":
             note_crash(home, job.id, time.time())
         lost = "the daemon or the machine went down"
         _count_interruption(
-            ledger, home, job, how=lost if launcher == "local" else f"{launcher} does not know it any more"
+            ledger, home, job, how=lost if job.launcher == "local" else f"{job.launcher} does not know it any more"
         )
 
 
